@@ -13,7 +13,7 @@ import re
 import sysconfig
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class Run:
     batch: int
     optimizer: str = "adamw"
     learning_rate: float = 6e-4
+    beta2: float = 0.99  # nanoGPT's choice where a batch has few tokens
     width: int = 320
     n_blocks: int = 8
     n_heads: int = 8
@@ -45,12 +46,15 @@ class Run:
     warmup_steps: int = 100
 
 
-GPT = Run("gpt", steps=(300, 301, 310, 400), batch=6)
-GPT_SMALL = Run("gpt-small", (40, 41, 50, 140), batch=2, width=64, n_blocks=2, n_heads=2, context=48, vocabulary=512, warmup_steps=20)
+GPT = Run("gpt", steps=(300, 301, 310, 400), batch=16)
+GPT_SMALL = Run(
+    "gpt-small", (40, 41, 50, 140), 2, width=64, n_blocks=2, n_heads=2, context=48, vocabulary=512, warmup_steps=20
+)
 CNN = Run("cnn", (200, 210), batch=32, learning_rate=2e-3, width=48, warmup_steps=20)
 CNN_SGD = Run("cnn-sgd", (200, 210), batch=32, optimizer="sgd", learning_rate=0.05, width=48, warmup_steps=20)
 CNN_SMALL = Run("cnn-small", (30, 40), batch=16, learning_rate=2e-3, width=12, warmup_steps=10)
 CNN_SGD_SMALL = Run("cnn-sgd-small", (30, 40), 16, optimizer="sgd", learning_rate=0.05, width=12, warmup_steps=10)
+ALL, SMALL = (GPT, CNN, CNN_SGD), (GPT_SMALL, CNN_SMALL, CNN_SGD_SMALL)
 
 
 def library_sources() -> list[tuple[str, bytes]]:
@@ -172,7 +176,8 @@ def _train(run: Run, folder: Path, log: Callable[[str], None]) -> None:
     if run.optimizer == "sgd":
         optimizer = torch.optim.SGD(model.parameters(), lr=run.learning_rate, momentum=0.9)
     else:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=run.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+        betas = (0.9, run.beta2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=run.learning_rate, betas=betas, weight_decay=0.1)
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / run.warmup_steps))
     started, losses = time.perf_counter(), []
     for step in range(1, run.steps[-1] + 1):
@@ -184,7 +189,7 @@ def _train(run: Run, folder: Path, log: Callable[[str], None]) -> None:
         warmup.step()
         losses.append(loss.item())
         if step in run.steps:
-            np.savez(folder / f"step{step}.npz", **_state(model, optimizer))
+            np.savez(folder / f"step{step}.npz", allow_pickle=False, **_state(model, optimizer))
         if step in run.steps or step % 20 == 0:
             log(f"{run.name}: step {step}, loss {losses[-1]:.3f}, {time.perf_counter() - started:.0f} s")
     about = {
@@ -218,6 +223,6 @@ def _is_same(about: dict[str, Any], run: Run) -> bool:
     return all(about.get(key) == value for key, value in wanted.items())
 
 
-def stream(state: dict[str, NDArray[Any]], kind: str, names: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+def stream(state: dict[str, NDArray[Any]], kind: str) -> dict[str, NDArray[Any]]:
     """The leaves of one kind ("w", "m" or "v") of a state, by parameter name."""
-    return {key[2:]: a for key, a in state.items() if key.startswith(f"{kind}/") and (names is None or key[2:] in names)}
+    return {key[2:]: array for key, array in state.items() if key.startswith(f"{kind}/")}
