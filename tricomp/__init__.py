@@ -1,0 +1,64 @@
+"""Lossless compression of training checkpoints: one array, one file, or a Store of a run's steps."""
+
+from tricomp.blob import decode, encode
+from tricomp.bounds import Limits
+from tricomp.chain import KeepEvery, KeepLast, KeyframeEvery
+from tricomp.errors import (
+    CorruptFile,
+    CorruptFrame,
+    InvalidArgument,
+    LimitExceeded,
+    MissingLeaf,
+    MissingParent,
+    MissingStep,
+    StorageError,
+    StoreLocked,
+    TricompError,
+    UnsupportedDtype,
+    UnsupportedNode,
+    UnsupportedVersion,
+    WrongReference,
+)
+from tricomp.file import File, content_id, load, save
+from tricomp.file import open_file as open  # noqa: A004
+from tricomp.plan import Plan, Spec
+from tricomp.report import LeafReport, Report, VerifyReport
+from tricomp.store import Store
+from tricomp.tree import register_node
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CorruptFile",
+    "CorruptFrame",
+    "File",
+    "InvalidArgument",
+    "KeepEvery",
+    "KeepLast",
+    "KeyframeEvery",
+    "LeafReport",
+    "LimitExceeded",
+    "Limits",
+    "MissingLeaf",
+    "MissingParent",
+    "MissingStep",
+    "Plan",
+    "Report",
+    "Spec",
+    "StorageError",
+    "Store",
+    "StoreLocked",
+    "TricompError",
+    "UnsupportedDtype",
+    "UnsupportedNode",
+    "UnsupportedVersion",
+    "VerifyReport",
+    "WrongReference",
+    "content_id",
+    "decode",
+    "encode",
+    "load",
+    "open",
+    "register_node",
+    "save",
+]

@@ -1,0 +1,146 @@
+"""One array in one blob of bytes: encode and decode, for callers that bring their own container. Codec plus msgpack.
+
+A blob is a header map, the frame's bytes as msgpack bins, and a checksum of both. The hard thing: a wrong reference
+must be told from damage, so the header holds the digest of the reference's words as well as the array's.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from tricomp import bounds, codec
+from tricomp.bounds import Bytes, Limits
+from tricomp.container import FORMAT, MAX_BIN_BYTES, START, bin_start, check_of
+from tricomp.dtypes import Words, by_number, from_words, of, to_words
+from tricomp.errors import CorruptFile, CorruptFrame, InvalidArgument, LimitExceeded, UnsupportedVersion, WrongReference
+from tricomp.layout import Leaf, snapshot_of
+from tricomp.plan import Plan, Spec
+
+Array = np.ndarray[Any, Any]
+_WHAT = "blob"
+_KINDS = {"dtype": int, "shape": list, "digest": int, "plan": dict}
+
+
+def encode(array: Array, reference: Array | None = None, spec: Spec | None = None, threads: int | None = None) -> bytes:
+    """Compress one array of any shape and supported dtype, losslessly unless spec asks otherwise.
+
+    reference: an array of the same dtype and shape that decode will be given again.
+    Raises InvalidArgument, UnsupportedDtype, WrongReference (reference of another dtype or shape).
+    """
+    if not isinstance(array, (np.ndarray, np.generic)):
+        raise InvalidArgument(f"encode: expected a numpy array, got {type(array).__name__}. Use np.asarray.")
+    snapshot = snapshot_of(["array"], [np.asarray(array)])
+    leaf = snapshot.layout.leaves[0]
+    base = None if reference is None else snapshot_of(["array"], [_fitting(reference, leaf)])
+    (frame,) = codec.encode(snapshot, base, spec, threads)
+    parent = codec.digest(base.words(0)) if base is not None and frame.plan.reference == "parent" else None
+    header = {
+        "tricomp": FORMAT,
+        "dtype": leaf.dtype.number,
+        "shape": list(leaf.shape),
+        "digest": frame.digests[0],
+        "plan": frame.plan.to_wire(),
+        "parent": parent,
+    }
+    data = memoryview(frame.data).cast("B")
+    parts: list[Bytes] = [msgpack.packb(header)]
+    for i in range(0, max(len(data), 1), MAX_BIN_BYTES):
+        parts += [bin_start(len(data[i : i + MAX_BIN_BYTES])), data[i : i + MAX_BIN_BYTES]]
+    body = b"".join(parts)
+    return body + b"\xcf" + check_of(body).to_bytes(8, "big")
+
+
+def decode(
+    blob: Bytes, reference: Array | None = None, threads: int | None = None, limits: Limits = bounds.DEFAULTS
+) -> Array:
+    """The array that encode was given, in memory of its own. reference: the array it was encoded against, if any.
+
+    Raises WrongReference, CorruptFile, CorruptFrame, UnsupportedVersion, LimitExceeded.
+    """
+    header, data = _read(memoryview(blob).cast("B"), limits)
+    leaf = Leaf("array", by_number(header["dtype"]), tuple(header["shape"]))
+    limits.check("max_decoded_bytes", leaf.n_bytes, _WHAT)
+    plan = Plan.from_wire(header["plan"], "array")
+    if plan.n_words != leaf.n_words or plan.dtype != leaf.dtype or plan.reference == "sibling":
+        raise CorruptFrame(f"{_WHAT}: its plan does not fit {leaf.dtype.name}{list(leaf.shape)}.")
+    parent = _parent(header.get("parent"), reference, leaf) if plan.reference == "parent" else None
+    try:
+        (words,) = codec.decode([leaf], plan, data, parent, None, threads)
+    except MemoryError:
+        raise LimitExceeded(f"{_WHAT}: no memory for {leaf.n_bytes} bytes.") from None
+    computed = codec.digest(words)
+    if computed != header["digest"]:
+        raise CorruptFrame(f"{_WHAT}: digest {header['digest']:016x} stored, {computed:016x} computed.")
+    return from_words(words if words.base is None and words is not parent else words.copy(), leaf.dtype, leaf.shape)
+
+
+def _fitting(reference: Array, leaf: Leaf) -> Array:
+    """The reference, if it is of the leaf's dtype and shape."""
+    reference = np.asarray(reference)
+    if reference.shape != leaf.shape or of(reference, "reference") != leaf.dtype:
+        raise WrongReference(
+            f"the array is {leaf.dtype.name}{list(leaf.shape)}, its reference "
+            f"{reference.dtype.name}{list(reference.shape)}. Pass a reference of the same dtype and shape, or none."
+        )
+    return reference
+
+
+def _parent(stored: Any, reference: Array | None, leaf: Leaf) -> Words:
+    if type(stored) is not int:
+        raise CorruptFile(f"{_WHAT}: was encoded against a reference, and does not say which.")
+    if reference is None:
+        raise WrongReference(f"{_WHAT}: was encoded against a reference of digest {stored:016x}. Pass reference=.")
+    words = to_words(_fitting(reference, leaf), "reference")
+    came = codec.digest(words)
+    if came != stored:
+        raise WrongReference(
+            f"{_WHAT}: was encoded against a reference of digest {stored:016x}, this one has {came:016x}. "
+            f"Pass the array it was encoded against."
+        )
+    return words
+
+
+def _read(blob: memoryview, limits: Limits) -> tuple[dict[str, Any], Bytes]:
+    """Header and frame of a blob, its checksum compared."""
+    if len(blob) < 20 or not 0x80 <= blob[0] <= 0x8F or blob[1:9] != START:
+        raise CorruptFile(f"{_WHAT}: {len(blob)} bytes that are no blob of tricomp.encode, or a cut one.")
+    if blob[9] != FORMAT:
+        raise UnsupportedVersion(f"{_WHAT}: was written by format {blob[9]}; this tricomp reads {FORMAT}. Upgrade it.")
+    body = blob[:-9]
+    stored, computed = int.from_bytes(blob[-8:], "big"), check_of(body)
+    if blob[-9] != 0xCF or stored != computed:
+        raise CorruptFile(f"{_WHAT}: checksum {stored:016x} stored, {computed:016x} computed: it is cut or damaged.")
+    walker = msgpack.Unpacker(max_buffer_size=1 << 16, strict_map_key=False)
+    walker.feed(body[: 1 << 16])
+    try:
+        walker.skip()
+    except (ValueError, msgpack.UnpackException):
+        raise CorruptFile(f"{_WHAT}: its header is not valid msgpack of at most 64 KiB.") from None
+    offset = walker.tell()
+    header = bounds.unpack(body[:offset], f"{_WHAT}: header")
+    if "tree" in header:
+        raise CorruptFile(f"{_WHAT}: is a .tri file, not the blob of one array. Use tricomp.open.")
+    for key, kind in _KINDS.items():
+        if type(header.get(key)) is not kind:
+            raise CorruptFile(f"{_WHAT}: header: {key} is missing or of the wrong kind.")
+    shape = header["shape"]
+    if not all(type(n) is int and n >= 0 for n in shape) or math.prod(max(n, 1) for n in shape) >= 1 << 59:
+        raise CorruptFile(f"{_WHAT}: header: shape {shape}.")
+    limits.check("max_dimensions", len(shape), _WHAT)
+    return header, _join_bins(body[offset:])
+
+
+def _join_bins(body: memoryview) -> Bytes:
+    parts: list[memoryview] = []
+    while body:
+        n_length = {0xC4: 1, 0xC5: 2, 0xC6: 4}.get(body[0], 0)
+        end = 1 + n_length + int.from_bytes(body[1 : 1 + n_length], "big")
+        if not n_length or end > len(body):
+            raise CorruptFile(f"{_WHAT}: its frame is not a row of msgpack bins.")
+        parts.append(body[1 + n_length : end])
+        body = body[end:]
+    return parts[0] if len(parts) == 1 else b"".join(parts)

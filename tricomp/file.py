@@ -1,0 +1,461 @@
+"""One checkpoint in one file: save, load, and File, which decodes a leaf when it is asked for. Container plus codec.
+
+The hard thing: a delta's leaf needs the same leaf of its parent, which may need its own parent's. Frames are therefore
+gathered from the file down to the keyframe first and decoded on the way back, frame by frame, without recursion.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+
+from tricomp import bounds, codec, container, storage, tree
+from tricomp.bounds import Limits
+from tricomp.container import Contents, Entry, Writing
+from tricomp.dtypes import Words, from_words
+from tricomp.errors import (
+    CorruptFile,
+    CorruptFrame,
+    InvalidArgument,
+    LimitExceeded,
+    MissingLeaf,
+    TricompError,
+    WrongReference,
+)
+from tricomp.layout import Leaf, Snapshot, snapshot_of
+from tricomp.plan import Plan, Spec
+from tricomp.report import Report, report_of
+from tricomp.storage import Source
+
+Array = np.ndarray[Any, Any]
+Path = str | os.PathLike[str]
+_CACHED_FRAMES = 64  # of several small leaves each, so at most 64 x 65,536 words
+
+
+@dataclass(frozen=True)
+class Base:
+    """Something to code against, held in memory, and the content id (16 bytes) that names it."""
+
+    snapshot: Snapshot
+    content_id: bytes
+
+    def find(self, path: str) -> tuple[Leaf, Words] | None:
+        """Leaf and words of that path, or None."""
+        return self.snapshot.find(path)
+
+
+@dataclass(frozen=True)
+class Content:
+    """What goes into a file: the structure of a tree (see tricomp.tree) and the Snapshot of its leaves."""
+
+    structure: bytes
+    snapshot: Snapshot
+
+    @property
+    def content_id(self) -> bytes:
+        """16 bytes; of a file of this, unless the spec rounds."""
+        leaves, words = self.snapshot.layout.leaves, self.snapshot.words
+        return container.content_id(self.structure, leaves, [codec.digest(words(i)) for i in range(len(leaves))])
+
+
+class File(Mapping[str, Array]):
+    """A read-only mapping from leaf paths to arrays, decoded when asked for; each access gives a new array.
+
+    Attributes: name, keys() and the other methods of a Mapping, metadata, content_id, parent, writer.
+    A context manager. Decoding raises CorruptFrame (damage), WrongReference (a delta without its parent) and
+    LimitExceeded (more memory than limits allow).
+    """
+
+    def __init__(self, source: Source, reference: File | Base | None = None, limits: Limits = bounds.DEFAULTS) -> None:
+        """Takes over source. Raises CorruptFile, UnsupportedVersion, LimitExceeded, WrongReference."""
+        self.name = source.name
+        self._source, self._limits, self._reference = source, limits, reference
+        self._owned: list[File] = []
+        self._contents: Contents = container.read(source, limits)
+        self._index = {leaf.path: number for number, leaf in enumerate(self._contents.leaves)}
+        self._frame_of = {number: entry for entry in self._contents.frames for number in entry.leaves}
+        self._plans: dict[int, Plan] = {}
+        self._cache: OrderedDict[int, list[Words]] = OrderedDict()
+        self._check_reference()
+
+    @property
+    def content_id(self) -> str:
+        """32 hex digits that name the decoded content."""
+        return self._contents.summary.content_id.hex()
+
+    @property
+    def parent(self) -> str | None:
+        """Content id of the reference this file was coded against; None: it stands alone."""
+        parent = self._contents.summary.parent
+        return None if parent is None else parent.hex()
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What was given to save as metadata."""
+        return self._contents.summary.metadata
+
+    @property
+    def writer(self) -> str:
+        """Name and version of the program that wrote the file."""
+        return self._contents.summary.writer
+
+    @property
+    def since_keyframe(self) -> int:
+        """Checkpoints saved since the last one that stands alone; 0 if this one does."""
+        return self._contents.summary.since_keyframe
+
+    @property
+    def structure(self) -> bytes:
+        """The tree without its leaves, see tricomp.tree."""
+        return self._contents.structure
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the file."""
+        return self._source.n_bytes
+
+    def __getitem__(self, path: str) -> Array:
+        number = self._number(path)
+        return self._array(number, self._decode([number])[number])
+
+    def __contains__(self, path: object) -> bool:
+        return path in self._index
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._index)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def leaf(self, path: str) -> Leaf:
+        """Path, dtype and shape of a leaf, without decoding it. Raises MissingLeaf."""
+        return self._contents.leaves[self._number(path)]
+
+    def plan(self, path: str) -> Plan:
+        """How the frame of a leaf was coded. Raises MissingLeaf, CorruptFrame."""
+        return self._plan(self._frame_of[self._number(path)])
+
+    def coded_bytes(self, path: str) -> int:
+        """Bytes of the frame of a leaf, which small leaves share. Raises MissingLeaf."""
+        return self._frame_of[self._number(path)].n_bytes
+
+    def find(self, path: str) -> tuple[Leaf, Words] | None:
+        """Leaf and words (uint[n_words], not to be written to) of that path, or None: a codec's Reference."""
+        number = self._index.get(path)
+        return None if number is None else (self._contents.leaves[number], self._decode([number])[number])
+
+    def load(self, leaves: Iterable[str] | None = None) -> Any:
+        """The whole tree; or, given paths or patterns as in fnmatch, a dict of path to array. Raises MissingLeaf."""
+        if leaves is None:
+            words = self._decode_all(range(len(self)))
+            arrays = [self._array(number, words[number]) for number in range(len(self))]
+            return tree.unflatten(self.structure, arrays, self._limits, f"{self.name}: tree")
+        numbers = self._matching(leaves)
+        words = self._decode_all(numbers)
+        return {self._contents.leaves[number].path: self._array(number, words[number]) for number in numbers}
+
+    def snapshot(self) -> Snapshot:
+        """All leaves, decoded, as a Snapshot with memory of its own."""
+        words = self._decode_all(range(len(self)))
+        arrays = [self._array(number, words[number]) for number in range(len(self))]
+        return snapshot_of([leaf.path for leaf in self._contents.leaves], arrays)
+
+    def check(self) -> None:
+        """Compare the checksum of every frame, decoding nothing and needing no reference. Raises CorruptFrame."""
+        for entry in self._contents.frames:
+            container.read_frame(self._source, entry, self._contents.leaves[entry.leaves[0]].path)
+
+    def close(self) -> None:
+        """Let go of the file, and of the references that open opened for it."""
+        self._source.close()
+        self._cache.clear()
+        for file in self._owned:
+            file.close()
+
+    def __enter__(self) -> File:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<tricomp.File {self.name}: {len(self)} leaves, {self.content_id[:8]}>"
+
+    def own(self, file: File) -> File:
+        """Close file together with this one."""
+        self._owned.append(file)
+        return file
+
+    def _check_reference(self) -> None:
+        expected = self._contents.summary.parent
+        if self._reference is None:
+            return
+        came = self._reference.content_id
+        came = bytes.fromhex(came) if isinstance(came, str) else came
+        if expected is None:
+            raise WrongReference(f"{self.name}: stands alone and takes no reference. Open it without one.")
+        if came != expected:
+            raise WrongReference(
+                f"{self.name}: was encoded against content id {expected.hex()}, "
+                f"but the reference has {came.hex()}. Pass the checkpoint it was saved against."
+            )
+
+    def _number(self, path: str) -> int:
+        try:
+            return self._index[path]
+        except KeyError:
+            raise MissingLeaf(f"{self.name}: no leaf {path!r} among its {len(self)} leaves. See keys().") from None
+
+    def _matching(self, patterns: Iterable[str]) -> list[int]:
+        if isinstance(patterns, str):
+            raise InvalidArgument(f"leaves: expected a list of paths or patterns, got the text {patterns!r}.")
+        wanted: set[int] = set()
+        for pattern in patterns:
+            if pattern in self._index:
+                wanted.add(self._index[pattern])
+                continue
+            found = {number for path, number in self._index.items() if fnmatchcase(path, pattern)}
+            if not found:
+                raise MissingLeaf(f"{self.name}: no leaf matches {pattern!r} among its {len(self)} leaves. See keys().")
+            wanted |= found
+        return sorted(wanted)
+
+    def _plan(self, entry: Entry) -> Plan:
+        first = entry.leaves[0]
+        if first not in self._plans:
+            leaves = [self._contents.leaves[number] for number in entry.leaves]
+            plan = Plan.from_wire(entry.plan, leaves[0].path)
+            n_words = sum(leaf.n_words for leaf in leaves)
+            if plan.n_words != n_words or any(leaf.dtype != plan.dtype for leaf in leaves):
+                raise CorruptFrame(
+                    f"{self.name}: leaf {leaves[0].path!r}: its plan is for {plan.n_words} words of {plan.dtype.name}, "
+                    f"its leaves have {n_words} of {leaves[0].dtype.name}."
+                )
+            self._limits.check("max_decoded_bytes", sum(leaf.n_bytes for leaf in leaves), f"leaf {leaves[0].path!r}")
+            self._plans[first] = plan
+        return self._plans[first]
+
+    def _array(self, number: int, words: Words) -> Array:
+        """An array in memory of its own: no file, cache, reference or other leaf is reached through it."""
+        leaf, entry = self._contents.leaves[number], self._frame_of[number]
+        is_shared = len(entry.leaves) > 1 or self._plan(entry).predict == "copy"
+        is_own = words.base is None and words.flags.writeable and not is_shared
+        return from_words(words if is_own else words.copy(), leaf.dtype, leaf.shape)
+
+    def _decode_all(self, numbers: Iterable[int]) -> dict[int, Words]:
+        """Words of leaves by number, each frame decoded once; those that are siblings of others first."""
+        wanted = set(numbers)
+        n_bytes = sum(self._contents.leaves[number].n_bytes for number in wanted)
+        self._limits.check("max_decoded_bytes", n_bytes, f"{self.name}: leaves to load")
+        done: dict[int, Words] = {}
+        frames = {self._frame_of[number].leaves[0]: self._frame_of[number] for number in sorted(wanted)}
+        for entry in sorted(frames.values(), key=lambda entry: self._plan(entry).reference == "sibling"):
+            words = self._decode(entry.leaves, done)
+            done.update((number, words[number]) for number in entry.leaves if number in wanted)
+        return done
+
+    def _decode(self, numbers: Sequence[int], done: Mapping[int, Words] | None = None) -> dict[int, Words]:
+        """Words of leaves by number, decoded along the chain of files. done: leaves of this file decoded before."""
+        levels: list[tuple[File, list[Entry]]] = []
+        file, known = self, dict(done or {})
+        words: dict[str, tuple[Leaf, Words]] = {}
+        while numbers:
+            entries = file._entries_for(numbers, known if file is self else {})
+            levels.append((file, entries))
+            needed = [n for entry in entries if file._plan(entry).reference == "parent" for n in entry.leaves]
+            paths = [file._contents.leaves[number].path for number in needed]
+            if not paths:
+                break
+            above = file._parent_for(paths[0])
+            if isinstance(above, Base):
+                words = {path: found for path in paths if (found := above.find(path)) is not None}
+                break
+            numbers = [above._index[path] for path in paths if path in above._index]
+            file = above
+        for file, entries in reversed(levels):
+            decoded = dict(known) if file is self else {}
+            for entry in entries:
+                file._decode_frame(entry, words, decoded)
+            words = {file._contents.leaves[n].path: (file._contents.leaves[n], w) for n, w in decoded.items()}
+        return decoded
+
+    def _entries_for(self, numbers: Sequence[int], known: Mapping[int, Words]) -> list[Entry]:
+        """The frames of leaves, and before them those of their siblings."""
+        siblings: dict[int, Entry] = {}
+        wanted = {self._frame_of[number].leaves[0]: self._frame_of[number] for number in numbers}
+        for entry in list(wanted.values()):
+            plan = self._plan(entry)
+            if plan.reference != "sibling" or plan.sibling in known:
+                continue
+            if plan.sibling not in self._frame_of:
+                raise CorruptFrame(f"{self.name}: leaf number {entry.leaves[0]} has a sibling that does not exist.")
+            other = self._frame_of[plan.sibling]
+            if self._plan(other).reference == "sibling":
+                raise CorruptFrame(f"{self.name}: leaf number {entry.leaves[0]} has a sibling that has a sibling.")
+            siblings[other.leaves[0]] = wanted.pop(other.leaves[0], other)
+        return [*siblings.values(), *wanted.values()]
+
+    def _parent_for(self, path: str) -> File | Base:
+        if self._reference is None:
+            raise WrongReference(
+                f"{self.name}: leaf {path!r} was encoded against the checkpoint with content id {self.parent}, "
+                f"and no reference was given. Pass reference=, or load it through tricomp.Store."
+            )
+        return self._reference
+
+    def _decode_frame(self, entry: Entry, above: Mapping[str, tuple[Leaf, Words]], decoded: dict[int, Words]) -> None:
+        """Decode one frame and put its leaves' words into decoded, their digests compared."""
+        if entry.leaves[0] in self._cache:
+            self._cache.move_to_end(entry.leaves[0])
+            decoded.update(zip(entry.leaves, self._cache[entry.leaves[0]], strict=True))
+            return
+        plan = self._plan(entry)
+        leaves = [self._contents.leaves[number] for number in entry.leaves]
+        parent = self._parent_words(leaves, above) if plan.reference == "parent" else None
+        sibling = None
+        if plan.reference == "sibling":
+            sibling = self._contents.leaves[plan.sibling], decoded[plan.sibling]
+        data = container.read_frame(self._source, entry, leaves[0].path)
+        try:
+            words = codec.decode(leaves, plan, data, parent, sibling)
+        except MemoryError:
+            n_bytes = sum(leaf.n_bytes for leaf in leaves)
+            raise LimitExceeded(f"{self.name}: leaf {leaves[0].path!r}: no memory for its {n_bytes} bytes.") from None
+        except TricompError as error:
+            raise type(error)(f"{self.name}: {error}") from error
+        for number, leaf, found in zip(entry.leaves, leaves, words, strict=True):
+            stored, computed = self._contents.digests[number], codec.digest(found)
+            if stored != computed:
+                raise CorruptFrame(
+                    f"{self.name}: leaf {leaf.path!r}: digest {stored:016x} stored, {computed:016x} computed. "
+                    f'Restore the file from another copy, or run "tricomp verify" to list intact steps.'
+                )
+            decoded[number] = found
+        if len(leaves) > 1:
+            self._cache[entry.leaves[0]] = words
+            if len(self._cache) > _CACHED_FRAMES:
+                self._cache.popitem(last=False)
+
+    def _parent_words(self, leaves: Sequence[Leaf], above: Mapping[str, tuple[Leaf, Words]]) -> Words:
+        """The reference words of a frame's leaves, one after the other. Raises CorruptFile if they do not fit."""
+        parts: list[Words] = []
+        for leaf in leaves:
+            found = above.get(leaf.path)
+            if found is None or found[0].dtype != leaf.dtype or found[0].shape != leaf.shape:
+                raise CorruptFile(
+                    f"{self.name}: leaf {leaf.path!r}: its parent has "
+                    f"{'no such leaf' if found is None else f'{found[0].dtype.name}{list(found[0].shape)} there'}, "
+                    f"expected {leaf.dtype.name}{list(leaf.shape)}."
+                )
+            parts.append(found[1])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def open_file(path: Path, reference: Path | File | Any = None, limits: Limits = bounds.DEFAULTS) -> File:
+    """Open a `.tri` file; nothing is decoded yet.
+
+    path: of a local file. reference: for a delta, what it was saved against: a path, an open File or a tree.
+    Raises FileNotFoundError, CorruptFile, UnsupportedVersion, LimitExceeded, WrongReference, StorageError.
+    """
+    source = storage.LocalFile(os.fspath(path))
+    base: File | Base | None = None
+    try:
+        base = _base(reference, limits)
+        file = File(source, base, limits)
+    except BaseException:
+        source.close()
+        if isinstance(base, File) and base is not reference:
+            base.close()
+        raise
+    if isinstance(base, File) and base is not reference:
+        file.own(base)
+    return file
+
+
+def load(path: Path, reference: Path | File | Any = None, leaves: Iterable[str] | None = None) -> Any:
+    """The tree in a `.tri` file; or, given leaves (paths or fnmatch patterns), a dict of path to array.
+
+    Raises what open_file and File.load raise.
+    """
+    with open_file(path, reference) as file:
+        return file.load(leaves)
+
+
+def save(
+    path: Path,
+    tree: Any,
+    reference: Path | File | Any = None,
+    spec: Spec | None = None,
+    metadata: dict[str, Any] | None = None,
+) -> Report:
+    """Write a tree of numpy arrays and plain values to one file, atomically: a file that is there stays until the end.
+
+    reference: a path, an open File or a tree to encode against; it is needed again to load. metadata: plain values.
+    Raises UnsupportedNode, UnsupportedDtype (naming the leaf), InvalidArgument, StorageError.
+    """
+    folder, name = storage.split(path)
+    base = _base(reference, bounds.DEFAULTS)
+    try:
+        if isinstance(base, File) and os.path.realpath(base.name) == os.path.join(folder.url, name):
+            raise InvalidArgument(f"{os.fspath(path)}: would replace its own reference. Save to another path.")
+        since_keyframe = base.since_keyframe + 1 if isinstance(base, File) else int(base is not None)
+        return put(folder, name, flattened(tree), base, spec, metadata, since_keyframe)
+    finally:
+        if isinstance(base, File) and base is not reference:
+            base.close()
+
+
+def content_id(tree: Any) -> str:
+    """The content id, 32 hex digits, that a file of this tree gets. Raises UnsupportedNode, UnsupportedDtype."""
+    return flattened(tree).content_id.hex()
+
+
+def flattened(value: Any) -> Content:
+    """The Content of a tree, sharing its memory. Raises UnsupportedNode, UnsupportedDtype."""
+    structure, paths, arrays = tree.flatten(value)
+    return Content(structure, snapshot_of(paths, arrays))
+
+
+def held_in_memory(structure: bytes, snapshot: Snapshot) -> Base:
+    """A Snapshot to code against, under the content id that it has now."""
+    return Base(snapshot, Content(structure, snapshot).content_id)
+
+
+def put(
+    folder: storage.Storage,
+    name: str,
+    content: Content,
+    base: File | Base | None = None,
+    spec: Spec | None = None,
+    metadata: dict[str, Any] | None = None,
+    since_keyframe: int = 0,
+) -> Report:
+    """Encode content into one file of a storage, frame by frame as they come."""
+    if metadata is not None and not isinstance(metadata, dict):
+        raise InvalidArgument(f"metadata: expected a dict of plain values, got {type(metadata).__name__}.")
+    began = time.perf_counter()
+    parent = None if base is None else _id_of(base)
+    written = Writing(content.structure, content.snapshot.layout.leaves, parent, since_keyframe, metadata)
+    folder.put(name, written.pieces(codec.encode(content.snapshot, base, spec)))
+    return report_of(os.path.join(folder.url, name), written, time.perf_counter() - began)
+
+
+def _base(reference: Any, limits: Limits) -> File | Base | None:
+    """What reference names: an open File (opened here if it is a path), or a tree held in memory."""
+    if reference is None or isinstance(reference, (File, Base)):
+        return reference
+    if isinstance(reference, (str, os.PathLike)):
+        return open_file(reference, None, limits)
+    content = flattened(reference)
+    return Base(content.snapshot, content.content_id)
+
+
+def _id_of(base: File | Base) -> bytes:
+    return bytes.fromhex(base.content_id) if isinstance(base, File) else base.content_id

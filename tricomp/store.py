@@ -1,0 +1,382 @@
+"""The checkpoints of a run in one folder: storage, chain, container and codec put together.
+
+There is no manifest: the files are the truth, and chains are found from their headers and tails. The hard thing: a
+delta is only ever written against a checkpoint that is committed, and nothing that something else needs is removed.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from typing import Any, Literal
+
+from tricomp import container, storage
+from tricomp.chain import Keep, KeyframeEvery, Link, ReferenceChoice, chains, nearest, next_parent, to_prune
+from tricomp.errors import (
+    CorruptFile,
+    CorruptFrame,
+    InvalidArgument,
+    MissingParent,
+    MissingStep,
+    StorageError,
+    TricompError,
+    UnsupportedVersion,
+)
+from tricomp.file import Base, Content, File, flattened, held_in_memory, put
+from tricomp.plan import Spec
+from tricomp.report import BrokenStep, Report, VerifyReport
+
+_log = logging.getLogger("tricomp")
+_NAME = re.compile(r"step-(\d{12,18})\.tri")
+
+
+class Store:
+    """The checkpoints of one training run, in a local folder, one file a step.
+
+    url: folder; made by the first save. keyframe: how often a checkpoint stands alone. keep: retention policies; when
+    there are any, each save prunes what none of them wants and nothing kept needs; the step just saved is never pruned.
+    reference: code against the previous checkpoint (smallest) or the last keyframe (loads faster).
+    spec: how to encode. reference_in: keep a copy of the last saved words in host memory, or decode them from the
+    store at the next save ("store": no memory held between saves).
+
+    The next checkpoint is coded against the one that this Store last saved or loaded, else against the nearest lower
+    step. So after load(1000) of a run that went on to 1500, save(1010) continues from 1000; steps above stay where they
+    are, latest() still names the highest, and remove() takes those away that the run no longer stands for.
+
+    One writer at a time: the first save, prune, rebase or remove locks the folder until close() or the end of the
+    process, however it ends; a second writer gets StoreLocked. See tricomp/storage.py about network file systems.
+    Reading needs neither lock nor write permission.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        keyframe: KeyframeEvery = KeyframeEvery(10),  # noqa: B008 - it is frozen
+        keep: Sequence[Keep] = (),
+        reference: ReferenceChoice = "previous",
+        spec: Spec | None = None,
+        reference_in: Literal["host", "store"] = "host",
+    ) -> None:
+        if reference not in ("previous", "keyframe"):
+            raise InvalidArgument(f"Store: reference is 'previous' or 'keyframe', not {reference!r}.")
+        if reference_in not in ("host", "store"):
+            raise InvalidArgument(f"Store: reference_in is 'host' or 'store', not {reference_in!r}.")
+        self._folder = storage.at(url)
+        self._keyframe, self._keep, self._reference = keyframe, tuple(keep), reference
+        self._spec, self._reference_in = spec, reference_in
+        self._lock: storage.Lock | None = None
+        self._previous: int | None = None
+        self._held: Base | None = None
+        self._known: dict[str, tuple[object, Link | TricompError]] = {}
+
+    @property
+    def url(self) -> str:
+        """The folder, as given."""
+        return self._folder.url
+
+    def steps(self) -> list[int]:
+        """All steps that have a file, ascending, whether or not they can be loaded."""
+        return sorted(int(found[1]) for name in self._folder.list() if (found := _NAME.fullmatch(name)))
+
+    def latest(self) -> int | None:
+        """The highest step, or None."""
+        return max(self.steps(), default=None)
+
+    def save(
+        self, step: int, tree: Any, metadata: dict[str, Any] | None = None, overwrite: bool = False
+    ) -> Report:
+        """Write a checkpoint; when this returns it is durable, and until then every other one is as it was.
+
+        step: from 0. One that is there is refused unless overwrite=True; those coded against it are then rebased first.
+        Raises InvalidArgument, UnsupportedNode, UnsupportedDtype, StorageError, StoreLocked.
+        """
+        step = _step(step)
+        self._write_lock()
+        exists = step in self.steps()
+        if exists and not overwrite:
+            raise InvalidArgument(
+                f"step {step} is already in {self.url}. Save a higher step, or pass overwrite=True to replace it."
+            )
+        content = flattened(tree)
+        if exists:
+            self._rebase_children([step])
+        links = {link.step: link for link in self._links() if link.step != step}
+        lower = max((other for other in links if other < step), default=None)
+        previous = self._previous if self._previous in links else lower
+        parent = next_parent(links.values(), previous, self._keyframe, self._reference)
+        since_keyframe = links[previous].since_keyframe + 1 if parent is not None and previous is not None else 0
+        report = self._put(step, content, parent, metadata, since_keyframe)
+        self._previous = step
+        if parent is None or self._reference == "previous":
+            self._hold(content, report)
+        if step < max(links, default=step):
+            _log.warning("%s: saved step %d below step %d, which stays the latest", self.url, step, max(links))
+        try:
+            self._prune()
+        except StorageError as error:
+            _log.warning("step %d is saved, but older ones could not be removed: %s", step, error)
+        return report
+
+    def load(self, step: int | None = None, leaves: Iterable[str] | None = None) -> Any:
+        """The tree of a step (None: the latest); or, given leaves (paths or fnmatch patterns), a dict of path to array.
+
+        Raises MissingStep, MissingParent, CorruptFile, CorruptFrame: naming the nearest step that can be loaded.
+        """
+        with self.open(step) as file:
+            number = _number(file)
+            tree = self._advised(number, lambda: file.load(leaves))
+        self._previous = number
+        return tree
+
+    def open(self, step: int | None = None) -> File:
+        """The checkpoint of a step (None: the latest) as a File that decodes leaves when asked. Raises as load does."""
+        if step is None:
+            step = self.latest()
+            if step is None:
+                raise MissingStep(f"there are no checkpoints in {self.url}. Save one first, or check the path.")
+        step = _step(step)
+        if step not in self.steps():
+            other = nearest(self.steps(), step)
+            advice = "It has no checkpoints." if other is None else f"The nearest is step {other}."
+            raise MissingStep(f"step {step} is not in {self.url}. {advice}")
+        file: File = self._advised(step, lambda: self._open(step))
+        return file
+
+    def verify(self) -> VerifyReport:
+        """Decode every leaf of every step and compare checksums and digests. Damage is reported, never raised."""
+        found = chains(self._links())
+        children: dict[int, list[int]] = {}
+        for step, chain in found.items():
+            children.setdefault(chain[-2].step if len(chain) > 1 else -1, []).append(step)
+        reasons: dict[int, str] = {}
+        pending: list[tuple[int, Base | None]] = [(step, None) for step in children.get(-1, [])]
+        while pending:  # depth first, so that few decoded parents are held at a time
+            step, base = pending.pop()
+            try:
+                with File(self._folder.get(_file_name(step)), base) as file:
+                    file.check()
+                    decoded = Base(file.snapshot(), found[step][-1].content_id)
+                pending += [(child, decoded) for child in children.get(step, [])]
+            except (TricompError, OSError) as error:
+                reasons[step] = str(error)
+                lost = list(children.get(step, []))
+                while lost:
+                    child = lost.pop()
+                    reasons[child] = f"needs step {step}, which is broken."
+                    lost += children.get(child, [])
+        for step in self.steps():
+            if step not in found:
+                reasons[step] = str(self._fault(step))
+        intact = tuple(step for step in sorted(found) if step not in reasons)
+        return VerifyReport(intact, tuple(BrokenStep(step, reasons[step]) for step in sorted(reasons)))
+
+    def prune(self) -> tuple[int, ...]:
+        """Remove the steps that no policy wants and nothing kept needs, and return them; without policies, none.
+
+        Steps that cannot be loaded do not count and are left alone. Raises StorageError, StoreLocked.
+        """
+        self._write_lock()
+        return self._prune()
+
+    def rebase(self, step: int) -> Report:
+        """Write a step again so that it stands alone. Its content id stays, so its children still find it.
+
+        Raises MissingStep, MissingParent, CorruptFile, CorruptFrame, StorageError, StoreLocked.
+        """
+        self._write_lock()
+        with self.open(step) as file:
+            content = Content(file.structure, self._advised(_number(file), file.snapshot))
+            metadata = file.metadata
+        return put(self._folder, _file_name(_step(step)), content, None, self._lossless(), metadata)
+
+    def remove(self, *steps: int) -> None:
+        """Remove steps; those that stay and were coded against one of them are rebased first.
+
+        Raises MissingStep, StorageError, StoreLocked, and what rebase raises.
+        """
+        self._write_lock()
+        gone = [_step(step) for step in steps]
+        for step in gone:
+            if step not in self.steps():
+                raise MissingStep(f"step {step} is not in {self.url}: nothing was removed.")
+        self._rebase_children(gone)
+        for step in gone:
+            self._folder.delete(_file_name(step))
+
+    def close(self) -> None:
+        """Let the next writer in, and free the copy of the last saved words. The Store can be used again."""
+        self._held = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<tricomp.Store {self.url}>"
+
+    def _write_lock(self) -> None:
+        if self._lock is None or not self._lock.is_held:
+            self._lock = self._folder.lock()
+
+    def _links(self) -> list[Link]:
+        """The links of all files whose header, index and tail are sound; read once, and again when a file changes."""
+        links: list[Link] = []
+        stamps = self._folder.list()
+        self._known = {name: known for name, known in self._known.items() if name in stamps}
+        for name, stamp in stamps.items():
+            found = _NAME.fullmatch(name)
+            if not found:
+                continue
+            if name not in self._known or self._known[name][0] != stamp:
+                with suppress(FileNotFoundError):  # pruned by the writer a moment ago
+                    self._known[name] = stamp, self._read_link(name, int(found[1]))
+            link = self._known.get(name, (None, None))[1]
+            if isinstance(link, Link):
+                links.append(link)
+        return links
+
+    def _read_link(self, name: str, step: int) -> Link | TricompError:
+        try:
+            source = self._folder.get(name)
+            try:
+                summary = container.read_summary(source)
+            finally:
+                source.close()
+        except TricompError as error:
+            return error
+        return Link(step, summary.content_id, summary.parent, summary.since_keyframe)
+
+    def _open(self, step: int) -> File:
+        """The File of a step with its chain behind it. Raises MissingParent, CorruptFile and the like."""
+        chain = chains(self._links()).get(step)
+        if chain is None:
+            raise self._fault(step)
+        file: File | None = None
+        for link in chain:
+            try:
+                below = File(self._folder.get(_file_name(link.step)), file)
+            except FileNotFoundError:
+                raise MissingStep(f"step {link.step} was removed from {self.url} while it was opened.") from None
+            if file is not None:
+                below.own(file)
+            file = below
+        assert file is not None  # a chain has at least its own step
+        return file
+
+    def _fault(self, step: int) -> TricompError:
+        """Why a step has no chain."""
+        links = {link.step: link for link in self._links()}
+        if step not in links:
+            known = self._known.get(_file_name(step))
+            return known[1] if known and isinstance(known[1], TricompError) else MissingStep(f"step {step} is gone.")
+        ids = {link.content_id: link for link in links.values()}
+        link = links[step]
+        seen = {link.step}
+        while link.parent in ids and ids[link.parent].step not in seen:
+            link = ids[link.parent]
+            seen.add(link.step)
+        damaged = [other for other in self.steps() if other not in links]
+        note = f" (damaged there: steps {', '.join(map(str, damaged))})" if damaged else ""
+        needs = f"step {step} needs" if link.step == step else f"step {step} needs step {link.step}, which needs"
+        parent = link.parent.hex() if link.parent else "none"
+        return MissingParent(f"{needs} a parent with content id {parent}, which is not in {self.url}{note}.")
+
+    def _advised(self, step: int, action: Callable[[], Any]) -> Any:
+        """The result of action; if the step turns out broken, the error also names the step to load instead."""
+        try:
+            return action()
+        except (CorruptFile, CorruptFrame, MissingParent, UnsupportedVersion) as error:
+            rest = [other for other in chains(self._links()) if other != step]
+            while (other := nearest(rest, step)) is not None and not self._is_sound(other):
+                rest.remove(other)
+            advice = "No other step can be loaded." if other is None else f"Load step {other}, the nearest intact one."
+            raise type(error)(f"step {step}: {error} {advice}") from error
+
+    def _is_sound(self, step: int) -> bool:
+        """Whether all checksums along the chain of a step hold."""
+        try:
+            for link in chains(self._links())[step]:
+                source = self._folder.get(_file_name(link.step))
+                with File(source) as file:
+                    file.check()
+        except (TricompError, OSError):
+            return False
+        return True
+
+    def _put(
+        self,
+        step: int,
+        content: Content,
+        parent: Link | None,
+        metadata: dict[str, Any] | None,
+        since_keyframe: int,
+    ) -> Report:
+        """Write a step against its parent: the words in memory if they are the parent's, else those in the store."""
+        name = _file_name(step)
+        if parent is None:
+            return put(self._folder, name, content, None, self._spec, metadata)
+        if self._held is not None and self._held.content_id == parent.content_id:
+            return put(self._folder, name, content, self._held, self._spec, metadata, since_keyframe)
+        self._held = None
+        with self._open(parent.step) as base:
+            return put(self._folder, name, content, base, self._spec, metadata, since_keyframe)
+
+    def _hold(self, content: Content, report: Report) -> None:
+        """Keep a copy of what was saved, if it is what a reader of the file decodes: not so where spec rounds."""
+        self._held = None
+        if self._reference_in == "host":
+            held = held_in_memory(content.structure, content.snapshot.copy())
+            self._held = held if held.content_id.hex() == report.content_id else None
+
+    def _prune(self) -> tuple[int, ...]:
+        protected = () if self._previous is None else (self._previous,)
+        steps = to_prune(self._links(), self._keep, protected)
+        for step in reversed(steps):  # deltas before what they need
+            self._folder.delete(_file_name(step))
+        return steps
+
+    def _rebase_children(self, gone: Sequence[int]) -> None:
+        """Make those steps stand alone that stay and would lose a link of their chain."""
+        while True:
+            links = self._links()
+            before, after = chains(links), chains([link for link in links if link.step not in gone])
+            lost = [step for step in sorted(before) if step not in after and step not in gone]
+            if not lost:
+                return
+            self.rebase(lost[0])
+
+    def _lossless(self) -> Spec | None:
+        """The spec without its rounding: a rebased step decodes to what it was."""
+        return None if self._spec is None else Spec(tier=self._spec.tier, chunk_log2=self._spec.chunk_log2)
+
+
+def _step(step: Any) -> int:
+    try:
+        number = operator.index(step)
+    except TypeError:
+        raise InvalidArgument(f"step: expected an integer, got {step!r}.") from None
+    if isinstance(step, bool) or not 0 <= number < 10**18:
+        raise InvalidArgument(f"step: expected an integer from 0 to 10^18 - 1, got {step!r}.")
+    return number
+
+
+def _file_name(step: int) -> str:
+    return f"step-{step:012d}.tri"
+
+
+def _number(file: File) -> int:
+    """The step of a File of a store."""
+    found = _NAME.fullmatch(os.path.basename(file.name))
+    assert found is not None  # opened by its step's name
+    return int(found[1])
+
+
