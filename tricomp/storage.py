@@ -265,7 +265,9 @@ def split(path: str | os.PathLike[str]) -> tuple[Folder, str]:
     """The folder and name to put a file at path, links followed. Raises InvalidArgument, StorageError."""
     real = os.path.realpath(os.fspath(path))
     if os.path.lexists(real) and not os.path.isfile(real):
-        raise InvalidArgument(f"{os.fspath(path)}: is not a regular file and will not be replaced. Choose another path.")
+        raise InvalidArgument(
+            f"{os.fspath(path)}: is not a regular file and will not be replaced. Choose another path."
+        )
     folder = os.path.dirname(real)
     if not os.path.isdir(folder):
         raise StorageError(f"{os.fspath(path)}: cannot be written: there is no folder {folder}. Make it first.")
@@ -279,7 +281,9 @@ def at(url: str | os.PathLike[str]) -> Storage:
         raise InvalidArgument(f"store {path!r}: expected a path or URL as str.")
     path = path.removeprefix("file://")
     if "://" in path:
-        raise InvalidArgument(f"store {path!r}: only local folders can be stores in this version. Give a folder's path.")
+        raise InvalidArgument(
+            f"store {path!r}: only local folders can be stores in this version. Give a folder's path."
+        )
     return Folder(str(Path(path).expanduser()))
 
 

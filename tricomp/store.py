@@ -86,9 +86,7 @@ class Store:
         """The highest step, or None."""
         return max(self.steps(), default=None)
 
-    def save(
-        self, step: int, tree: Any, metadata: dict[str, Any] | None = None, overwrite: bool = False
-    ) -> Report:
+    def save(self, step: int, tree: Any, metadata: dict[str, Any] | None = None, overwrite: bool = False) -> Report:
         """Write a checkpoint; when this returns it is durable, and until then every other one is as it was.
 
         step: from 0. One that is there is refused unless overwrite=True; those coded against it are then rebased first.
@@ -378,5 +376,3 @@ def _number(file: File) -> int:
     found = _NAME.fullmatch(os.path.basename(file.name))
     assert found is not None  # opened by its step's name
     return int(found[1])
-
-

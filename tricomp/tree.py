@@ -106,9 +106,7 @@ def _refusal(path: str | None, what: str, advice: str) -> UnsupportedNode:
     return UnsupportedNode(f"{'the tree itself' if path is None else f'node {path!r}'}: {what}. {advice}")
 
 
-def _to_plain(
-    node: Tree, path: str | None, depth: int, paths: list[str], leaves: list[Array], limits: Limits
-) -> Any:
+def _to_plain(node: Tree, path: str | None, depth: int, paths: list[str], leaves: list[Array], limits: Limits) -> Any:
     limits.check("max_depth", depth, f"depth of the tree at {path!r}")
 
     def child(value: Tree, key: str | int) -> Any:
