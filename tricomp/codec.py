@@ -1,21 +1,52 @@
-"""Encode and decode a Snapshot; picks a backend by where the buffers live. The only importer of all backends."""
+"""Encode and decode Snapshots: leaves to frames and back. The only importer of the backends.
+
+Imports no framework. The hard thing: small leaves must share frames, equal and cast leaves must find each other, and
+frames must go to the backend in batches large enough to be fast, yet small enough to bound memory.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Protocol
 
 import numpy as np
-import xxhash
 
 from tricomp.dtypes import Words
+from tricomp.errors import CorruptFrame, InvalidArgument, WrongReference
 from tricomp.layout import Leaf, Snapshot
 from tricomp.plan import Plan, Spec
+from tricomp.reference import decode as _decoder
+from tricomp.reference import encode as _encoder
+from tricomp.reference.bits import cast, round_mantissa
+from tricomp.reference.digest import digest
+from tricomp.reference.planner import plan_frame
+from tricomp.reference.side import Side
+
+__all__ = ["Frame", "Reference", "bounded", "decode", "decode_many", "digest", "encode"]
+
+SMALL_WORDS = 16_384  # leaves below this share frames
+GROUP_WORDS = 65_536  # most words of a shared frame
+BATCH_WORDS = 8 << 20  # words encoded at a time; a larger leaf is a batch of its own
+_CAST_PAIRS = {
+    ("float32", "bfloat16"),
+    ("float32", "float16"),
+    ("float64", "float32"),
+    ("float64", "float16"),
+    ("float64", "bfloat16"),
+    ("bfloat16", "float32"),
+    ("float16", "float32"),
+}
 
 
 @dataclass(frozen=True)
 class Frame:
+    """One encoded leaf of any size, or several small leaves of one dtype, one after the other.
+
+    leaves: their numbers in the Layout. digests: 64 bits of each decoded leaf. data: side section, directory, chunks.
+    """
+
     leaves: tuple[int, ...]
     plan: Plan
     digests: tuple[int, ...]
@@ -23,33 +54,267 @@ class Frame:
 
 
 class Reference(Protocol):
+    """Anything that has the words of earlier leaves by path: a Snapshot, an open file."""
+
     def find(self, path: str) -> tuple[Leaf, Words] | None: ...
 
 
-def digest(words: Words) -> int:
-    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(words).view(np.uint8).data)
+def bounded(snapshot: Snapshot, spec: Spec) -> Snapshot:
+    """The Snapshot with the mantissas of `spec.keep_mantissa_bits` rounded: what a decoder of it will see.
+
+    Raises InvalidArgument when a pattern matches a leaf that is no float.
+    """
+    kept = [spec.mantissa_bits_of(leaf.path) for leaf in snapshot.layout.leaves]
+    if all(bits is None for bits in kept):
+        return snapshot
+    words = []
+    for i, (leaf, bits) in enumerate(zip(snapshot.layout.leaves, kept, strict=True)):
+        if bits is not None and not leaf.dtype.is_float:
+            raise InvalidArgument(
+                f"leaf {leaf.path!r}: keep_mantissa_bits applies to float leaves, this one is {leaf.dtype.name}. "
+                "Narrow the pattern."
+            )
+        words.append(snapshot.words(i) if bits is None else round_mantissa(snapshot.words(i), leaf.dtype, bits))
+    places = tuple(replace(place, buffer=i, offset=0) for i, place in enumerate(snapshot.layout.places))
+    return Snapshot(replace(snapshot.layout, places=places), tuple(words))
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A frame to be: its leaves, and the leaf it repeats or rounds, if any."""
+
+    leaves: tuple[int, ...]
+    sibling: int | None = None
 
 
 def encode(
-    snapshot: Snapshot, reference: Reference | None = None, spec: Spec | None = None,
-    threads: int | None = None, backend: str | None = None,
+    snapshot: Snapshot,
+    reference: Reference | None = None,
+    spec: Spec | None = None,
+    threads: int | None = None,
+    backend: str | None = None,
 ) -> Iterator[Frame]:
-    for i, leaf in enumerate(snapshot.layout.leaves):
-        words = snapshot.words(i)
-        predict, ref = "raw", "none"
-        data = words.tobytes()
-        if reference is not None:
-            found = reference.find(leaf.path)
-            if found is not None and found[0].shape == leaf.shape and np.array_equal(found[1], words):
-                predict, ref, data = "copy", "parent", b""
-        yield Frame((i,), Plan(leaf.dtype, leaf.n_words, predict, reference=ref), (digest(words),), data)
+    """Encode every leaf of a Snapshot, exactly once each, in no promised order.
+
+    reference: an earlier Snapshot or open file; leaves that it lacks, or has in another dtype or shape, are coded
+    without it. spec: see Spec; with keep_mantissa_bits the leaves are rounded first. threads: unused by the reference
+    backend. Raises InvalidArgument.
+    """
+    _check_backend(backend)
+    spec = spec or Spec()
+    snapshot = bounded(snapshot, spec)
+    leaves = snapshot.layout.leaves
+    digests = [digest(snapshot.words(i)) for i in range(len(leaves))]
+    pending: list[tuple[_Task, _encoder.Job]] = []
+    n_pending = 0
+    for task in _tasks(snapshot, reference, digests, spec):
+        job = _job(snapshot, reference, task, spec)
+        if n_pending and n_pending + job.plan.n_words > BATCH_WORDS:
+            yield from _flush(pending, digests)
+            pending, n_pending = [], 0
+        pending.append((task, job))
+        n_pending += job.plan.n_words
+    yield from _flush(pending, digests)
+
+
+def _check_backend(backend: str | None) -> None:
+    if backend not in (None, "auto", "reference"):
+        raise InvalidArgument(f"backend: expected 'auto' or 'reference', got {backend!r}; this version has no other.")
+
+
+def _flush(pending: list[tuple[_Task, _encoder.Job]], digests: list[int]) -> Iterator[Frame]:
+    encoded = _encoder.encode([job for _, job in pending])
+    for (task, job), (plan, data) in zip(pending, encoded, strict=True):
+        if plan.predict != "raw" and len(data) > job.words.nbytes + 64 and plan.n_chunks:
+            raw = replace(job, plan=_raw(job.plan), side=Side())
+            plan, data = min(((plan, data), _encoder.encode([raw])[0]), key=lambda coded: len(coded[1]))
+        yield Frame(task.leaves, plan, tuple(digests[i] for i in task.leaves), data)
+
+
+def _raw(plan: Plan) -> Plan:
+    return Plan(
+        plan.dtype, plan.n_words, "raw", chunk_log2=plan.chunk_log2, keep_mantissa_bits=plan.keep_mantissa_bits
+    )
+
+
+def _tasks(snapshot: Snapshot, reference: Reference | None, digests: list[int], spec: Spec) -> list[_Task]:
+    """Which leaves form which frames: repeats and casts of a sibling, large leaves alone, small leaves together."""
+    leaves = snapshot.layout.leaves
+    siblings = _siblings(snapshot, digests)
+    tasks = [_Task((i,), sibling) for i, sibling in siblings.items()]
+    small: list[int] = []
+    for i, leaf in enumerate(leaves):
+        if i in siblings:
+            continue
+        if leaf.n_words >= SMALL_WORDS:
+            tasks.append(_Task((i,)))
+        else:
+            small.append(i)
+
+    def kind(i: int) -> tuple[object, ...]:
+        leaf = leaves[i]
+        return (
+            leaf.dtype.number,
+            -1 if (kept := spec.mantissa_bits_of(leaf.path)) is None else kept,
+            _counterpart(leaf, reference) is not None,
+            leaf.path.rsplit("/", 1)[-1],
+        )
+
+    for _, group in groupby(sorted(small, key=kind), key=lambda i: kind(i)[:3]):
+        members: list[int] = []
+        n_words = 0
+        for i in group:
+            if members and n_words + leaves[i].n_words > GROUP_WORDS:
+                tasks.append(_Task(tuple(members)))
+                members, n_words = [], 0
+            members.append(i)
+            n_words += leaves[i].n_words
+        tasks.append(_Task(tuple(members)))
+    return tasks
+
+
+def _siblings(snapshot: Snapshot, digests: list[int]) -> dict[int, int]:
+    """Leaf number to that of an earlier equal leaf, or of a leaf that it is the cast of. No chains."""
+    leaves = snapshot.layout.leaves
+    found: dict[int, int] = {}
+    first_with: dict[tuple[int, int, int], int] = {}
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        if leaf.n_bytes < 256:
+            continue
+        j = first_with.setdefault((digests[i], leaf.dtype.number, leaf.n_words), i)
+        if j != i and np.array_equal(snapshot.words(i), snapshot.words(j)):
+            found[i] = j
+        else:
+            by_shape.setdefault(leaf.shape, []).append(i)
+    sources: set[int] = set(found.values())
+    for alike in by_shape.values():
+        for i in alike:
+            j = None if i in sources else _cast_source(snapshot, i, [j for j in alike if j not in found])
+            if j is not None:
+                found[i] = j
+                sources.add(j)
+    return found
+
+
+def _cast_source(snapshot: Snapshot, i: int, candidates: Sequence[int]) -> int | None:
+    """A leaf of the same shape whose cast leaf i is, nearly everywhere; narrower dtypes are made from wider first."""
+    leaf, words = snapshot.layout.leaves[i], snapshot.words(i)
+    probe = slice(None, None, max(len(words) // 256, 1))
+    for j in candidates:
+        other = snapshot.layout.leaves[j]
+        if (other.dtype.name, leaf.dtype.name) not in _CAST_PAIRS or other.dtype.word_bits < leaf.dtype.word_bits:
+            continue
+        probed = cast(snapshot.words(j)[probe], other.dtype, leaf.dtype)
+        if np.count_nonzero(probed != words[probe]) > len(probed) // 64:
+            continue
+        if (words == 0).all():
+            return None
+        return j
+    return None
+
+
+def _counterpart(leaf: Leaf, reference: Reference | None) -> Words | None:
+    """The reference's words of the same leaf, if dtype and shape are the same."""
+    found = None if reference is None else reference.find(leaf.path)
+    if found is None or found[0].dtype != leaf.dtype or found[0].shape != leaf.shape:
+        return None
+    return found[1]
+
+
+def _job(snapshot: Snapshot, reference: Reference | None, task: _Task, spec: Spec) -> _encoder.Job:
+    """Plan one frame."""
+    leaves = [snapshot.layout.leaves[i] for i in task.leaves]
+    words = _joined([snapshot.words(i) for i in task.leaves])
+    old = [_counterpart(leaf, reference) for leaf in leaves]
+    parent = _joined([part for part in old if part is not None]) if all(part is not None for part in old) else None
+    kept = spec.mantissa_bits_of(leaves[0].path)
+    if task.sibling is None:
+        shape = leaves[0].shape if len(leaves) == 1 else None
+        if shape is not None and leaves[0].dtype.words_per_element > 1:
+            shape = (*shape, leaves[0].dtype.words_per_element)
+        return plan_frame(words, parent, leaves[0].dtype, shape, spec, kept)
+    if parent is not None and np.array_equal(parent, words):
+        plan = Plan(leaves[0].dtype, len(words), "copy", reference="parent", keep_mantissa_bits=kept)
+        return _encoder.Job(plan, Side(), words, parent)
+    source = snapshot.layout.leaves[task.sibling]
+    plan = Plan(
+        leaves[0].dtype,
+        len(words),
+        "copy" if source.dtype == leaves[0].dtype else "cast",
+        chunk_log2=spec.chunk_log2,
+        reference="sibling",
+        sibling=task.sibling,
+        keep_mantissa_bits=kept,
+    )
+    return _encoder.Job(plan, Side(), words, snapshot.words(task.sibling), source.dtype)
+
+
+def _joined(parts: Sequence[Words]) -> Words:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def decode(
-    frame_leaves: Sequence[Leaf], plan: Plan, data: bytes | memoryview, parent: Words | None,
-    sibling: tuple[Leaf, Words] | None, threads: int | None = None, backend: str | None = None,
+    frame_leaves: Sequence[Leaf],
+    plan: Plan,
+    data: bytes | memoryview,
+    parent: Words | None,
+    sibling: tuple[Leaf, Words] | None,
+    threads: int | None = None,
+    backend: str | None = None,
 ) -> list[Words]:
-    if plan.predict == "copy":
-        assert parent is not None
-        return [parent]
-    return [np.frombuffer(data, plan.dtype.word_dtype).copy()]
+    """Words of each leaf of one frame; see decode_many."""
+    return decode_many([(frame_leaves, plan, data, parent, sibling)], threads, backend)[0]
+
+
+def decode_many(
+    frames: Sequence[
+        tuple[Sequence[Leaf], Plan, bytes | memoryview, Words | None, tuple[Leaf, Words] | None]
+    ],
+    threads: int | None = None,
+    backend: str | None = None,
+) -> list[list[Words]]:
+    """Words of each leaf of each frame: (leaves, plan, data, parent, sibling).
+
+    parent: the reference words of the frame's leaves, one after the other, when plan.reference is "parent". sibling:
+    the leaf that plan.sibling numbers and its words, when it is "sibling". Digests are not checked here. Raises
+    CorruptFrame, and WrongReference when a reference is missing or of another size.
+    """
+    _check_backend(backend)
+    jobs = [_decode_job(*frame) for frame in frames]
+    out = []
+    for (leaves, *_), words in zip(frames, _decoder.decode(jobs), strict=True):
+        ends = np.cumsum([leaf.n_words for leaf in leaves])
+        out.append([words[end - leaf.n_words : end] for leaf, end in zip(leaves, ends, strict=True)])
+    return out
+
+
+def _decode_job(
+    leaves: Sequence[Leaf],
+    plan: Plan,
+    data: bytes | memoryview,
+    parent: Words | None,
+    sibling: tuple[Leaf, Words] | None,
+) -> _decoder.Job:
+    name = leaves[0].path if leaves else "array"
+    n_words = sum(leaf.n_words for leaf in leaves)
+    if n_words != plan.n_words or any(leaf.dtype != plan.dtype for leaf in leaves):
+        raise CorruptFrame(
+            f"frame of {name!r}: its plan is for {plan.n_words} words of {plan.dtype.name}, its leaves have {n_words}"
+            f" of {leaves[0].dtype.name if leaves else 'no dtype'}."
+        )
+    if plan.reference == "none":
+        return _decoder.Job(plan, data, name=name)
+    words, source = (parent, plan.dtype) if plan.reference == "parent" else (None, plan.dtype)
+    if plan.reference == "sibling" and sibling is not None:
+        words, source = sibling[1], sibling[0].dtype
+    if words is None or len(words) != plan.n_words:
+        came = "none was given" if words is None else f"{len(words)} came"
+        raise WrongReference(
+            f"leaf {name!r}: it was encoded against a reference of {plan.n_words} words, {came}. "
+            "Pass the checkpoint that it was saved against."
+        )
+    pair = (source.name, plan.dtype.name)
+    if plan.predict == "cast" and pair not in _CAST_PAIRS or plan.predict != "cast" and source != plan.dtype:
+        raise CorruptFrame(f"frame of {name!r}: its reference of {pair[0]} does not fit a leaf of {pair[1]}.")
+    return _decoder.Job(plan, data, words, source, name)

@@ -1,0 +1,325 @@
+"""Decode frames, in numpy: check, parse, decode the streams, merge, patch. Defines what the bytes mean.
+
+Imports numpy, xxhash, errors, plan and the stages. The hard thing: the bytes may be hostile. Every length is checked
+against the payload before use, every index is clipped, and what cannot be right raises CorruptFrame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from tricomp.dtypes import DType, Words
+from tricomp.errors import CorruptFrame
+from tricomp.plan import Plan
+from tricomp.reference import side
+from tricomp.reference.entropy import Coded, rans_decode
+from tricomp.reference.frame import (
+    DIRECTORY_FIELDS,
+    PLANE_CONSTANT,
+    PLANE_RANS,
+    PLANE_RAW,
+    RAW_FLAG,
+    aligned,
+    base_words,
+    directory_shape,
+    head_bytes,
+)
+from tricomp.reference.lanes import LANES, ROW, padded
+from tricomp.reference.pack import Stacked, packed_bytes, stack_decode, stack_word_bits, unpack_bits
+from tricomp.reference.predict import contexts_of, levels, merge, symbol_bits
+from tricomp.reference.side import Side
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One frame to decode. reference: uint[n_words] as the plan asks. For `cast`: source is the reference's dtype.
+
+    name: what errors call the frame, a leaf's path.
+    """
+
+    plan: Plan
+    data: bytes | memoryview
+    reference: Words | None = None
+    source: DType | None = None
+    name: str = "array"
+
+
+@dataclass
+class _Chunk:
+    """A chunk on its way: what its payload holds, then symbols and remainders."""
+
+    job: Job
+    side: Side
+    number: int
+    n_words: int
+    n_padded: int
+    raw: Words | None = None
+    coded: Coded | None = None
+    contexts: Array | None = None
+    symbols: Array = field(default_factory=lambda: np.zeros(0, np.uint8))
+    planes: list[Array | Coded | int] = field(default_factory=list)
+    block_shifts: Array | None = None
+    stacked: Stacked | None = None
+    remainders: Words = field(default_factory=lambda: np.zeros(0, np.uint8))
+    patch_positions: Array = field(default_factory=lambda: np.zeros(0, np.uint16))
+    patch_words: Words = field(default_factory=lambda: np.zeros(0, np.uint8))
+
+    def fault(self, text: object) -> CorruptFrame:
+        return CorruptFrame(
+            f'chunk {self.number} of {self.job.name!r}: {text}. Run "tricomp verify" to list intact steps.'
+        )
+
+
+def decode(jobs: Sequence[Job]) -> list[Words]:
+    """The words of each frame. Raises CorruptFrame, naming chunk and frame."""
+    chunks = [_parse(job) for job in jobs]
+    flat = [chunk for parts in chunks for chunk in parts if chunk.raw is None]
+    _decode_symbols([chunk for chunk in flat if chunk.coded is not None])
+    _decode_planes([chunk for chunk in flat if chunk.planes])
+    _decode_stacks([chunk for chunk in flat if chunk.stacked is not None])
+    return [_join(job, parts) for job, parts in zip(jobs, chunks, strict=True)]
+
+
+def _parse(job: Job) -> list[_Chunk]:
+    """Check the head and every payload's checksum, and cut the payloads up."""
+    plan = job.plan
+    data = memoryview(job.data).cast("B")
+    if plan.n_chunks == 0:
+        if len(data):
+            raise CorruptFrame(f"frame of {job.name!r}: {len(data)} bytes where its plan leaves none.")
+        return []
+    n_head = head_bytes(plan)
+    if n_head > len(data) or xxhash.xxh3_64_intdigest(data[:n_head]) != plan.side_check:
+        raise CorruptFrame(
+            f'frame of {job.name!r}: its side section or directory is damaged. Run "tricomp verify" to list intact steps.'
+        )
+    try:
+        tables = side.read(plan, data[: plan.side_bytes])
+    except CorruptFrame as fault:
+        raise CorruptFrame(f"frame of {job.name!r}: {fault}.") from None
+    n_chunks, n_fields = directory_shape(plan)
+    rows = np.frombuffer(data, "<u4", n_chunks * n_fields, plan.side_bytes).reshape(n_chunks, n_fields)
+    chunks: list[_Chunk] = []
+    at = n_head
+    for number, row in enumerate(rows.tolist()):
+        n_words = min(1 << plan.chunk_log2, plan.n_words - (number << plan.chunk_log2))
+        chunk = _Chunk(job, tables, number, n_words, padded(n_words))
+        payload = data[at : at + row[2]]
+        if len(payload) < row[2]:
+            raise chunk.fault(f"{row[2]} bytes expected, {len(payload)} left")
+        checksum = xxhash.xxh3_64_intdigest(payload)
+        if checksum != row[0] | row[1] << 32:
+            raise chunk.fault(f"checksum {row[0] | row[1] << 32:016x} stored, {checksum:016x} computed")
+        _cut(chunk, row, payload)
+        chunks.append(chunk)
+        at = aligned(at + row[2]) if number + 1 < n_chunks else at + row[2]
+    if at != len(data):
+        raise CorruptFrame(f"frame of {job.name!r}: {len(data) - at} bytes left over after its last chunk.")
+    return chunks
+
+
+class _Payload:
+    """Takes the sections of a payload one after the other, never past its end."""
+
+    def __init__(self, chunk: _Chunk, octets: memoryview) -> None:
+        self._chunk = chunk
+        self._octets = octets
+        self._at = 0
+
+    def take(self, n_bytes: int, dtype: Any) -> Array:
+        if n_bytes > len(self._octets) - self._at:
+            raise self._chunk.fault("its sections are longer than its payload")
+        self._at += n_bytes
+        return np.frombuffer(self._octets[self._at - n_bytes : self._at], dtype)
+
+    def stream(self, n_words: int, head_dtype: str, word_dtype: str) -> tuple[Array, Array]:
+        """Heads (or states), the zeros before the words, the words."""
+        heads = self.take(LANES * np.dtype(head_dtype).itemsize, head_dtype)
+        n_bytes = n_words * np.dtype(word_dtype).itemsize
+        self.take(-n_bytes % 16, np.uint8)
+        return heads, self.take(n_bytes, word_dtype)
+
+    def finish(self) -> None:
+        if self._at != len(self._octets):
+            raise self._chunk.fault("its sections are shorter than its payload")
+
+
+def _cut(chunk: _Chunk, row: list[int], octets: memoryview) -> None:
+    """Cut a payload into its sections, as its row of the directory says."""
+    plan = chunk.job.plan
+    payload = _Payload(chunk, octets)
+    if row[3] & RAW_FLAG:
+        chunk.raw = payload.take(chunk.n_words * plan.dtype.word_bits // 8, plan.dtype.word_dtype)
+        payload.finish()
+        return
+    if plan.predict == "raw":
+        raise chunk.fault("it is not raw as its plan says")
+    if plan.entropy == "rans":
+        chunk.coded = Coded(*payload.stream(row[4], "<u4", "<u2"))
+    elif plan.entropy == "index":
+        packed = payload.take(packed_bytes(chunk.n_padded, plan.index_bits), "<u4")
+        places = unpack_bits(packed[None], chunk.n_padded, plan.index_bits)[0]
+        if (places >= len(chunk.side.dictionary)).any():
+            raise chunk.fault("an index is outside the dictionary")
+        chunk.symbols = chunk.side.dictionary[places]
+    for plane, width in enumerate(plan.plane_widths):
+        mode, value = row[DIRECTORY_FIELDS + plane] >> 28, row[DIRECTORY_FIELDS + plane] & (1 << 28) - 1
+        if mode == PLANE_RAW:
+            packed = payload.take(packed_bytes(chunk.n_padded, width), "<u4")
+            chunk.planes.append(unpack_bits(packed[None], chunk.n_padded, width)[0])
+        elif mode == PLANE_CONSTANT and value < 1 << width:
+            chunk.planes.append(value)
+        elif mode == PLANE_RANS and plane in chunk.side.plane_tables:
+            chunk.planes.append(Coded(*payload.stream(value, "<u4", "<u2")))
+        else:
+            raise chunk.fault(f"byte plane {plane} is in an unknown mode")
+    if plan.remainder == "stack":
+        if plan.has_block_shifts:
+            chunk.block_shifts = payload.take(chunk.n_padded // ROW, np.uint8)
+            payload.take(-(chunk.n_padded // ROW) % 16, np.uint8)
+        kind = f"<u{stack_word_bits(plan.dtype.word_bits) // 8}"
+        chunk.stacked = Stacked(*payload.stream(row[5], kind, kind))
+    n_patches = row[3]
+    chunk.patch_positions = payload.take(2 * n_patches, "<u2")
+    chunk.patch_words = payload.take(n_patches * plan.dtype.word_bits // 8, plan.dtype.word_dtype)
+    if n_patches and (int(chunk.patch_positions.max()) >= chunk.n_words):
+        raise chunk.fault("a patch is outside the chunk")
+    payload.finish()
+
+
+def _decode_symbols(chunks: list[_Chunk]) -> None:
+    for chunk in chunks:
+        chunk.contexts = _contexts(chunk)
+    tables = [chunk.side.tables for chunk in chunks]
+    try:
+        symbols = rans_decode(
+            [chunk.coded for chunk in chunks if chunk.coded is not None],
+            [table for table in tables if table is not None],
+            [chunk.contexts for chunk in chunks],
+            [chunk.n_padded for chunk in chunks],
+        )
+    except CorruptFrame as fault:
+        raise _name(chunks, fault) from None
+    for chunk, decoded in zip(chunks, symbols, strict=True):
+        chunk.symbols = decoded
+
+
+def _name(chunks: list[_Chunk], fault: CorruptFrame) -> CorruptFrame:
+    if len(chunks) == 1:
+        return chunks[0].fault(fault)
+    names = dict.fromkeys(chunk.job.name for chunk in chunks)
+    return CorruptFrame(f'one of {", ".join(map(repr, names))}: {fault}. Run "tricomp verify" to list intact steps.')
+
+
+def _contexts(chunk: _Chunk) -> Array | None:
+    """Contexts of a chunk, padded with 0."""
+    plan = chunk.job.plan
+    if plan.n_contexts == 1:
+        return None
+    first = chunk.number << plan.chunk_log2
+    level = levels(plan, chunk.side.scales, first, chunk.n_words) if plan.predict == "full" else None
+    contexts = contexts_of(plan, _reference(chunk), level)
+    assert contexts is not None
+    out = np.zeros(chunk.n_padded, np.uint8)
+    out[: chunk.n_words] = contexts
+    return out
+
+
+def _reference(chunk: _Chunk) -> Words | None:
+    first = chunk.number << chunk.job.plan.chunk_log2
+    reference = chunk.job.reference
+    return None if reference is None else reference[first : first + chunk.n_words]
+
+
+def _decode_planes(chunks: list[_Chunk]) -> None:
+    coded = [
+        (chunk, plane, octets)
+        for chunk in chunks
+        for plane, octets in enumerate(chunk.planes)
+        if isinstance(octets, Coded)
+    ]
+    try:
+        decoded = rans_decode(
+            [octets for _, _, octets in coded],
+            [chunk.side.plane_tables[plane] for chunk, plane, _ in coded],
+            [None] * len(coded),
+            [chunk.n_padded for chunk, _, _ in coded],
+        )
+    except CorruptFrame as fault:
+        raise _name([chunk for chunk, _, _ in coded], fault) from None
+    for (chunk, plane, _), octets in zip(coded, decoded, strict=True):
+        chunk.planes[plane] = octets
+    for chunk in chunks:
+        plan = chunk.job.plan
+        remainders = np.zeros(chunk.n_words, plan.dtype.word_dtype)
+        for plane, octets in enumerate(chunk.planes):
+            if isinstance(octets, np.ndarray):
+                remainders |= octets[: chunk.n_words].astype(remainders.dtype) << (plan.shift + 8 * plane)
+            elif isinstance(octets, int):
+                remainders |= remainders.dtype.type(octets << plan.shift + 8 * plane)
+        chunk.remainders = remainders
+
+
+def _decode_stacks(chunks: list[_Chunk]) -> None:
+    for word_bits in (8, 16, 32, 64):
+        members = [chunk for chunk in chunks if chunk.job.plan.dtype.word_bits == word_bits]
+        streams = [chunk.stacked for chunk in members if chunk.stacked is not None]
+        lengths = [_lengths(chunk) for chunk in members]
+        try:
+            values = stack_decode(streams, lengths, stack_word_bits(word_bits), f"<u{word_bits // 8}")
+        except CorruptFrame as fault:
+            raise _name(members, fault) from None
+        for chunk, value in zip(members, values, strict=True):
+            if chunk.block_shifts is not None:
+                value = value << np.repeat(chunk.block_shifts, ROW)
+            chunk.remainders = value[: chunk.n_words]
+
+
+def _lengths(chunk: _Chunk) -> Array:
+    """Bits that the stack holds of each remainder."""
+    lengths = np.zeros(chunk.n_padded, np.uint8)
+    lengths[: chunk.n_words] = symbol_bits(chunk.job.plan)[chunk.symbols[: chunk.n_words]]
+    if chunk.block_shifts is None:
+        return lengths
+    if (chunk.block_shifts >= chunk.job.plan.dtype.word_bits).any():
+        raise chunk.fault("a block shift exceeds the word")
+    return lengths - np.minimum(lengths, np.repeat(chunk.block_shifts, ROW))
+
+
+def _join(job: Job, chunks: list[_Chunk]) -> Words:
+    """Merge chunks, apply patches, and put them one after the other."""
+    plan = job.plan
+    if plan.predict == "constant":
+        return np.full(plan.n_words, plan.word, plan.dtype.word_dtype)
+    if plan.predict == "copy":
+        assert job.reference is not None
+        return job.reference.copy()
+    out = np.empty(plan.n_words, plan.dtype.word_dtype)
+    for chunk in chunks:
+        first = chunk.number << plan.chunk_log2
+        out[first : first + chunk.n_words] = _words(chunk, first)
+    return out
+
+
+def _words(chunk: _Chunk, first: int) -> Words:
+    if chunk.raw is not None:
+        return chunk.raw
+    plan = chunk.job.plan
+    reference = _reference(chunk)
+    if plan.predict in ("sparse", "cast"):
+        words = base_words(plan, chunk.n_words, reference, chunk.job.source).copy()
+    else:
+        remainders = chunk.remainders
+        if plan.remainder == "none":
+            remainders = np.zeros(chunk.n_words, plan.dtype.word_dtype)
+        symbols = chunk.symbols[: chunk.n_words]
+        words = merge(plan, symbols, remainders, reference, chunk.side.scales, chunk.side.palette, first)
+    words[chunk.patch_positions] = chunk.patch_words
+    return words

@@ -1,0 +1,279 @@
+"""Encode frames, in numpy: split every chunk, code its streams, lay them down. Defines the bytes.
+
+Imports numpy, xxhash, plan and the stages. The hard thing: the loops of the entropy stage want many chunks at once,
+so frames are encoded in batches; a frame's bytes never depend on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from tricomp.dtypes import DType, Words
+from tricomp.plan import Plan
+from tricomp.reference import side
+from tricomp.reference.bits import trailing_zeros
+from tricomp.reference.entropy import Coded, Tables, rans_encode
+from tricomp.reference.frame import (
+    ALIGN,
+    DIRECTORY_FIELDS,
+    PLANE_CONSTANT,
+    PLANE_RANS,
+    PLANE_RAW,
+    RAW_FLAG,
+    SEGMENT_CHUNKS,
+    base_words,
+)
+from tricomp.reference.lanes import ROW, padded
+from tricomp.reference.pack import Stacked, pack_bits, packed_bytes, stack_encode, stack_word_bits
+from tricomp.reference.predict import split, symbol_bits
+from tricomp.reference.side import Side
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One frame to encode. words, reference: uint[n_words]. For `cast`: source is the dtype of the reference."""
+
+    plan: Plan
+    side: Side
+    words: Words
+    reference: Words | None = None
+    source: DType | None = None
+
+
+@dataclass
+class _Chunk:
+    """A chunk on its way: symbol rows, remainders, patches, then the coded streams."""
+
+    words: Words
+    symbols: Array
+    patches: Array
+    rows: Array | None = None
+    planes: list[Array] | None = None
+    stack: tuple[Array, Array] | None = None
+    block_shifts: Array | None = None
+
+
+def encode(jobs: Sequence[Job]) -> list[tuple[Plan, bytes]]:
+    """The data of each frame and its plan, completed by side_bytes and side_check."""
+    chunks = [_take_apart(job) for job in jobs]
+    flat = [(job, chunk) for job, parts in zip(jobs, chunks, strict=True) for chunk in parts]
+
+    symbol_streams = _code([(c.rows, job.side.tables) for job, c in flat if c.rows is not None])
+    plane_streams = _code(
+        [
+            (c.planes[plane], tables)
+            for job, c in flat
+            if c.planes is not None
+            for plane, tables in job.side.plane_tables.items()
+        ]
+    )
+    stack_streams: dict[int, Stacked] = {}
+    for word_bits in (8, 16, 32, 64):
+        members = [
+            i for i, (job, c) in enumerate(flat) if c.stack is not None and job.plan.dtype.word_bits == word_bits
+        ]
+        stacks = [flat[i][1].stack for i in members]
+        coded = stack_encode([s[0] for s in stacks if s], [s[1] for s in stacks if s], stack_word_bits(word_bits))
+        stack_streams.update(zip(members, coded, strict=True))
+
+    frames: list[tuple[Plan, bytes]] = []
+    at = 0
+    next_symbols, next_planes = iter(symbol_streams), iter(plane_streams)
+    for job, parts in zip(jobs, chunks, strict=True):
+        rows: list[Array] = []
+        payloads: list[bytes] = []
+        for chunk in parts:
+            row, payload = _lay_down(job, chunk, next_symbols, next_planes, stack_streams.get(at))
+            rows.append(row)
+            payloads.append(payload)
+            at += 1
+        frames.append(_assemble(job, rows, payloads))
+    return frames
+
+
+def _code(streams: list[tuple[Array | None, Tables | None]]) -> list[Coded]:
+    return rans_encode([s[0] for s in streams if s[0] is not None], [s[1] for s in streams if s[1] is not None])
+
+
+def _take_apart(job: Job) -> list[_Chunk]:
+    """Predict and split every chunk of a frame."""
+    plan = job.plan
+    size = 1 << plan.chunk_log2
+    out: list[_Chunk] = []
+    if plan.n_chunks == 0:
+        return out
+    for first in range(0, plan.n_words, SEGMENT_CHUNKS * size):
+        words = job.words[first : first + SEGMENT_CHUNKS * size]
+        reference = None if job.reference is None else job.reference[first : first + SEGMENT_CHUNKS * size]
+        if plan.predict in ("raw", "sparse", "cast"):
+            is_patch = words != base_words(plan, len(words), reference, job.source) if plan.predict != "raw" else None
+            for start in range(0, len(words), size):
+                patches = (
+                    np.flatnonzero(is_patch[start : start + size]) if is_patch is not None else np.zeros(0, np.int64)
+                )
+                out.append(_Chunk(words[start : start + size], words[:0], patches))
+            continue
+        parts = split(plan, words, reference, job.side.scales, job.side.palette, first)
+        symbols, is_patch = _replace_unknown(job, parts.symbols, parts.contexts, parts.is_patch)
+        remainders = parts.remainders
+        if (is_patch != parts.is_patch).any():
+            remainders = np.where(is_patch, remainders.dtype.type(0), remainders)
+        for start in range(0, len(words), size):
+            stop = min(start + size, len(words))
+            n_padded = padded(stop - start)
+            chunk = _Chunk(words[start:stop], symbols[start:stop], np.flatnonzero(is_patch[start:stop]))
+            _fill(job, chunk, None if parts.contexts is None else parts.contexts[start:stop], n_padded)
+            if plan.remainder != "none":
+                _pack(job, chunk, _pad(remainders[start:stop], n_padded))
+            out.append(chunk)
+    return out
+
+
+def _replace_unknown(job: Job, symbols: Array, contexts: Array | None, is_patch: Array) -> tuple[Array, Array]:
+    """Turn symbols that the tables or the dictionary lack into patches; a patch takes its context's stand-in."""
+    plan = job.plan
+    if plan.entropy == "index":
+        is_known = np.zeros(plan.n_symbols, np.bool_)
+        is_known[job.side.dictionary] = True
+        is_patch = is_patch | ~is_known[symbols]
+        return np.where(is_patch, job.side.dictionary[0], symbols), is_patch
+    assert job.side.tables is not None
+    freqs, stand_ins = job.side.tables.freqs, job.side.tables.favourites().astype(np.uint8)
+    if contexts is None:
+        is_patch = is_patch | (freqs[0] == 0)[symbols]
+        return np.where(is_patch, stand_ins[0], symbols), is_patch
+    is_unknown = (freqs == 0).reshape(-1)
+    if is_unknown.any():
+        is_patch = is_patch | is_unknown[contexts.astype(np.uint16) * np.uint16(plan.n_symbols) + symbols]
+    if is_patch.any():
+        symbols = np.where(is_patch, stand_ins[contexts], symbols)
+    return symbols, is_patch
+
+
+def _pad(values: Array, n_padded: int) -> Array:
+    if len(values) == n_padded:
+        return values
+    out = np.zeros(n_padded, values.dtype)
+    out[: len(values)] = values
+    return out
+
+
+def _fill(job: Job, chunk: _Chunk, contexts: Array | None, n_padded: int) -> None:
+    """Rows for the entropy stage. Padding: context 0 and its stand-in, or dictionary entry 0."""
+    plan = job.plan
+    n = len(chunk.symbols)
+    if plan.entropy == "index":
+        places = np.zeros(plan.n_symbols, np.uint8)
+        places[job.side.dictionary] = np.arange(len(job.side.dictionary))
+        chunk.symbols = _pad(places[chunk.symbols], n_padded)
+        return
+    assert job.side.tables is not None
+    rows = np.full(n_padded, job.side.tables.favourites()[0], np.uint16)
+    rows[:n] = chunk.symbols
+    if contexts is not None:
+        rows[:n] += contexts.astype(np.uint16) * np.uint16(plan.n_symbols)
+    chunk.rows = rows
+
+
+def _pack(job: Job, chunk: _Chunk, remainders: Words) -> None:
+    """Byte planes, or values and lengths for the stack."""
+    plan = job.plan
+    n = len(chunk.words)
+    if plan.remainder == "planes":
+        chunk.planes = []
+        for plane, width in enumerate(plan.plane_widths):
+            octets = (remainders >> (plan.shift + 8 * plane)).astype(np.uint8)
+            chunk.planes.append(octets & np.uint8((1 << width) - 1) if width < 8 else octets)
+        return
+    symbols = chunk.symbols if plan.entropy == "rans" else job.side.dictionary[chunk.symbols[:n]]
+    lengths = np.zeros(len(remainders), np.uint8)
+    lengths[:n] = symbol_bits(plan)[symbols]
+    if plan.has_block_shifts:
+        chunk.block_shifts = _block_shifts(plan, remainders, lengths)
+        spread = np.repeat(chunk.block_shifts, ROW)
+        remainders = remainders >> spread
+        lengths = lengths - np.minimum(lengths, spread)
+    chunk.stack = (remainders, lengths)
+
+
+def _block_shifts(plan: Plan, remainders: Words, lengths: Array) -> Array:
+    """Zero bits at the bottom of every remainder of a row of 128; the longest length where all are zero."""
+    joined = np.bitwise_or.reduce(remainders.reshape(-1, ROW), axis=1)
+    longest = lengths.reshape(-1, ROW).max(axis=1)
+    return np.minimum(trailing_zeros(joined), longest)
+
+
+def _lay_down(
+    job: Job, chunk: _Chunk, symbols: Iterator[Coded], planes: Iterator[Coded], stacked: Stacked | None
+) -> tuple[Array, bytes]:
+    """The payload of a chunk and its row of the directory, checksum aside. Takes the chunk's streams."""
+    plan = job.plan
+    row = np.zeros(DIRECTORY_FIELDS + len(plan.plane_widths), np.uint32)
+    parts: list[bytes] = []
+    if chunk.rows is not None:
+        coded = next(symbols)
+        parts.append(_stream(coded.states.astype("<u4"), coded.words.astype("<u2")))
+        row[4] = len(coded.words)
+    elif plan.entropy == "index":
+        parts.append(pack_bits(chunk.symbols[None], plan.index_bits).astype("<u4").tobytes())
+    for plane, octets in enumerate(chunk.planes or ()):
+        coded = next(planes) if plane in job.side.plane_tables else None
+        mode, value, part = _plane(octets, plan.plane_widths[plane], coded)
+        row[DIRECTORY_FIELDS + plane] = mode << 28 | value
+        parts.append(part)
+    if stacked is not None:
+        if chunk.block_shifts is not None:
+            parts.append(chunk.block_shifts.tobytes() + bytes(-len(chunk.block_shifts) % 16))
+        kind = f"<u{stack_word_bits(plan.dtype.word_bits) // 8}"
+        parts.append(_stream(stacked.heads.astype(kind), stacked.words.astype(kind)))
+        row[5] = len(stacked.words)
+    if len(chunk.patches):
+        parts.append(chunk.patches.astype("<u2").tobytes() + chunk.words[chunk.patches].tobytes())
+        row[3] = len(chunk.patches)
+    payload = b"".join(parts)
+    if plan.predict == "raw" or len(payload) >= chunk.words.nbytes:
+        payload = chunk.words.tobytes()
+        row[3:] = 0
+        row[3] = RAW_FLAG
+    row[2] = len(payload)
+    return row, payload
+
+
+def _plane(octets: Array, width: int, coded: Coded | None) -> tuple[int, int, bytes]:
+    """The cheapest of the modes of a byte plane: mode, its value, its bytes."""
+    if (octets == octets[0]).all():
+        return PLANE_CONSTANT, int(octets[0]), b""
+    if coded is not None:
+        part = _stream(coded.states.astype("<u4"), coded.words.astype("<u2"))
+        if len(part) < packed_bytes(len(octets), width):
+            return PLANE_RANS, len(coded.words), part
+    return PLANE_RAW, 0, pack_bits(octets[None], width).astype("<u4").tobytes()
+
+
+def _stream(states: Array, words: Array) -> bytes:
+    """States, zeros, then the words, so that the words end on a multiple of 16 bytes."""
+    return states.tobytes() + bytes(-words.nbytes % 16) + words.tobytes()
+
+
+def _assemble(job: Job, rows: list[Array], payloads: list[bytes]) -> tuple[Plan, bytes]:
+    """The plan, with side_bytes and side_check filled in, and the frame's data."""
+    if not rows:
+        return job.plan, b""
+    directory = np.stack(rows).astype("<u4")
+    for row, payload in zip(directory, payloads, strict=True):
+        checksum = xxhash.xxh3_64_intdigest(payload)
+        row[0], row[1] = checksum & 0xFFFFFFFF, checksum >> 32
+    section = side.write(job.plan, job.side)
+    head = section + directory.tobytes() + bytes(-directory.nbytes % ALIGN)
+    plan = replace(job.plan, side_bytes=len(section), side_check=xxhash.xxh3_64_intdigest(head))
+    parts = [head]
+    for payload in payloads[:-1]:
+        parts += [payload, bytes(-len(payload) % ALIGN)]
+    return plan, b"".join([*parts, payloads[-1]])
