@@ -104,7 +104,7 @@ def full_bits(array: NDArray[Any], fields: Fields) -> float:
             remainder = fields.mantissa_bits - k
             best = min(best, entropy_bits(counts) + symbols.size * remainder - np.minimum(trailing, remainder).sum())
             counts = counts.reshape(_PHASES, -1, 2).sum(2) if k else counts
-    return best + sign_bits + zero_bits
+    return float(best + sign_bits + zero_bits)
 
 
 def _ordered(array: NDArray[Any], fields: Fields) -> Ints:

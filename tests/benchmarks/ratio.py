@@ -214,12 +214,13 @@ def _cpu_model() -> str:
 
 
 def _machine() -> dict[str, Any]:
-    names = ("tricomp", "numpy", "torch", "zipnn", *(() if sys.version_info >= (3, 14) else ("backports.zstd",)))
+    names = ("numpy", "torch", "zipnn", *(() if sys.version_info >= (3, 14) else ("backports.zstd",)))
+    peers = {name: importlib.metadata.version(name) for name in names}
     system = f"{platform.system()} {platform.machine()}"
     return {
         "machine": {"cpu": _cpu_model(), "n_cores": os.cpu_count(), "system": system},
         "date": time.strftime("%Y-%m-%d"),
-        "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}},
+        "versions": {"tricomp": tricomp.__version__, "python": platform.python_version(), **peers},
     }
 
 

@@ -1,0 +1,64 @@
+"""The ratio benchmark runs as its command says, on tiny models, and writes what the README's table needs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    for needed in ("torch", "zipnn"):
+        pytest.importorskip(needed)
+    folder = tmp_path_factory.mktemp("benchmark")
+    command = [sys.executable, "-m", "tests.benchmarks.ratio", "--small", "--state", folder / "state", "--out", folder]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_every_stream_has_every_column(out: Path) -> None:
+    streams = json.loads(next(out.glob("*-ratio-small.json")).read_text())["streams"]
+    assert len(streams) == 23
+    for row in streams:
+        columns = {"raw", "zstd", "zipnn", "fast", "dense", "bound"} | (
+            {"zipnn_xor"} if "apart" in row["stream"] else set()
+        )
+        assert columns <= row.keys()
+        assert 0 < row["bound"] < row["raw"]
+
+
+def test_small_leaves_cost_little(out: Path) -> None:
+    overhead = json.loads(next(out.glob("*-ratio-small.json")).read_text())["overhead"]
+    assert (overhead["n_leaves"], overhead["elements_per_leaf"]) == (1000, 1000)
+    assert 0 < overhead["noise_over_raw_percent"] < 0.5
+    assert overhead["real_over_one_leaf_percent"] < 0.5
+
+
+def test_the_page_shows_every_stream(out: Path) -> None:
+    results, page = (next(out.glob(f"*-ratio-small.{suffix}")).read_text() for suffix in ("json", "md"))
+    assert all(f"\n| {row['stream']} |" in page for row in json.loads(results)["streams"])
+
+
+def test_the_bound_is_the_entropy_of_a_known_source() -> None:
+    """32 exponents equally often, uniform mantissa and sign; then half of the words changed by one."""
+    code = """
+import numpy as np
+from tests.benchmarks import bound
+rng = np.random.default_rng(0)
+words = rng.integers(0, 1 << 28, 1 << 20, np.uint32) + np.uint32(100 << 23)
+words |= rng.integers(0, 2, words.size, np.uint32) << np.uint32(31)
+print(bound.full_bits(words.view(np.float32), bound.FLOAT32) / words.size)
+step = rng.integers(0, 2, words.size, np.uint32)
+print(bound.delta_bits((words + step).view(np.float32), words.view(np.float32), bound.FLOAT32) / words.size)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    full, delta = map(float, done.stdout.split())
+    assert 28.99 < full <= 29  # 5 bits of exponent, 23 of mantissa, sign
+    assert 1.49 < delta <= 1.51  # one bit for whether it changed; half did, and pay their sign

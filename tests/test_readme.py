@@ -1,0 +1,97 @@
+"""README.md: its examples run, its commands name extras that are there, its table is that of its results file."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+COMMANDS = re.findall(r"^```sh\n(.*?)\n```", README, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("code", EXAMPLES, ids=range(len(EXAMPLES)))
+def test_an_example_runs(code: str, tmp_path: Path) -> None:
+    if "torch" in code:
+        pytest.importorskip("torch")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_there_are_two_commands_and_ci_finds_the_second() -> None:
+    assert [command.partition(" && ")[2] for command in COMMANDS] == ["tricomp demo", "pytest"]
+    pattern = re.search(r'grep -x -E "(.+)" README.md', (ROOT / ".ci" / "run").read_text())
+    assert pattern is not None
+    assert re.findall(f"^{pattern[1]}$", README, re.MULTILINE) == [COMMANDS[1]]
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def _requirements(extra: str, extras: dict[str, list[str]]) -> set[str]:
+    found = set()
+    for requirement in extras[extra]:
+        own = re.fullmatch(r"tricomp\[(.+)\]", requirement)
+        for name in own[1].split(",") if own else ():
+            found |= _requirements(name, extras)
+        found |= set() if own else {requirement.partition(";")[0].strip()}
+    return found
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_extras_of_the_commands_pin_torch_and_triton(command: str) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extra = re.search(r"\.\[(\w+)\]", command)
+    assert extra is not None
+    assert {"torch==2.13.0", "triton==3.7.1"} <= _requirements(extra[1], extras)
+
+
+def _rendered(page: str) -> str:
+    code = "import sys; from tests.benchmarks import table; sys.stdout.write(table.with_table(sys.stdin.read()))"
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT, input=page, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_table_is_that_of_its_results_file() -> None:
+    assert _rendered(README) == README
+
+
+def test_a_table_that_was_edited_is_noticed() -> None:
+    first_number = re.search(r"\*\*(\d\d\.\d\d)\*\*", README)
+    assert first_number is not None
+    assert _rendered(README.replace(first_number[0], "**1.00**", 1)) == README
+
+
+def _results() -> dict[str, Any]:
+    file = re.search(r"<!-- table:ratio (\S+) -->", README)
+    assert file is not None
+    found: dict[str, Any] = json.loads((ROOT / file[1]).read_text())
+    return found
+
+
+def test_results_name_machine_date_versions_and_data() -> None:
+    results = _results()
+    assert results["machine"]["cpu"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", results["date"])
+    assert {"tricomp", "torch", "zipnn", "numpy"} <= results["versions"].keys()
+    assert results["data"][0]["n_parameters"] > 10_000_000
+
+
+def test_results_hold_what_the_codec_promises() -> None:
+    results = _results()
+    rows = {row["stream"]: row for row in results["streams"]}
+    for name, row in rows.items():
+        assert row["dense"] <= max(row["bound"] * 1.01, row["bound"] + 0.1), name
+        assert row["dense"] < min(row["zipnn"], row.get("zipnn_xor", row["zipnn"])), name
+    assert rows["v"]["dense"] <= rows["v"]["zipnn"] - 1.5
+    assert rows["w bfloat16, 10 apart"]["dense"] <= 0.85 * rows["w bfloat16, 10 apart"]["zipnn_xor"]
+    assert results["overhead"]["noise_over_raw_percent"] < 0.5
+    assert results["overhead"]["real_over_one_leaf_percent"] < 0.5
+    assert all(min(row["encode"], row["decode"]) >= 10 for row in results["speed"])
