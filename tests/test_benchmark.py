@@ -17,7 +17,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for needed in ("torch", "zipnn"):
         pytest.importorskip(needed)
     folder = tmp_path_factory.mktemp("benchmark")
-    command = [sys.executable, "-m", "tests.benchmarks.ratio", "--small", "--state", folder / "state", "--out", folder]
+    command = [sys.executable, "-m", "tests.benchmarks.ratio", "--small", "--state", str(folder), "--out", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return folder
