@@ -1,0 +1,116 @@
+"""Whether a stored state fits the object that is to take it over. Changes nothing.
+
+The hard thing: torch itself would load much of what does not fit without a word: values of another dtype, a scheduler
+of another class, moments of parameters that now come in another order. Each is a sentence here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch.nn.parameter import is_lazy
+
+from tricomp.tree import join
+from tricomp_torch.objects import Pair, names_in_order
+from tricomp_torch.tensors import to_array
+from tricomp_torch.ties import TieFinder, is_same
+
+_N_SHOWN = 8
+
+
+def problems(
+    pair: Pair, classes: Mapping[str, str], parameters: Mapping[str, list[str]], names: Mapping[int, str], strict: bool
+) -> Iterator[str]:
+    """Sentences that say why the object cannot take over the state; none if it can.
+
+    classes, parameters: as `objects.take` found them at save; names: of the parameters of the models given now.
+    strict=False lets pass missing and unexpected keys of modules (as torch does), a missing state, another class or
+    dtype; wrong shapes never pass.
+    """
+    target, here = pair.target, type(pair.target).__name__
+    if pair.state is None:
+        if strict:
+            yield f"{pair.path}: the checkpoint holds no state for this {here}"
+        return
+    if isinstance(target, torch.nn.Module):
+        yield from _module_problems(pair, strict)
+        return
+    stored = classes.get(pair.path, here)
+    if strict and stored != here:  # modules are judged by their keys: wrappers rename their classes
+        yield f"{pair.path}: the checkpoint holds the state of a {stored}, got a {here}"
+    elif isinstance(target, torch.optim.Optimizer):
+        yield from _optimizer_problems(pair, parameters.get(pair.path), names, strict)
+
+
+def missing_and_unexpected(pair: Pair) -> tuple[list[str], list[str]]:
+    """Keys of the module that the state lacks, and keys of the state that the module lacks."""
+    if not isinstance(pair.target, torch.nn.Module) or pair.state is None:
+        return [], []
+    live = pair.target.state_dict()
+    return [key for key in live if key not in pair.state], [key for key in pair.state if key not in live]
+
+
+def _module_problems(pair: Pair, strict: bool) -> Iterator[str]:
+    if not isinstance(pair.state, Mapping):
+        yield f"{pair.path}: the checkpoint holds a {type(pair.state).__name__}, expected a module's state"
+        return
+    live = pair.target.state_dict()
+    missing, unexpected = missing_and_unexpected(pair)
+    if strict and missing:
+        yield f"{pair.path}: missing from the checkpoint: {_shown(missing)}"
+    if strict and unexpected:
+        yield f"{pair.path}: in the checkpoint but not in the module: {_shown(unexpected)}"
+    ties = TieFinder()
+    for key, held in live.items():
+        stored = pair.state.get(key)
+        if not isinstance(held, torch.Tensor) or key not in pair.state:
+            continue
+        where = join(pair.path, key)
+        if not isinstance(stored, torch.Tensor):
+            yield f"{where}: the checkpoint holds a {type(stored).__name__}, the module a tensor"
+        elif is_lazy(held):
+            continue
+        elif stored.shape != held.shape:
+            yield f"{where}: the checkpoint holds shape {tuple(stored.shape)}, the module {tuple(held.shape)}"
+        elif strict and stored.dtype != held.dtype:
+            yield f"{where}: the checkpoint holds {stored.dtype}, the module {held.dtype}; loading would round"
+        else:
+            ties.add(key, held)
+    if strict:
+        for key, first in ties.ties.items():
+            if not is_same(to_array(pair.state[key], key), to_array(pair.state[first], first)):
+                yield (
+                    f"{join(pair.path, key)}: one tensor with {first!r} in the module, "
+                    "but the two differ in the checkpoint"
+                )
+
+
+def _optimizer_problems(
+    pair: Pair, stored_names: list[str] | None, names: Mapping[int, str], strict: bool
+) -> Iterator[str]:
+    if not isinstance(pair.state, Mapping) or not {"state", "param_groups"} <= set(pair.state):
+        yield f"{pair.path}: the checkpoint holds something else than an optimizer's state"
+        return
+    stored = [len(group["params"]) for group in pair.state["param_groups"]]
+    here = [len(group["params"]) for group in pair.target.param_groups]
+    if stored != here:
+        yield f"{pair.path}: the checkpoint holds groups of {_counts(stored)} parameters, the optimizer {_counts(here)}"
+        return
+    here_names = names_in_order(pair.target, names) if names else None
+    if strict and stored_names and here_names and stored_names != here_names:
+        i = next(i for i, (a, b) in enumerate(zip(stored_names, here_names, strict=True)) if a != b)
+        yield (
+            f"{pair.path}: parameter {i} was {stored_names[i]!r} when saved and is {here_names[i]!r} now; "
+            "its moments would go to another parameter"
+        )
+
+
+def _shown(keys: Iterable[str]) -> str:
+    keys = list(keys)
+    more = f" and {len(keys) - _N_SHOWN} more" if len(keys) > _N_SHOWN else ""
+    return ", ".join(repr(key) for key in keys[:_N_SHOWN]) + more
+
+
+def _counts(counts: list[int]) -> str:
+    return " + ".join(str(count) for count in counts) or "no"

@@ -1,0 +1,81 @@
+"""save and load: torch trees in `.tri` files. Argument order is that of torch.save and torch.load; no pickle, ever."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+import tricomp
+from tricomp.errors import InvalidArgument
+from tricomp_torch.tensors import device_of
+from tricomp_torch.trees import NOTES_KEY, Flat, flatten, unflatten, unflatten_leaves
+
+
+def save(
+    obj: Any,
+    path: str | os.PathLike[str],
+    *,
+    reference: Any = None,
+    spec: tricomp.Spec | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> tricomp.Report:
+    """Write obj, any nesting of dicts, lists and tuples of tensors and plain values, to path.
+
+    reference: a path, an open `tricomp.File` or a torch tree that the reader will also have; the file then holds the
+    difference. Entries that are the same tensor (tied weights) are noted, and `load` ties them again. Views that only
+    overlap are stored separately. requires_grad and devices are not stored.
+
+    Raises UnsupportedNode and UnsupportedDtype, naming the entry; StorageError.
+
+    >>> tricomp_torch.save({"model": model.state_dict(), "step": 7}, "step7.tri")  # doctest: +SKIP
+    """
+    flat = flatten(obj)
+    metadata = with_notes(metadata, flat.notes)
+    return tricomp.save(os.fspath(path), flat.tree, reference=_reference(reference), spec=spec, metadata=metadata)
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    reference: Any = None,
+    map_location: str | torch.device | None = None,
+    leaves: Sequence[str] | None = None,
+) -> Any:
+    """Read back what `save` wrote; also any other `.tri` file whose dtypes torch has.
+
+    reference: what `save` was given. map_location: the device of all tensors, the CPU if None (a file keeps no
+    devices). leaves: entry paths or patterns such as "model/h.0.*"; then only those are read, and the result is a dict
+    of path to tensor.
+
+    Raises CorruptFile, CorruptFrame, WrongReference, MissingLeaf, UnsupportedVersion, UnsupportedDtype.
+    """
+    device = device_of(map_location)
+    with tricomp.open(os.fspath(path), reference=_reference(reference)) as file:
+        notes = notes_of(file.metadata)
+        if leaves is None:
+            return unflatten(Flat(file.load(), notes), device)
+        return unflatten_leaves(file.load(leaves), notes, device)
+
+
+def with_notes(metadata: Mapping[str, Any] | None, notes: Mapping[str, Any]) -> dict[str, Any]:
+    """The user's metadata with the notes beside it. Raises InvalidArgument if it uses the notes' key."""
+    metadata = dict(metadata or {})
+    if NOTES_KEY in metadata:
+        raise InvalidArgument(f"metadata: the key {NOTES_KEY!r} is kept for tricomp's own notes. Use another key.")
+    return {**metadata, NOTES_KEY: dict(notes)} if notes else metadata
+
+
+def notes_of(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The notes in a file's metadata, empty for files that another program wrote."""
+    notes = (metadata or {}).get(NOTES_KEY, {})
+    return dict(notes) if isinstance(notes, Mapping) else {}
+
+
+def _reference(reference: Any) -> Any:
+    """What the core takes as a reference: paths and open files as they are, torch trees flattened."""
+    if reference is None or isinstance(reference, str | os.PathLike | tricomp.File):
+        return reference
+    return flatten(reference).tree

@@ -1,0 +1,142 @@
+"""Stateful objects (modules, optimizers, schedulers, generators, ...): their states taken, paired up and given back.
+
+Holds no file code; `checks` judges the pairs before anything is given. The hard thing: an optimizer's own
+load_state_dict casts its state to the parameter's dtype, which loses bits, so the bits are put back afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from tricomp.tree import join
+
+
+@dataclass(frozen=True)
+class States:
+    """States of objects as one tree; by path, the objects' class names and the names of optimizers' parameters."""
+
+    tree: dict[str, Any]
+    classes: dict[str, str] = field(default_factory=dict)
+    parameters: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An object given to restore, and the state stored for it."""
+
+    path: str
+    target: Any
+    state: Any
+
+
+def is_object(value: Any) -> bool:
+    """Whether value has a state of its own that can be taken and given back."""
+    if isinstance(value, torch.Generator | np.random.Generator):
+        return True
+    return all(callable(getattr(value, name, None)) for name in ("state_dict", "load_state_dict"))
+
+
+def holds_object(value: Any) -> bool:
+    """Whether value is, or a nesting of dicts, lists and tuples that has in it, an object with a state."""
+    return is_object(value) or any(holds_object(entry) for _, entry in _entries(value))
+
+
+def take(values: Mapping[str, Any], names: Mapping[int, str]) -> States:
+    """The states of all objects in values; all else stays as it is. names: what `parameter_names` gave."""
+    states = States({})
+
+    def walk(value: Any, path: str) -> Any:
+        if is_object(value):
+            states.classes[path] = type(value).__name__
+            if isinstance(value, torch.optim.Optimizer) and names:
+                states.parameters[path] = names_in_order(value, names)
+            return _state_of(value)
+        if type(value) is dict:
+            return {key: walk(entry, join(path, key)) for key, entry in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(walk(entry, join(path, i)) for i, entry in enumerate(value))
+        return value
+
+    for slot, value in values.items():
+        states.tree[slot] = walk(value, join(None, slot))
+    return states
+
+
+def pair_up(values: Any, tree: Any, path: str | None = None) -> Iterator[Pair]:
+    """Every object in values with its stored state; the state is None where the tree has none."""
+    if is_object(values):
+        yield Pair(path or "", values, tree)
+    for key, value in _entries(values):
+        entries = dict(_entries(tree))
+        if key in entries or holds_object(value):
+            yield from pair_up(value, entries.get(key), join(path, key))
+
+
+def put_in(values: Any, tree: Any) -> Any:
+    """The tree with each object of values in the place of its state."""
+    if is_object(values):
+        return values
+    entries = dict(_entries(values))
+    if isinstance(tree, dict):
+        return {key: put_in(entries.get(key), state) for key, state in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)(put_in(entries.get(i), state) for i, state in enumerate(tree))
+    return tree
+
+
+def give(pair: Pair, strict: bool) -> None:
+    """Let the object take over the state. strict: as in torch, for modules."""
+    target, state = pair.target, pair.state
+    if isinstance(target, torch.Generator):
+        target.set_state(state.cpu())
+    elif isinstance(target, np.random.Generator):
+        target.bit_generator.state = state
+    elif isinstance(target, torch.nn.Module):
+        target.load_state_dict(state, strict=strict)
+    else:
+        target.load_state_dict(state)
+        if isinstance(target, torch.optim.Optimizer):
+            _put_bits_back(target, state)
+
+
+def parameter_names(model: Any) -> dict[int, str]:
+    """Name of each parameter of the module, or of the modules in a dict or list, by id."""
+    if isinstance(model, torch.nn.Module):
+        return {id(parameter): name for name, parameter in model.named_parameters()}
+    return {key: name for _, entry in _entries(model) for key, name in parameter_names(entry).items()}
+
+
+def names_in_order(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> list[str]:
+    """Names of the optimizer's parameters in its own order, which is all that its state goes by; "" if unknown."""
+    return [names.get(id(parameter), "") for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _entries(value: Any) -> list[tuple[Any, Any]]:
+    if isinstance(value, dict):
+        return list(value.items())
+    if isinstance(value, list | tuple):
+        return list(enumerate(value))
+    return []
+
+
+def _state_of(value: Any) -> Any:
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, np.random.Generator):
+        return dict(value.bit_generator.state)
+    return value.state_dict()
+
+
+def _put_bits_back(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        for key, stored in state["state"].get(number, {}).items():
+            held = optimizer.state[parameter].get(key)
+            if isinstance(stored, torch.Tensor) and isinstance(held, torch.Tensor) and held.dtype != stored.dtype:
+                optimizer.state[parameter][key] = stored.to(held.device)

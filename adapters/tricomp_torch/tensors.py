@@ -1,0 +1,91 @@
+"""One tensor to one numpy array and back, bit for bit. Imports torch, numpy and the core's dtypes and errors.
+
+The hard thing: torch and numpy disagree about which dtypes exist, so the bits cross over as signed integers of the
+same width and are named again on the other side. A CPU tensor crosses without a copy. A tensor on another device is
+first copied to host memory, once, by `.to("cpu")`: compressing it where it lives is not in this version.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from tricomp import dtypes
+from tricomp.errors import InvalidArgument, UnsupportedDtype, UnsupportedNode
+
+Array = np.ndarray[Any, Any]
+
+# Names are the same on both sides, except that numpy has no 4-byte complex and torch no float8_e3m4 and its like.
+_TORCH_BY_NAME = {name: getattr(torch, name) for name in dtypes.NAMES if hasattr(torch, name)}
+_NAME_BY_TORCH = {dtype: name for name, dtype in _TORCH_BY_NAME.items()}
+_CARRIER_BY_ITEM_BYTES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def to_array(tensor: torch.Tensor, path: str) -> Array:
+    """The numpy array of a tensor's bits, sharing its memory when it is on the CPU.
+
+    Any strides, any number of dimensions; requires_grad is dropped. Raises UnsupportedNode for tensors that are not
+    plain strided memory and UnsupportedDtype for dtypes the format does not know, both naming the path.
+    """
+    _require_plain(tensor, path)
+    name = _NAME_BY_TORCH.get(tensor.dtype)
+    if name is None:
+        raise UnsupportedDtype(
+            f"leaf {path!r}: {tensor.dtype} is not one of {', '.join(_TORCH_BY_NAME)}. Convert it, or leave it out."
+        )
+    plain = tensor.detach().resolve_conj().resolve_neg().to("cpu")
+    if tensor.is_complex():
+        return plain.numpy()
+    return plain.view(_CARRIER_BY_ITEM_BYTES[plain.element_size()]).numpy().view(dtypes.by_name(name).numpy)
+
+
+def to_tensor(array: Array, path: str, device: torch.device | None = None) -> torch.Tensor:
+    """The tensor of an array's bits, on device (None: the CPU), always in memory that torch allocated.
+
+    numpy aligns memory less strictly than torch does, and BLAS may round differently on it: a run resumed on numpy's
+    memory could drift from an uninterrupted one. Raises UnsupportedDtype, naming the path, for dtypes torch lacks.
+    """
+    name = array.dtype.name
+    dtype = _TORCH_BY_NAME.get(name)
+    if dtype is None:
+        raise UnsupportedDtype(f"leaf {path!r}: torch has no dtype {name!r}. Load this file with tricomp.load.")
+    if dtype.is_complex:
+        tensor = torch.empty(array.shape, dtype=dtype)
+        tensor.numpy()[...] = array
+    else:
+        carrier = torch.empty(array.shape, dtype=_CARRIER_BY_ITEM_BYTES[array.dtype.itemsize])
+        carrier.numpy()[...] = array.view(f"i{array.dtype.itemsize}")
+        tensor = carrier.view(dtype)
+    return tensor if device is None else tensor.to(device)
+
+
+def device_of(map_location: str | torch.device | None) -> torch.device | None:
+    """The device meant by map_location. Raises InvalidArgument for torch.load's dict and callable forms."""
+    if map_location is None or isinstance(map_location, torch.device):
+        return map_location
+    if isinstance(map_location, str):
+        return torch.device(map_location)
+    raise InvalidArgument(
+        f"map_location: expected a device or its name, got {type(map_location).__name__}. A file does not keep the "
+        "devices its tensors were on, so there is nothing to map from; give one device, or move tensors after loading."
+    )
+
+
+def _require_plain(tensor: torch.Tensor, path: str) -> None:
+    kind = type(tensor).__name__
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        raise UnsupportedNode(
+            f"leaf {path!r}: expected a torch.Tensor, got its subclass {kind}. Store the plain tensors it is made of."
+        )
+    if tensor.is_quantized:
+        raise UnsupportedNode(f"leaf {path!r}: it is quantized. Store its int_repr(), scale and zero point.")
+    if tensor.is_nested:
+        raise UnsupportedNode(f"leaf {path!r}: it is a nested tensor. Store the list of its parts, unbind().")
+    if tensor.layout is not torch.strided:
+        raise UnsupportedNode(
+            f"leaf {path!r}: its layout is {tensor.layout}. Store to_dense(), or its indices() and values()."
+        )
+    if tensor.is_meta:
+        raise UnsupportedNode(f"leaf {path!r}: it is on the meta device and has no data. Materialise it first.")

@@ -1,0 +1,65 @@
+"""Which entries of a tree are one and the same tensor. Imports torch, numpy and the core's errors.
+
+Two entries are tied when they cover the same memory in the same way: device, address, dtype, shape, strides. The hard
+thing: views that only overlap are not ties; each is stored and restored on its own, as are empty tensors, whose
+addresses mean nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+
+import numpy as np
+import torch
+
+from tricomp.dtypes import to_words
+from tricomp.errors import CorruptFile
+from tricomp_torch.tensors import Array, to_tensor
+
+
+class TieFinder:
+    """Fed a tree's tensors in order; `ties` then maps each later path of a tie to its first."""
+
+    def __init__(self) -> None:
+        self.ties: dict[str, str] = {}
+        self._first: dict[Hashable, str] = {}
+
+    def add(self, path: str, tensor: torch.Tensor) -> None:
+        """Note one tensor."""
+        if tensor.numel() == 0:
+            return
+        view = (tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.is_conj(), tensor.is_neg())
+        first = self._first.setdefault((tensor.device, tensor.data_ptr(), view), path)
+        if first != path:
+            self.ties[path] = first
+
+
+class TieMaker:
+    """Makes tensors of arrays so that tied paths share storage."""
+
+    def __init__(self, ties: Mapping[str, str]) -> None:
+        self._ties = ties
+        self._made: dict[str, tuple[Array, torch.Tensor]] = {}
+
+    def tensor(self, path: str, array: Array, device: torch.device | None) -> torch.Tensor:
+        """The tensor of path, or a view of the tensor it is tied to.
+
+        Raises CorruptFile if the two arrays of a tie differ, which no writer of ties produces.
+        """
+        first = self._ties.get(path, path)
+        if first in self._made:
+            other, made = self._made[first]
+            if not is_same(other, array):
+                raise CorruptFile(
+                    f"leaf {path!r} is noted as tied to {first!r}, but their values differ. "
+                    "Read the file with tricomp.load, which does not tie, and save it again."
+                )
+            return made.detach()
+        made = to_tensor(array, path, device)
+        self._made[first] = (array, made)
+        return made
+
+
+def is_same(a: Array, b: Array) -> bool:
+    """Whether two arrays hold the same bits in the same shape."""
+    return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(to_words(a), to_words(b))

@@ -1,0 +1,394 @@
+"""Checkpointer: a resumed run equals an uninterrupted one bit for bit, and what does not fit changes nothing."""
+
+import collections
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+import tricomp_torch
+
+import tricomp
+
+Checkpointer: Any = tricomp_torch.Checkpointer  # its results are not None in most tests
+
+from tricomp.errors import InvalidArgument, MissingStep, UnsupportedNode  # noqa: E402
+
+
+class Net(torch.nn.Module):
+    """Tied embedding and head, buffers, dropout."""
+
+    def __init__(self, width=6, is_tied=True):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(9, width)
+        self.norm = torch.nn.BatchNorm1d(width)
+        self.middle = torch.nn.Linear(width, width)
+        self.head = torch.nn.Linear(width, 9, bias=False)
+        if is_tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        x = self.middle(self.norm(self.embedding(tokens)))
+        return self.head(torch.nn.functional.dropout(x, 0.3, self.training))
+
+
+def adamw(parameters, **options):
+    return torch.optim.AdamW(parameters, lr=1e-2, betas=(0.8, 0.95), **options)
+
+
+OPTIMIZERS: dict[str, Any] = {
+    "adamw": adamw,
+    "adamw-foreach": lambda p: adamw(p, foreach=True),
+    "adamw-fused": lambda p: adamw(p, fused=True),
+    "adamw-amsgrad": lambda p: adamw(p, amsgrad=True),
+    "adamw-lr-tensor": lambda p: torch.optim.AdamW(p, lr=torch.tensor(1e-2), betas=(0.8, 0.95)),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+    "sgd-momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+    "adagrad": lambda p: torch.optim.Adagrad(p),
+    "rprop": lambda p: torch.optim.Rprop(p),
+}
+SCHEDULERS: dict[str, Any] = {
+    "lambda": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
+    "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 12),
+    "multistep": lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [2, 4, 4], gamma=0.5),
+    "onecycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=20),
+    "sequential": lambda o: torch.optim.lr_scheduler.SequentialLR(
+        o, [torch.optim.lr_scheduler.LinearLR(o), torch.optim.lr_scheduler.ExponentialLR(o, 0.9)], [3]
+    ),
+}
+
+
+def begin(optimizer="adamw", scheduler="lambda", seed=0):
+    torch.manual_seed(seed)
+    model = Net()
+    made = OPTIMIZERS[optimizer](model.parameters())
+    return model, made, SCHEDULERS[scheduler](made)
+
+
+def train(run, n_steps):
+    """Steps that draw from all three generators. Returns the losses as exact text."""
+    model, optimizer, scheduler = run
+    losses = []
+    for _ in range(n_steps):
+        tokens = torch.randint(9, (8,)) + int(np.random.randint(0, 9)) + random.randrange(9)
+        loss = torch.nn.functional.cross_entropy(model(tokens % 9), tokens % 9)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        losses.append(float(loss.item()).hex())
+    return losses
+
+
+def bits(value):
+    """A state with every tensor as bytes, comparable with ==."""
+    if isinstance(value, torch.Tensor):
+        data = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
+        return str(value.dtype), tuple(value.shape), data
+    if isinstance(value, dict):
+        return {key: bits(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value), [bits(entry) for entry in value]
+    return type(value), repr(value)
+
+
+def state(*objects):
+    return [bits(thing.state_dict()) for thing in objects]
+
+
+def reseed(seed):
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, optimizer):
+    check_resume(tmp_path, optimizer, "lambda")
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_schedulers_resume(tmp_path, scheduler):
+    check_resume(tmp_path, "sgd-momentum", scheduler)
+
+
+def check_resume(tmp_path, optimizer, scheduler):
+    run = begin(optimizer, scheduler)
+    reseed(1)
+    losses = train(run, 3)
+    names = ("model", "optimizer", "scheduler")
+    ckpt = Checkpointer(str(tmp_path / "run"), keyframe=tricomp.KeyframeEvery(2))
+    for step in (3, 4, 5):  # a keyframe, a delta, a keyframe
+        ckpt.save(step, **dict(zip(names, run)))
+        saved = state(*run)
+        losses += train(run, 1)
+    losses += train(run, 3)
+
+    again = begin(optimizer, scheduler, seed=99)
+    restored = Checkpointer(str(tmp_path / "run")).restore(**dict(zip(names, again)))
+    assert restored.step == 5
+    assert state(*again) == saved
+    assert again[0].head.weight is again[0].embedding.weight
+    assert train(again, 4) == losses[5:]
+    assert state(*again) == state(*run)
+    assert type(again[1].param_groups[0].get("betas", ())) is tuple
+
+
+def test_before_the_first_step_of_sgd_with_momentum(tmp_path):
+    model, optimizer, _ = begin("sgd-momentum")
+    ckpt = Checkpointer(tmp_path)
+    ckpt.save(0, model=model, optimizer=optimizer)
+    again = begin("sgd-momentum", seed=5)
+    ckpt.restore(model=again[0], optimizer=again[1])
+    assert state(*again[:2]) == state(model, optimizer)
+    model(torch.arange(9)).sum().backward()
+    optimizer.state[model.middle.weight]["momentum_buffer"] = None
+    ckpt.save(1, model=model, optimizer=optimizer)
+    ckpt.restore(model=again[0], optimizer=again[1])
+    assert again[1].state_dict()["state"][3 if 3 in optimizer.state_dict()["state"] else 0]["momentum_buffer"] is None
+
+
+def test_moments_of_another_dtype_than_their_parameter_keep_their_bits(tmp_path):
+    """torch's own load_state_dict would round these to bfloat16."""
+    model = torch.nn.Linear(3, 2).to(torch.bfloat16)
+    optimizer = adamw(model.parameters())
+    for parameter in model.parameters():
+        optimizer.state[parameter] = {"step": torch.tensor(1.0), "exp_avg": torch.randn(parameter.shape)}
+    ckpt = Checkpointer(tmp_path)
+    ckpt.save(1, model=model, optimizer=optimizer)
+    again = torch.nn.Linear(3, 2).to(torch.bfloat16)
+    other = adamw(again.parameters())
+    ckpt.restore(model=again, optimizer=other)
+    assert state(other) == state(optimizer)
+
+
+def test_parameters_are_copied_into_in_place(tmp_path):
+    model, optimizer, _ = begin()
+    ckpt = Checkpointer(tmp_path)
+    ckpt.save(1, model=model, optimizer=optimizer)
+    addresses = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    ckpt.restore(model=model, optimizer=optimizer)
+    assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == addresses
+
+
+def test_random_state_of_torch_numpy_and_python(tmp_path):
+    def draws():
+        return torch.rand(3).tolist(), np.random.rand(3).tolist(), np.random.randn(), random.gauss(0, 1)
+
+    ckpt = Checkpointer(tmp_path)
+    reseed(7)
+    random.gauss(0, 1)  # leaves one value in store
+    np.random.randn()
+    ckpt.save(1, model=Net())
+    expected = draws()
+    ckpt.restore(model=Net())
+    assert draws() == expected
+    ckpt.restore(model=Net(), rng=False)
+    assert draws() != expected
+
+
+def test_extra_takes_objects_generators_and_plain_values(tmp_path):
+    model = Net()
+    ema = torch.optim.swa_utils.AveragedModel(model)
+    draw, numbers = torch.Generator().manual_seed(3), np.random.default_rng(3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    extra = {
+        "ema": ema, "draw": draw, "numbers": numbers, "scaler": scaler,
+        "epoch": 4, "best": (0.25, "b"), "history": [torch.ones(2), None], "bins": np.arange(3),
+    }  # fmt: skip
+    ckpt = Checkpointer(tmp_path)
+    ckpt.save(1, model=model, extra=extra)
+    expected = torch.rand(3, generator=draw).tolist(), numbers.random(3).tolist()
+
+    fresh: dict[str, Any] = {
+        "ema": torch.optim.swa_utils.AveragedModel(Net()),
+        "draw": torch.Generator(),
+        "numbers": np.random.default_rng(8),
+        "scaler": torch.amp.GradScaler("cpu"),
+    }
+    restored = ckpt.restore(model=Net(), extra=fresh)
+    assert state(fresh["ema"], fresh["scaler"]) == state(ema, scaler)
+    assert (torch.rand(3, generator=fresh["draw"]).tolist(), fresh["numbers"].random(3).tolist()) == expected
+    assert list(restored.extra) == list(extra)
+    assert all(restored.extra[name] is thing for name, thing in fresh.items())
+    assert restored.extra["epoch"] == 4
+    assert restored.extra["best"] == (0.25, "b")
+    assert restored.extra["history"][1] is None
+    assert restored.extra["bins"].dtype == np.arange(3).dtype
+
+    plain = ckpt.restore(extra={"epoch": 0})
+    assert plain.extra["epoch"] == 4
+    assert plain.extra["scaler"]["scale"] == 1024.0
+
+
+def test_several_models_and_optimizers(tmp_path):
+    models = {"a": Net(), "b": torch.nn.Linear(2, 2)}
+    optimizers = [adamw(models["a"].parameters()), adamw(models["b"].parameters())]
+    ckpt = Checkpointer(tmp_path)
+    ckpt.save(1, model=models, optimizer=optimizers)
+    fresh = {"a": Net(), "b": torch.nn.Linear(2, 2)}
+    others = [adamw(fresh["a"].parameters()), adamw(fresh["b"].parameters())]
+    ckpt.restore(model=fresh, optimizer=others)
+    assert state(*fresh.values(), *others) == state(*models.values(), *optimizers)
+
+
+def test_extra_state_of_modules(tmp_path):
+    class Counting(torch.nn.Linear):
+        seen = 0
+
+        def get_extra_state(self):
+            return {"seen": self.seen, "by": (1, torch.ones(1))}
+
+        def set_extra_state(self, state):
+            self.seen = state["seen"]
+
+    model = Counting(2, 2)
+    model.seen = 41
+    ckpt = Checkpointer(tmp_path)
+    ckpt.save(1, model=model)
+    fresh = Counting(2, 2)
+    ckpt.restore(model=fresh)
+    assert fresh.seen == 41
+
+
+def test_metadata_is_the_callers(tmp_path):
+    ckpt = Checkpointer(tmp_path)
+    ckpt.save(1, model=Net(), metadata={"note": "before the change"})
+    assert ckpt.restore().metadata == {"note": "before the change"}
+    with ckpt.store.open(1) as file:
+        assert "model/middle.weight" in file
+
+
+def test_every(tmp_path):
+    ckpt = Checkpointer(tmp_path, every=3)
+    reports = [ckpt.save(step, model=Net()) for step in range(5)]
+    assert [report is not None for report in reports] == [True, False, False, True, False]
+    assert ckpt.save(4, model=Net(), force=True) is not None
+    assert ckpt.store.steps() == [0, 3, 4]
+    with pytest.raises(InvalidArgument, match="every: expected a number of steps, 1 or more, got 0"):
+        Checkpointer(tmp_path, every=0)
+
+
+def test_an_empty_store_restores_to_none_and_a_missing_step_raises(tmp_path):
+    model = Net()
+    before = state(model)
+    ckpt = Checkpointer(tmp_path / "new")
+    assert ckpt.restore(model=model) is None
+    with pytest.raises(MissingStep, match="7"):
+        ckpt.restore(model=model, step=7)
+    assert state(model) == before
+
+
+def test_a_store_brings_its_own_policies(tmp_path):
+    store = tricomp.Store(str(tmp_path))
+    assert Checkpointer(store).store is store
+    with pytest.raises(InvalidArgument, match="spec, keyframe and keep belong to the Store given"):
+        Checkpointer(store, keyframe=tricomp.KeyframeEvery(2))
+
+
+class Wider(Net):
+    def __init__(self):
+        super().__init__(width=7)
+
+
+class Longer(Net):
+    def __init__(self):
+        super().__init__()
+        self.more = torch.nn.Linear(2, 2)
+
+
+def test_what_does_not_fit_is_listed_by_name_and_changes_nothing(tmp_path):
+    ckpt = Checkpointer(tmp_path)
+    model, optimizer, scheduler = begin()
+    ckpt.save(1, model=model, optimizer=optimizer, scheduler=scheduler)
+    reseed(3)
+    other = torch.optim.SGD(Net().parameters())
+    fewer = adamw(model.middle.parameters())
+    cosine = SCHEDULERS["cosine"](optimizer)
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"model": Wider()}, r"model/embedding.weight: the checkpoint holds shape \(9, 6\), the module \(9, 7\)"),
+        ({"model": Longer()}, "model: missing from the checkpoint: 'more.weight', 'more.bias'"),
+        ({"model": model.middle}, "model: in the checkpoint but not in the module: 'embedding.weight'"),
+        ({"model": Net().double()}, "model/head.weight: the checkpoint holds torch.float32, the module torch.float64"),
+        ({"optimizer": other}, "optimizer: the checkpoint holds the state of a AdamW, got a SGD"),
+        ({"optimizer": fewer}, "optimizer: the checkpoint holds groups of 5 parameters, the optimizer 2"),
+        ({"scheduler": cosine}, "scheduler: the checkpoint holds the state of a LambdaLR, got a CosineAnnealingLR"),
+        ({"extra": {"scaler": torch.amp.GradScaler("cpu")}}, "extra/scaler: the checkpoint holds no state for this"),
+    ]
+    for given, text in cases:
+        before = [bits(thing.state_dict()) for thing in given.values() if hasattr(thing, "state_dict")]
+        rng = torch.get_rng_state()
+        with pytest.raises(InvalidArgument, match=text) as refusal:
+            ckpt.restore(**given)
+        assert "step 1 does not fit; nothing was changed." in str(refusal.value)
+        assert [bits(thing.state_dict()) for thing in given.values() if hasattr(thing, "state_dict")] == before
+        assert torch.equal(torch.get_rng_state(), rng)
+
+
+def test_one_misfit_stops_all(tmp_path):
+    ckpt = Checkpointer(tmp_path)
+    ckpt.save(1, model=begin()[0])
+    model, optimizer, _ = begin(seed=2)
+    before = state(model, optimizer)
+    with pytest.raises(InvalidArgument, match="optimizer: the checkpoint holds no state for this AdamW"):
+        ckpt.restore(model=model, optimizer=optimizer)
+    assert state(model, optimizer) == before
+
+
+def test_parameters_in_another_order_are_noticed(tmp_path):
+    ckpt = Checkpointer(tmp_path)
+    model: Any = torch.nn.Sequential(collections.OrderedDict(a=torch.nn.Linear(3, 3), b=torch.nn.Linear(3, 3)))
+    optimizer = adamw(model.parameters())
+    ckpt.save(1, model=model, optimizer=optimizer)
+    swapped = adamw([*model.b.parameters(), *model.a.parameters()])
+    with pytest.raises(InvalidArgument, match=r"parameter 0 was 'a\.weight' when saved and is 'b\.weight' now"):
+        ckpt.restore(model=model, optimizer=swapped)
+
+
+def test_untied_weights_do_not_go_into_tied_ones(tmp_path):
+    ckpt = Checkpointer(tmp_path)
+    ckpt.save(1, model=Net(is_tied=False))
+    with pytest.raises(InvalidArgument, match=r"model/head\.weight: one tensor with 'embedding\.weight' in the module"):
+        ckpt.restore(model=Net())
+    ckpt.save(2, model=Net())
+    assert ckpt.restore(model=Net(is_tied=False)).step == 2
+
+
+def test_not_strict_takes_what_fits_and_reports_the_rest(tmp_path):
+    ckpt = Checkpointer(tmp_path)
+    model = Net()
+    ckpt.save(1, model=model)
+    longer = Longer()
+    restored = ckpt.restore(model=longer, optimizer=adamw(longer.parameters()), strict=False)
+    assert restored.missing_keys == ("more.weight", "more.bias")
+    assert bits(longer.middle.state_dict()) == bits(model.middle.state_dict())
+    with pytest.raises(InvalidArgument, match=r"the checkpoint holds shape \(9, 6\), the module \(9, 7\)"):
+        ckpt.restore(model=Wider(), strict=False)
+
+
+def test_missing_random_state(tmp_path):
+    ckpt = Checkpointer(tmp_path)
+    ckpt.save(1, model=Net(), rng=False)
+    with pytest.raises(InvalidArgument, match=r"rng: the checkpoint holds no random state\. Pass rng=False"):
+        ckpt.restore(model=Net())
+    assert ckpt.restore(model=Net(), rng=False).step == 1
+    assert ckpt.restore(model=Net(), strict=False).step == 1
+
+
+def test_bad_arguments_are_refused_by_name(tmp_path):
+    ckpt = Checkpointer(tmp_path)
+    with pytest.raises(InvalidArgument, match=r"model: expected an object with state_dict and .* got dict"):
+        ckpt.save(1, model={"w": torch.ones(1)})
+    with pytest.raises(InvalidArgument, match=r"step: expected an integer from 0 to .*, got -1"):
+        ckpt.save(-1, model=Net())
+    with pytest.raises(InvalidArgument, match=r"step: expected an integer, got 1\.5"):
+        ckpt.save(1.5, model=Net())
+    with pytest.raises(InvalidArgument, match="save: nothing to save"):
+        ckpt.save(1)
+    with pytest.raises(UnsupportedNode, match="'extra/config'"):
+        ckpt.save(1, model=Net(), extra={"config": object()})
+    assert ckpt.store.latest() is None
