@@ -231,7 +231,8 @@ def _check(plan: Plan, leaf: str) -> None:
         (plan.is_scaled == (plan.predict == "scaled_delta") or plan.predict == "full", "scales do not fit"),
         (plan.is_scaled or not plan.has_column_scale, "column scale without columns"),
         (plan.n_columns <= max(plan.n_words, 1), "more columns than words"),
-        (plan.predict not in ("delta", "scaled_delta") or -1 < plan.base <= 64, "bit length window out of range"),
+        (plan.predict not in ("delta", "scaled_delta") or 0 <= plan.base <= 1 << 12, "window of sizes out of range"),
+        (plan.predict not in ("delta", "scaled_delta") or plan.mantissa_bits < plan.dtype.word_bits, "k exceeds the word"),
     )
     for holds, fault in rules:
         if not holds:

@@ -6,7 +6,7 @@ against the payload before use, every index is clipped, and what cannot be right
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,9 +29,9 @@ from tricomp.reference.frame import (
     directory_shape,
     head_bytes,
 )
-from tricomp.reference.lanes import LANES, ROW, padded
+from tricomp.reference.lanes import BATCH_CHUNKS, LANES, ROW, padded
 from tricomp.reference.pack import Stacked, packed_bytes, stack_decode, stack_word_bits, unpack_bits
-from tricomp.reference.predict import contexts_of, levels, merge, symbol_bits
+from tricomp.reference.predict import Basis, basis, contexts_of, merge, symbol_bits
 from tricomp.reference.side import Side
 
 Array = np.ndarray[Any, Any]
@@ -61,6 +61,7 @@ class _Chunk:
     n_words: int
     n_padded: int
     raw: Words | None = None
+    basis: Basis = field(default_factory=Basis)
     coded: Coded | None = None
     contexts: Array | None = None
     symbols: Array = field(default_factory=lambda: np.zeros(0, np.uint8))
@@ -79,26 +80,58 @@ class _Chunk:
 
 def decode(jobs: Sequence[Job]) -> list[Words]:
     """The words of each frame. Raises CorruptFrame, naming chunk and frame."""
-    chunks = [_parse(job) for job in jobs]
-    flat = [chunk for parts in chunks for chunk in parts if chunk.raw is None]
-    _decode_symbols([chunk for chunk in flat if chunk.coded is not None])
-    _decode_planes([chunk for chunk in flat if chunk.planes])
-    _decode_stacks([chunk for chunk in flat if chunk.stacked is not None])
-    return [_join(job, parts) for job, parts in zip(jobs, chunks, strict=True)]
+    out = [_allocate(job) for job in jobs]
+    pending: list[tuple[Words, _Chunk]] = []
+    for job, words in zip(jobs, out, strict=True):
+        for chunk in _parse(job):
+            pending.append((words, chunk))
+            if len(pending) == BATCH_CHUNKS:
+                _flush(pending)
+                pending = []
+    _flush(pending)
+    return out
 
 
-def _parse(job: Job) -> list[_Chunk]:
+def _allocate(job: Job) -> Words:
+    """The frame's words where the plan alone gives them, else room for them, earned by its directory."""
+    plan = job.plan
+    if plan.predict == "constant":
+        return np.full(plan.n_words, plan.word, plan.dtype.word_dtype)
+    if plan.predict == "copy":
+        assert job.reference is not None
+        return job.reference.copy()
+    if head_bytes(plan) > len(memoryview(job.data).cast("B")):
+        raise CorruptFrame(f"frame of {job.name!r}: {plan.n_words} words need a longer chunk directory than it has.")
+    return np.empty(plan.n_words, plan.dtype.word_dtype)
+
+
+def _flush(pending: list[tuple[Words, _Chunk]]) -> None:
+    """Decode the streams of all pending chunks at once, and write their words."""
+    coded = [chunk for _, chunk in pending if chunk.raw is None]
+    for chunk in coded:
+        first = chunk.number << chunk.job.plan.chunk_log2
+        chunk.basis = basis(chunk.job.plan, _reference(chunk), chunk.side.scales, first, chunk.n_words)
+    _decode_symbols([chunk for chunk in coded if chunk.coded is not None])
+    _decode_planes([chunk for chunk in coded if chunk.planes])
+    _decode_stacks([chunk for chunk in coded if chunk.stacked is not None])
+    for words, chunk in pending:
+        first = chunk.number << chunk.job.plan.chunk_log2
+        words[first : first + chunk.n_words] = _words(chunk)
+
+
+def _parse(job: Job) -> Iterator[_Chunk]:
     """Check the head and every payload's checksum, and cut the payloads up."""
     plan = job.plan
     data = memoryview(job.data).cast("B")
     if plan.n_chunks == 0:
         if len(data):
             raise CorruptFrame(f"frame of {job.name!r}: {len(data)} bytes where its plan leaves none.")
-        return []
+        return
     n_head = head_bytes(plan)
     if n_head > len(data) or xxhash.xxh3_64_intdigest(data[:n_head]) != plan.side_check:
         raise CorruptFrame(
-            f'frame of {job.name!r}: its side section or directory is damaged. Run "tricomp verify" to list intact steps.'
+            f"frame of {job.name!r}: its side section or directory is damaged. "
+            'Run "tricomp verify" to list intact steps.'
         )
     try:
         tables = side.read(plan, data[: plan.side_bytes])
@@ -106,7 +139,6 @@ def _parse(job: Job) -> list[_Chunk]:
         raise CorruptFrame(f"frame of {job.name!r}: {fault}.") from None
     n_chunks, n_fields = directory_shape(plan)
     rows = np.frombuffer(data, "<u4", n_chunks * n_fields, plan.side_bytes).reshape(n_chunks, n_fields)
-    chunks: list[_Chunk] = []
     at = n_head
     for number, row in enumerate(rows.tolist()):
         n_words = min(1 << plan.chunk_log2, plan.n_words - (number << plan.chunk_log2))
@@ -118,11 +150,10 @@ def _parse(job: Job) -> list[_Chunk]:
         if checksum != row[0] | row[1] << 32:
             raise chunk.fault(f"checksum {row[0] | row[1] << 32:016x} stored, {checksum:016x} computed")
         _cut(chunk, row, payload)
-        chunks.append(chunk)
+        yield chunk
         at = aligned(at + row[2]) if number + 1 < n_chunks else at + row[2]
     if at != len(data):
         raise CorruptFrame(f"frame of {job.name!r}: {len(data) - at} bytes left over after its last chunk.")
-    return chunks
 
 
 class _Payload:
@@ -223,9 +254,7 @@ def _contexts(chunk: _Chunk) -> Array | None:
     plan = chunk.job.plan
     if plan.n_contexts == 1:
         return None
-    first = chunk.number << plan.chunk_log2
-    level = levels(plan, chunk.side.scales, first, chunk.n_words) if plan.predict == "full" else None
-    contexts = contexts_of(plan, _reference(chunk), level)
+    contexts = contexts_of(plan, chunk.basis)
     assert contexts is not None
     out = np.zeros(chunk.n_padded, np.uint8)
     out[: chunk.n_words] = contexts
@@ -293,33 +322,18 @@ def _lengths(chunk: _Chunk) -> Array:
     return lengths - np.minimum(lengths, np.repeat(chunk.block_shifts, ROW))
 
 
-def _join(job: Job, chunks: list[_Chunk]) -> Words:
-    """Merge chunks, apply patches, and put them one after the other."""
-    plan = job.plan
-    if plan.predict == "constant":
-        return np.full(plan.n_words, plan.word, plan.dtype.word_dtype)
-    if plan.predict == "copy":
-        assert job.reference is not None
-        return job.reference.copy()
-    out = np.empty(plan.n_words, plan.dtype.word_dtype)
-    for chunk in chunks:
-        first = chunk.number << plan.chunk_log2
-        out[first : first + chunk.n_words] = _words(chunk, first)
-    return out
-
-
-def _words(chunk: _Chunk, first: int) -> Words:
+def _words(chunk: _Chunk) -> Words:
+    """Merge a chunk and apply its patches."""
     if chunk.raw is not None:
         return chunk.raw
     plan = chunk.job.plan
-    reference = _reference(chunk)
     if plan.predict in ("sparse", "cast"):
-        words = base_words(plan, chunk.n_words, reference, chunk.job.source).copy()
+        words = base_words(plan, chunk.n_words, _reference(chunk), chunk.job.source).copy()
     else:
         remainders = chunk.remainders
         if plan.remainder == "none":
             remainders = np.zeros(chunk.n_words, plan.dtype.word_dtype)
         symbols = chunk.symbols[: chunk.n_words]
-        words = merge(plan, symbols, remainders, reference, chunk.side.scales, chunk.side.palette, first)
+        words = merge(plan, symbols, remainders, chunk.basis, chunk.side.palette)
     words[chunk.patch_positions] = chunk.patch_words
     return words

@@ -7,7 +7,7 @@ so frames are encoded in batches; a frame's bytes never depend on what else is i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,9 +28,9 @@ from tricomp.reference.frame import (
     SEGMENT_CHUNKS,
     base_words,
 )
-from tricomp.reference.lanes import ROW, padded
+from tricomp.reference.lanes import BATCH_CHUNKS, ROW, padded
 from tricomp.reference.pack import Stacked, pack_bits, packed_bytes, stack_encode, stack_word_bits
-from tricomp.reference.predict import split, symbol_bits
+from tricomp.reference.predict import basis, split, symbol_bits
 from tricomp.reference.side import Side
 
 Array = np.ndarray[Any, Any]
@@ -60,55 +60,66 @@ class _Chunk:
     block_shifts: Array | None = None
 
 
+@dataclass
+class _Output:
+    """What has been laid down of a frame: directory rows and payloads."""
+
+    rows: list[Array] = field(default_factory=list)
+    payloads: list[bytes] = field(default_factory=list)
+
+
 def encode(jobs: Sequence[Job]) -> list[tuple[Plan, bytes]]:
     """The data of each frame and its plan, completed by side_bytes and side_check."""
-    chunks = [_take_apart(job) for job in jobs]
-    flat = [(job, chunk) for job, parts in zip(jobs, chunks, strict=True) for chunk in parts]
+    outputs = [_Output() for _ in jobs]
+    pending: list[tuple[int, _Chunk]] = []
+    for number, job in enumerate(jobs):
+        for chunk in _take_apart(job):
+            pending.append((number, chunk))
+            if len(pending) == BATCH_CHUNKS:
+                _flush(jobs, pending, outputs)
+                pending = []
+    _flush(jobs, pending, outputs)
+    return [_assemble(job, output) for job, output in zip(jobs, outputs, strict=True)]
 
-    symbol_streams = _code([(c.rows, job.side.tables) for job, c in flat if c.rows is not None])
-    plane_streams = _code(
+
+def _flush(jobs: Sequence[Job], pending: list[tuple[int, _Chunk]], outputs: list[_Output]) -> None:
+    """Code the streams of all pending chunks at once, and lay the chunks down."""
+    parts = [(jobs[number], chunk) for number, chunk in pending]
+    symbols = _code([(chunk.rows, job.side.tables) for job, chunk in parts if chunk.rows is not None])
+    planes = _code(
         [
-            (c.planes[plane], tables)
-            for job, c in flat
-            if c.planes is not None
-            for plane, tables in job.side.plane_tables.items()
+            (chunk.planes[plane], tables)
+            for job, chunk in parts
+            if chunk.planes is not None
+            for plane, tables in sorted(job.side.plane_tables.items())
         ]
     )
-    stack_streams: dict[int, Stacked] = {}
+    stacks: dict[int, Stacked] = {}
     for word_bits in (8, 16, 32, 64):
         members = [
-            i for i, (job, c) in enumerate(flat) if c.stack is not None and job.plan.dtype.word_bits == word_bits
+            (place, chunk.stack)
+            for place, (job, chunk) in enumerate(parts)
+            if chunk.stack is not None and job.plan.dtype.word_bits == word_bits
         ]
-        stacks = [flat[i][1].stack for i in members]
-        coded = stack_encode([s[0] for s in stacks if s], [s[1] for s in stacks if s], stack_word_bits(word_bits))
-        stack_streams.update(zip(members, coded, strict=True))
-
-    frames: list[tuple[Plan, bytes]] = []
-    at = 0
-    next_symbols, next_planes = iter(symbol_streams), iter(plane_streams)
-    for job, parts in zip(jobs, chunks, strict=True):
-        rows: list[Array] = []
-        payloads: list[bytes] = []
-        for chunk in parts:
-            row, payload = _lay_down(job, chunk, next_symbols, next_planes, stack_streams.get(at))
-            rows.append(row)
-            payloads.append(payload)
-            at += 1
-        frames.append(_assemble(job, rows, payloads))
-    return frames
+        coded = stack_encode([v for _, (v, _) in members], [n for _, (_, n) in members], stack_word_bits(word_bits))
+        stacks.update((place, stacked) for (place, _), stacked in zip(members, coded, strict=True))
+    next_symbols, next_planes = iter(symbols), iter(planes)
+    for place, (number, chunk) in enumerate(pending):
+        row, payload = _lay_down(jobs[number], chunk, next_symbols, next_planes, stacks.get(place))
+        outputs[number].rows.append(row)
+        outputs[number].payloads.append(payload)
 
 
 def _code(streams: list[tuple[Array | None, Tables | None]]) -> list[Coded]:
     return rans_encode([s[0] for s in streams if s[0] is not None], [s[1] for s in streams if s[1] is not None])
 
 
-def _take_apart(job: Job) -> list[_Chunk]:
+def _take_apart(job: Job) -> Iterator[_Chunk]:
     """Predict and split every chunk of a frame."""
     plan = job.plan
     size = 1 << plan.chunk_log2
-    out: list[_Chunk] = []
     if plan.n_chunks == 0:
-        return out
+        return
     for first in range(0, plan.n_words, SEGMENT_CHUNKS * size):
         words = job.words[first : first + SEGMENT_CHUNKS * size]
         reference = None if job.reference is None else job.reference[first : first + SEGMENT_CHUNKS * size]
@@ -118,13 +129,13 @@ def _take_apart(job: Job) -> list[_Chunk]:
                 patches = (
                     np.flatnonzero(is_patch[start : start + size]) if is_patch is not None else np.zeros(0, np.int64)
                 )
-                out.append(_Chunk(words[start : start + size], words[:0], patches))
+                yield _Chunk(words[start : start + size], words[:0], patches)
             continue
-        parts = split(plan, words, reference, job.side.scales, job.side.palette, first)
+        parts = split(plan, words, basis(plan, reference, job.side.scales, first, len(words)), job.side.palette)
         symbols, is_patch = _replace_unknown(job, parts.symbols, parts.contexts, parts.is_patch)
         remainders = parts.remainders
-        if (is_patch != parts.is_patch).any():
-            remainders = np.where(is_patch, remainders.dtype.type(0), remainders)
+        if plan.remainder != "none" and is_patch.any():
+            remainders[is_patch] = 0
         for start in range(0, len(words), size):
             stop = min(start + size, len(words))
             n_padded = padded(stop - start)
@@ -132,8 +143,7 @@ def _take_apart(job: Job) -> list[_Chunk]:
             _fill(job, chunk, None if parts.contexts is None else parts.contexts[start:stop], n_padded)
             if plan.remainder != "none":
                 _pack(job, chunk, _pad(remainders[start:stop], n_padded))
-            out.append(chunk)
-    return out
+            yield chunk
 
 
 def _replace_unknown(job: Job, symbols: Array, contexts: Array | None, is_patch: Array) -> tuple[Array, Array]:
@@ -262,8 +272,9 @@ def _stream(states: Array, words: Array) -> bytes:
     return states.tobytes() + bytes(-words.nbytes % 16) + words.tobytes()
 
 
-def _assemble(job: Job, rows: list[Array], payloads: list[bytes]) -> tuple[Plan, bytes]:
+def _assemble(job: Job, output: _Output) -> tuple[Plan, bytes]:
     """The plan, with side_bytes and side_check filled in, and the frame's data."""
+    rows, payloads = output.rows, output.payloads
     if not rows:
         return job.plan, b""
     directory = np.stack(rows).astype("<u4")

@@ -8,7 +8,7 @@ costs besides its symbols (tables, vectors, patches, states), or small leaves su
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,11 +16,11 @@ import numpy as np
 
 from tricomp.dtypes import DType, Words
 from tricomp.plan import MAX_MANTISSA_BITS, MAX_PHASE_BITS, MAX_SYMBOLS, MAX_TABLE_ENTRIES, Plan, Spec
-from tricomp.reference.bits import bit_length, exponent, magnitude, ordered, trailing_zeros
+from tricomp.reference.bits import exponent, magnitude, trailing_zeros
 from tricomp.reference.encode import Job
 from tricomp.reference.entropy import Tables, normalise
 from tricomp.reference.lanes import ROW
-from tricomp.reference.predict import FACTOR_BITS, Scales, scale_words
+from tricomp.reference.predict import FACTOR_BITS, Scales, difference, scale_words, size_codes
 from tricomp.reference.side import Side
 
 Array = np.ndarray[Any, Any]
@@ -31,6 +31,8 @@ FIT_COLUMNS = 128  # most columns that a row's scale is measured on
 FIT_ROWS = 512  # most rows that a column's scale is measured on
 STATE_BITS = 1024 + 192  # of one stream, with its part of the directory
 PROB_BITS = 11
+DELTA_K_MOST = 3  # most bits below the leading one that a delta's symbol may hold
+SHIFT_ROWS = 128  # rows of the sample on which the common factor of a scaled delta is searched
 
 
 @dataclass(frozen=True)
@@ -402,15 +404,9 @@ def _packing(
 def _delta(words: Words, reference: Words | None, sample: Sample, blank: Plan, spec: Spec) -> list[Choice]:
     """`delta` from the reference, or from zero for integers."""
     plan = replace(blank, predict="delta", reference="none" if reference is None else "parent", remainder="stack")
-    dtype = blank.dtype
-    if reference is None:
-        predicted = ordered(np.zeros_like(sample.words), dtype)
-        context = np.zeros(sample.words.shape, np.int32)
-    else:
-        assert sample.reference is not None
-        predicted = ordered(sample.reference, dtype)
-        context = exponent(sample.reference, dtype).astype(np.int32)
-    bits, plan, tables = _best_delta(sample.words, predicted, context, plan, 0.0, spec)
+    predicted = np.zeros_like(sample.words) if reference is None else sample.reference
+    assert predicted is not None
+    bits, plan, tables = _best_delta(sample.words, predicted, plan, 0.0, spec)
     shift_bits, plan = _delta_shifts(words, reference, plan)
     return [Choice(bits - shift_bits, plan, _side_of(plan, tables, Scales()))]
 
@@ -427,40 +423,93 @@ def _delta_shifts(words: Words, reference: Words | None, plan: Plan) -> tuple[fl
     return saved * 0.9, replace(plan, has_block_shifts=True)
 
 
-def _best_delta(
-    words: Words, predicted: Words, context: Array, plan: Plan, side_bits: float, spec: Spec
-) -> tuple[float, Plan, Array]:
-    """Histogram bit lengths by exponent, then the best window of contexts. Bits include the remainders."""
-    dtype = plan.dtype
-    difference = ordered(words, dtype) - predicted
-    is_negative = difference >> (dtype.word_bits - 1) != 0
-    size = np.where(is_negative, ~difference + difference.dtype.type(1), difference)
-    length = bit_length(size).astype(np.int32)
-    low = int(context.min())
-    n_rows = int(context.max()) - low + 1
-    counts = np.bincount(((context - low) * 65 + length).reshape(-1), minlength=n_rows * 65).reshape(n_rows, 65)
-    total = counts.sum(axis=0)
-    used = np.flatnonzero(total[1:]) + 1
-    first, last = (int(used[0]), int(used[-1])) if len(used) else (1, 1)
-    base = first - 1
-    n_symbols = last - base + 1
-    remainder = float((total * np.arange(65)).sum()) / length.size
-    table = np.concatenate([counts[:, :1], counts[:, first : last + 1]], axis=1)
-    plan = replace(plan, base=base, n_symbols=n_symbols)
+def _best_delta(words: Words, predicted: Words, plan: Plan, side_bits: float, spec: Spec) -> tuple[float, Plan, Array]:
+    """The best k, place of the sign, and window of contexts. Bits include the remainders."""
+    counts, low = _delta_counts(words, predicted, plan.dtype)
+    is_dense = spec.tier == "dense"
     best: tuple[float, Plan, Array] | None = None
-    for n_contexts, start, shift in _context_windows(n_rows) if spec.tier == "dense" else [(1, 0, 0)]:
-        place = np.clip((np.arange(n_rows) - start) >> shift, 0, n_contexts - 1)
-        merged = np.zeros((n_contexts, n_symbols), np.int64)
-        np.add.at(merged, place, table)
-        candidate = replace(plan, n_contexts=n_contexts, context_base=low + start, context_shift=shift)
-        if n_contexts == 1:
-            candidate = replace(candidate, context_base=0)
-        choice = _symbol_choice(merged, side_bits, candidate, spec)
-        if best is None or choice[0] < best[0]:
-            best = choice
+    common = _usual_contexts(counts) if is_dense else [(1, 0, 0)]
+    for k in range(DELTA_K_MOST + 1) if is_dense else (0,):
+        for has_sign in (True, False) if is_dense else (True,):
+            candidate = replace(plan, mantissa_bits=k, has_sign=has_sign)
+            choice = _delta_choice(counts, low, candidate, common, side_bits, spec)
+            if best is None or choice[0] < best[0]:
+                best = choice
     assert best is not None
-    stack = STATE_BITS * plan.n_chunks / plan.n_words if plan.remainder == "stack" else 0.0
-    return best[0] + remainder + stack, best[1], best[2]
+    if is_dense:
+        refined = _delta_choice(counts, low, best[1], _context_windows(len(counts)), side_bits, spec)
+        best = min(best, refined, key=lambda choice: choice[0])
+    stack = STATE_BITS * plan.n_chunks / plan.n_words
+    return best[0] + stack, best[1], best[2]
+
+
+def _delta_counts(words: Words, predicted: Words, dtype: DType) -> tuple[Array, int]:
+    """Counts by exponent of the prediction, size code at the finest k, and sign; and the first row's exponent.
+
+    Returns int64[n_exponents, 66 << k, 2].
+    """
+    size, sign = difference(words.reshape(-1), predicted.reshape(-1), dtype)
+    codes = size_codes(size, DELTA_K_MOST).astype(np.int64)
+    context = exponent(predicted.reshape(-1), dtype).astype(np.int64)
+    low = int(context.min())
+    n_rows, n_codes = int(context.max()) - low + 1, 66 << DELTA_K_MOST
+    places = ((context - low) * n_codes + codes) * 2 + sign.astype(np.int64)
+    return np.bincount(places, minlength=n_rows * n_codes * 2).reshape(n_rows, n_codes, 2), low
+
+
+def _delta_choice(
+    counts: Array, low: int, plan: Plan, windows: list[tuple[int, int, int]], side_bits: float, spec: Spec
+) -> tuple[float, Plan, Array]:
+    """The best of some context windows at one k and place of the sign."""
+    k, n_rows = plan.mantissa_bits, len(counts)
+    by_code = counts.reshape(n_rows, -1, 1 << (DELTA_K_MOST - k), 2).sum(axis=2)
+    total = by_code.sum(axis=(0, 2))
+    length = np.arange(len(total)) >> k
+    n_low = np.maximum(length - 1 - k, 0) + (length > 0) * plan.has_sign
+    n_zeros = by_code[:, 0].sum(axis=1)
+    symbols = by_code.sum(axis=2) if plan.has_sign else by_code.reshape(n_rows, -1)
+    symbols[:, : 1 if plan.has_sign else 2] = 0
+    per_symbol = symbols.sum(axis=0)
+    used = np.flatnonzero(per_symbol)
+    first, last = (int(used[0]), int(used[-1]) + 1) if len(used) else (1, 2)
+    n_sampled = int(total.sum())
+    best: tuple[float, Plan, Array] | None = None
+    for n_contexts, start, shift in windows:
+        widest = min(MAX_SYMBOLS, MAX_TABLE_ENTRIES // n_contexts) - 1
+        if last - first > widest:
+            sums = np.concatenate([[0], np.cumsum(per_symbol)])
+            first = int(np.argmax(sums[widest:] - sums[:-widest]))
+            last = first + widest
+        inside = np.zeros(len(per_symbol), np.bool_)
+        inside[first:last] = True
+        share = float(per_symbol[~inside].sum()) / n_sampled
+        by_symbol = n_low if plan.has_sign else np.repeat(n_low, 2)
+        remainder = float((per_symbol * by_symbol)[inside].sum()) / n_sampled
+        place = np.clip((np.arange(n_rows) - start) >> shift, 0, n_contexts - 1)
+        table = np.zeros((n_contexts, last - first + 1), np.int64)
+        np.add.at(table[:, 0], place, n_zeros)
+        np.add.at(table[:, 1:], place, symbols[:, first:last])
+        candidate = replace(
+            plan,
+            base=first - 1,
+            n_symbols=last - first + 1,
+            n_contexts=n_contexts,
+            context_base=low + start if n_contexts > 1 else 0,
+            context_shift=shift,
+        )
+        bits, candidate, tables = _symbol_choice(table, side_bits, candidate, spec)
+        bits += remainder + _patch_bits(plan, share)
+        if best is None or bits < best[0]:
+            best = bits, candidate, tables
+    assert best is not None
+    return best
+
+
+def _usual_contexts(counts: Array) -> list[tuple[int, int, int]]:
+    """No contexts, and eight that end at the exponents where 99.9 % of the words lie below."""
+    by_row = counts.sum(axis=(1, 2))
+    end = int(np.searchsorted(np.cumsum(by_row), 0.999 * by_row.sum())) + 1
+    return [(1, 0, 0), (8, max(end - 8, 0), 0)]
 
 
 def _context_windows(n_rows: int) -> list[tuple[int, int, int]]:
@@ -469,20 +518,17 @@ def _context_windows(n_rows: int) -> list[tuple[int, int, int]]:
     for n_contexts in (4, 8):
         for shift in (0, 1, 2):
             span = n_contexts << shift
-            for end in range(max(n_rows - 6, 1), n_rows + 1):
-                windows.append((n_contexts, max(end - span, 0), shift))
-            if n_rows <= span:
-                windows.append((n_contexts, 0, shift))
+            windows += [(n_contexts, max(end - span, 0), shift) for end in range(max(n_rows - 6, 1), n_rows + 1)]
     return list(dict.fromkeys(windows))
 
 
 def _scaled_delta(
     words: Words, reference: Words, sample: Sample, blank: Plan, shape: Sequence[int] | None, spec: Spec
 ) -> list[Choice]:
-    """`scaled delta` with each split."""
+    """`scaled delta` with each split, its factors shifted in common to where the bits are fewest."""
     choices = []
     assert sample.reference is not None
-    context = exponent(sample.reference, blank.dtype).astype(np.int32)
+    positions = sample.firsts[:, None] + np.arange(sample.words.shape[1])
     for n_columns, has_column_scale in _splits(shape, len(words)):
         scales = fit_factors(words, reference, blank.dtype, n_columns, has_column_scale)
         if scales is None:
@@ -495,17 +541,46 @@ def _scaled_delta(
             n_columns=n_columns,
             has_column_scale=has_column_scale,
         )
-        positions = sample.firsts[:, None] + np.arange(sample.words.shape[1])
-        factors = scales.rows.astype(np.uint32)[positions // n_columns]
-        if scales.columns is None:
-            factors = factors << np.uint32(FACTOR_BITS)
-        else:
-            factors = factors * scales.columns.astype(np.uint32)[positions % n_columns]
-        predicted = ordered(scale_words(sample.reference, factors, blank.dtype), blank.dtype)
+        row_numbers, column_numbers = positions // n_columns, positions % n_columns
+
+        def predicted(
+            scales: Scales, part: slice, row_numbers: Array = row_numbers, column_numbers: Array = column_numbers
+        ) -> Words:
+            factors = scales.rows.astype(np.uint32)[row_numbers[part]]
+            if scales.columns is None:
+                factors = factors << np.uint32(FACTOR_BITS)
+            else:
+                factors = factors * scales.columns.astype(np.uint32)[column_numbers[part]]
+            assert sample.reference is not None
+            return scale_words(sample.reference[part], factors, blank.dtype)
+
+        thin = slice(None, None, max(len(sample.firsts) // SHIFT_ROWS, 1))
+        scales = _shifted(scales, sample.words[thin], lambda scales: predicted(scales, thin), plan)  # noqa: B023
         side_bits = _vector_bits(scales.rows) + _vector_bits(scales.columns)
-        bits, plan, tables = _best_delta(sample.words, predicted, context, plan, side_bits, spec)
+        bits, plan, tables = _best_delta(sample.words, predicted(scales, slice(None)), plan, side_bits, spec)
         choices.append(Choice(bits, plan, _side_of(plan, tables, scales)))
     return choices
+
+
+def _shifted(scales: Scales, words: Words, predict: Callable[[Scales], Words], plan: Plan) -> Scales:
+    """All row factors times the common one that codes a sample best: a skewed ratio's mean is not its mode."""
+    predicted = predict(scales)
+    scale = 1 << plan.dtype.mantissa_bits
+    size, sign = difference(words.reshape(-1), predicted.reshape(-1), plan.dtype)
+    change = np.where(sign == 1, -1.0, 1.0) * size / scale
+    change = change[np.abs(change) < 1]
+    if not len(change):
+        return scales
+    best = (math.inf, scales)
+    for octaves in (0.0, *np.quantile(change, np.linspace(0.02, 0.98, 17))):
+        moved = replace(scales, rows=_factor(np.log2(scales.rows / (1 << FACTOR_BITS)) + float(octaves)))
+        counts, _ = _delta_counts(words, predict(moved), plan.dtype)
+        by_length = counts.reshape(len(counts), -1, 2 << DELTA_K_MOST)
+        length_bits = float((by_length.sum(axis=(0, 2)) * np.arange(by_length.shape[1])).sum())
+        by_sign = counts.reshape(len(counts), -1, 1 << DELTA_K_MOST, 2).sum(axis=2)
+        signed = _entropy(by_sign.reshape(len(counts), -1)) + length_bits - np.count_nonzero(size)
+        best = min(best, (signed, moved), key=lambda pair: pair[0])
+    return best[1]
 
 
 def fit_factors(words: Words, reference: Words, dtype: DType, n_columns: int, has_column_scale: bool) -> Scales | None:

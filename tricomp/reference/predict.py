@@ -42,7 +42,7 @@ class Scales:
 class Split:
     """Words taken apart. symbols, contexts: uint8[n]; remainders: uint[n]; is_patch: bool[n], words that do not fit.
 
-    Where is_patch is set the other arrays hold zeros. contexts is None when there is one context.
+    Where is_patch is set the symbol is 0 and the remainder means nothing. contexts is None when there is one.
     """
 
     symbols: Array
@@ -51,24 +51,72 @@ class Split:
     is_patch: Array
 
 
-def levels(plan: Plan, scales: Scales, first: int, n_words: int) -> Array | None:
-    """L = R + C of the scale model in eighths of an octave, int16[n_words]; None without one."""
-    if not plan.is_scaled:
-        return None
-    rows, columns = scales.table(plan.n_columns, first, n_words)
-    return rows if columns is None else rows + columns
+@dataclass(frozen=True)
+class Basis:
+    """What both sides know of some words before their symbols. level: L = R + C of the scale model, int16[n], or None.
+
+    predicted: uint[n], the words that a delta is taken from, or None.
+    """
+
+    level: Array | None = None
+    predicted: Words | None = None
 
 
-def contexts_of(plan: Plan, reference: Words | None, level: Array | None) -> Array | None:
-    """The context of each word: the phase of its level (`full`), or its reference's exponent in a window (deltas)."""
+def basis(plan: Plan, reference: Words | None, scales: Scales, first: int, n_words: int) -> Basis:
+    """The basis of the frame's words [first, first + n_words). reference: uint[n_words], theirs."""
+    if plan.predict == "full" and plan.is_scaled:
+        rows, columns = scales.table(plan.n_columns, first, n_words)
+        return Basis(level=rows if columns is None else rows + columns)
+    if plan.predict == "delta":
+        return Basis(predicted=np.zeros(n_words, plan.dtype.word_dtype) if reference is None else reference)
+    if plan.predict == "scaled_delta":
+        assert reference is not None
+        rows, columns = scales.table(plan.n_columns, first, n_words)
+        factors = rows.astype(np.uint32)
+        factors = factors << np.uint32(FACTOR_BITS) if columns is None else factors * columns
+        return Basis(predicted=scale_words(reference, factors, plan.dtype))
+    return Basis()
+
+
+def contexts_of(plan: Plan, basis: Basis) -> Array | None:
+    """The context of each word: the phase of its level, or its prediction's exponent in a window; None for one."""
     if plan.n_contexts == 1:
         return None
-    if plan.predict == "full":
-        assert level is not None
-        return (level & 7).astype(np.uint8) >> np.uint8(3 - plan.phase_bits)
-    assert reference is not None
-    place = (exponent(reference, plan.dtype).astype(np.int16) - np.int16(plan.context_base)) >> plan.context_shift
+    if basis.level is not None:
+        return (basis.level & 7).astype(np.uint8) >> np.uint8(3 - plan.phase_bits)
+    assert basis.predicted is not None
+    place = (exponent(basis.predicted, plan.dtype).astype(np.int16) - np.int16(plan.context_base)) >> plan.context_shift
     return np.clip(place, 0, plan.n_contexts - 1).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What each symbol of a delta says of |d|. All [n_symbols].
+
+    tops: its leading one and the k bits below, in place, as words. n_low: bits below those, uint8. is_negative: bool,
+    where the sign is part of the symbol.
+    """
+
+    tops: Words
+    n_low: Array
+    is_negative: Array
+
+
+def sizes(plan: Plan) -> Sizes:
+    """The meaning of a delta's symbols: s + base = (bit length << k | next k bits), doubled plus sign if coded."""
+    k = plan.mantissa_bits
+    codes = np.arange(plan.n_symbols, dtype=np.int64) + plan.base
+    is_negative = np.zeros(plan.n_symbols, np.bool_)
+    if not plan.has_sign:
+        is_negative = (codes & 1) != 0
+        codes = codes >> 1
+    length = np.minimum(codes >> k, plan.dtype.word_bits)  # what a damaged plan may exceed
+    lead = (codes & (1 << k) - 1 | 1 << k).astype(np.uint64)
+    up = np.maximum(length - 1 - k, 0).astype(np.uint64)
+    down = np.maximum(k + 1 - length, 0).astype(np.uint64)
+    tops = (lead << up >> down).astype(plan.dtype.word_dtype)
+    tops[0], is_negative[0] = 0, False
+    return Sizes(tops, up.astype(np.uint8), is_negative)
 
 
 def symbol_bits(plan: Plan) -> Array:
@@ -76,48 +124,38 @@ def symbol_bits(plan: Plan) -> Array:
     if plan.predict == "full":
         lengths = np.full(plan.n_symbols, plan.remainder_bits, np.uint8)
     elif plan.predict in ("delta", "scaled_delta"):
-        lengths = (np.arange(plan.n_symbols) + plan.base).astype(np.uint8)
+        lengths = sizes(plan).n_low + np.uint8(plan.has_sign)
     else:
         return np.zeros(plan.n_symbols, np.uint8)
     lengths[0] = 0
     return lengths
 
 
-def split(plan: Plan, words: Words, reference: Words | None, scales: Scales, palette: Words, first: int) -> Split:
-    """Take words apart as the plan says. words, reference: uint[n], the frame's words [first, first + n)."""
+def split(plan: Plan, words: Words, basis: Basis, palette: Words) -> Split:
+    """Take words apart as the plan says. words: uint[n]. basis: theirs."""
+    contexts = contexts_of(plan, basis)
     if plan.predict == "palette":
-        symbols = np.searchsorted(palette, words).clip(max=len(palette) - 1)
-        return Split(symbols.astype(np.uint8), None, words[:0], palette[symbols] != words)
-    level = levels(plan, scales, first, len(words)) if plan.predict == "full" else None
-    contexts = contexts_of(plan, reference, level)
-    if plan.predict == "full":
-        symbols, remainders, fits = _split_full(plan, words, level)
+        found = np.searchsorted(palette, words).clip(max=len(palette) - 1)
+        symbols, remainders, fits = found.astype(np.uint8), np.zeros(0, words.dtype), palette[found] == words
+    elif plan.predict == "full":
+        symbols, remainders, fits = _split_full(plan, words, basis.level)
     else:
-        predicted = _predicted(plan, reference, scales, first, len(words))
-        symbols, remainders, fits = _split_delta(plan, words, predicted)
+        assert basis.predicted is not None
+        symbols, remainders, fits = _split_delta(plan, words, basis.predicted)
     is_patch = ~fits
     if is_patch.any():
         symbols[is_patch] = 0
-        remainders[is_patch] = 0
     return Split(symbols, contexts, remainders, is_patch)
 
 
-def merge(
-    plan: Plan,
-    symbols: Array,
-    remainders: Words,
-    reference: Words | None,
-    scales: Scales,
-    palette: Words,
-    first: int,
-) -> Words:
+def merge(plan: Plan, symbols: Array, remainders: Words, basis: Basis, palette: Words) -> Words:
     """Inverse of `split`, patches aside."""
     if plan.predict == "palette":
         return palette[symbols]
     if plan.predict == "full":
-        return _merge_full(plan, symbols, remainders, levels(plan, scales, first, len(symbols)))
-    predicted = _predicted(plan, reference, scales, first, len(symbols))
-    return _merge_delta(plan, symbols, remainders, predicted)
+        return _merge_full(plan, symbols, remainders, basis.level)
+    assert basis.predicted is not None
+    return _merge_delta(plan, symbols, remainders, basis.predicted)
 
 
 def _split_full(plan: Plan, words: Words, level: Array | None) -> tuple[Array, Words, Array]:
@@ -156,42 +194,58 @@ def _merge_full(plan: Plan, symbols: Array, remainders: Words, level: Array | No
     return words
 
 
-def _predicted(plan: Plan, reference: Words | None, scales: Scales, first: int, n_words: int) -> Words:
-    """What a delta is taken from, as an ordered integer. Without a reference: the integer 0."""
-    if reference is None:
-        return np.full(n_words, ordered(np.zeros(1, plan.dtype.word_dtype), plan.dtype)[0])
-    if plan.predict == "scaled_delta":
-        rows, columns = scales.table(plan.n_columns, first, n_words)
-        factors = rows.astype(np.uint32)
-        factors = factors << np.uint32(FACTOR_BITS) if columns is None else factors * columns
-        reference = scale_words(reference, factors, plan.dtype)
-    return ordered(reference, plan.dtype)
+def difference(words: Words, predicted: Words, dtype: DType) -> tuple[Words, Words]:
+    """The ordered difference: its size |d|, and its sign, 1 where negative. Both uint[n]."""
+    change = ordered(words, dtype) - ordered(predicted, dtype)
+    sign = change >> (dtype.word_bits - 1)
+    fill = ~sign + sign.dtype.type(1)
+    return (change ^ fill) - fill, sign
+
+
+def size_codes(size: Words, k: int) -> Array:
+    """bit length << k | the k bits below the leading one, of each |d|; int16[n]."""
+    length = bit_length(size).astype(np.int16)
+    if k == 0:
+        return length
+    up = np.maximum(np.int16(k + 1) - length, 0).astype(size.dtype)
+    down = np.maximum(length - np.int16(k + 1), 0).astype(size.dtype)
+    lead = (size << up >> down).astype(np.int16) & np.int16((1 << k) - 1)
+    return length << k | lead
 
 
 def _split_delta(plan: Plan, words: Words, predicted: Words) -> tuple[Array, Words, Array]:
-    """Symbol 0: no difference; s > 0: a difference of s + base bits. Remainder: its low bits, the sign above them."""
-    one = words.dtype.type(1)
-    difference = ordered(words, plan.dtype) - predicted
-    sign = difference >> (plan.dtype.word_bits - 1)
-    size = np.where(sign, ~difference + one, difference)
-    length = bit_length(size)
-    symbols = length - np.uint8(plan.base)
-    fits = (length == 0) | (symbols - np.uint8(1) < plan.n_symbols - 1)
-    symbols[length == 0] = 0
-    # The leading one of size gives way to the sign: it stays where the difference is negative.
-    leading = (sign ^ one) << np.maximum(length, np.uint8(1)) - np.uint8(1)
-    return symbols, size & ~leading, fits
+    """Symbol 0: no difference; others as `sizes` says. Remainder: the bits of |d| below, the sign above them."""
+    size, sign = difference(words, predicted, plan.dtype)
+    codes = size_codes(size, plan.mantissa_bits)
+    if not plan.has_sign:
+        codes = codes << 1 | sign.astype(np.int16)
+    places = codes - np.int16(plan.base)
+    is_same = size == 0
+    fits = is_same | (places > 0) & (places < plan.n_symbols)
+    symbols = places.astype(np.uint8)
+    symbols[is_same] = 0
+    if not fits.all():
+        symbols[~fits] = 0
+    meaning = sizes(plan)
+    remainders = size - meaning.tops[symbols]
+    if plan.has_sign:
+        remainders |= sign << meaning.n_low[symbols]
+    return symbols, remainders, fits
 
 
 def _merge_delta(plan: Plan, symbols: Array, remainders: Words, predicted: Words) -> Words:
+    meaning = sizes(plan)
     one = remainders.dtype.type(1)
-    below = np.where(symbols == 0, np.uint8(0), symbols + np.uint8(plan.base) - np.uint8(1)).astype(np.uint8)
-    leading = one << below
-    size = remainders | leading
-    is_negative = (remainders & leading) != 0
-    difference = np.where(is_negative, ~size + one, size)
-    difference[symbols == 0] = 0
-    return unordered(predicted + difference, plan.dtype)
+    size = meaning.tops[symbols]
+    if plan.has_sign:
+        n_low = meaning.n_low[symbols]
+        sign = (remainders >> n_low) & one
+        size |= remainders & ((one << n_low) - one)
+    else:
+        sign = meaning.is_negative.astype(remainders.dtype)[symbols]
+        size |= remainders
+    fill = ~sign + one
+    return unordered(ordered(predicted, plan.dtype) + ((size ^ fill) - fill), plan.dtype)
 
 
 def scale_words(words: Words, factors: Array, dtype: DType) -> Words:
