@@ -55,7 +55,10 @@ def encode(array: Array, reference: Array | None = None, spec: Spec | None = Non
 
 
 def decode(
-    blob: Bytes, reference: Array | None = None, threads: int | None = None, limits: Limits = bounds.DEFAULTS
+    blob: Bytes | bytearray,
+    reference: Array | None = None,
+    threads: int | None = None,
+    limits: Limits = bounds.DEFAULTS,
 ) -> Array:
     """The array that encode was given, in memory of its own. reference: the array it was encoded against, if any.
 

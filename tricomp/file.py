@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from tricomp import bounds, codec, container, storage, tree
-from tricomp.bounds import Limits
+from tricomp.bounds import Bytes, Limits
 from tricomp.container import Contents, Entry, Writing
 from tricomp.dtypes import Words, from_words
 from tricomp.errors import (
@@ -26,7 +26,6 @@ from tricomp.errors import (
     InvalidArgument,
     LimitExceeded,
     MissingLeaf,
-    TricompError,
     WrongReference,
 )
 from tricomp.layout import Leaf, Snapshot, snapshot_of
@@ -36,6 +35,8 @@ from tricomp.storage import Source
 
 Array = np.ndarray[Any, Any]
 Path = str | os.PathLike[str]
+_Job = tuple[Sequence[Leaf], Plan, Bytes, Words | None, tuple[Leaf, Words] | None]
+_BATCH_WORDS = 4 << 20  # decoded together, so that the codec has enough to do at a time
 _CACHED_FRAMES = 64  # of several small leaves each, so at most 64 x 65,536 words
 
 
@@ -246,7 +247,9 @@ class File(Mapping[str, Array]):
         """An array in memory of its own: no file, cache, reference or other leaf is reached through it."""
         leaf, entry = self._contents.leaves[number], self._frame_of[number]
         is_shared = len(entry.leaves) > 1 or self._plan(entry).predict == "copy"
-        is_own = words.base is None and words.flags.writeable and not is_shared
+        owner = words if words.base is None else words.base
+        is_whole = isinstance(owner, np.ndarray) and owner.base is None and owner.nbytes == words.nbytes
+        is_own = is_whole and words.flags.writeable and not is_shared
         return from_words(words if is_own else words.copy(), leaf.dtype, leaf.shape)
 
     def _decode_all(self, numbers: Iterable[int]) -> dict[int, Words]:
@@ -254,11 +257,18 @@ class File(Mapping[str, Array]):
         wanted = set(numbers)
         n_bytes = sum(self._contents.leaves[number].n_bytes for number in wanted)
         self._limits.check("max_decoded_bytes", n_bytes, f"{self.name}: leaves to load")
-        done: dict[int, Words] = {}
         frames = {self._frame_of[number].leaves[0]: self._frame_of[number] for number in sorted(wanted)}
-        for entry in sorted(frames.values(), key=lambda entry: self._plan(entry).reference == "sibling"):
-            words = self._decode(entry.leaves, done)
-            done.update((number, words[number]) for number in entry.leaves if number in wanted)
+        ordered = sorted(frames.values(), key=lambda entry: self._plan(entry).reference == "sibling")
+        done: dict[int, Words] = {}
+        batch: list[int] = []
+        n_words = 0
+        for entry in ordered:
+            batch += entry.leaves
+            n_words += self._plan(entry).n_words
+            if n_words >= _BATCH_WORDS or entry is ordered[-1]:
+                words = self._decode(batch, done)
+                done.update((number, words[number]) for number in batch if number in wanted)
+                batch, n_words = [], 0
         return done
 
     def _decode(self, numbers: Sequence[int], done: Mapping[int, Words] | None = None) -> dict[int, Words]:
@@ -281,14 +291,14 @@ class File(Mapping[str, Array]):
             file = above
         for file, entries in reversed(levels):
             decoded = dict(known) if file is self else {}
-            for entry in entries:
-                file._decode_frame(entry, words, decoded)
+            for is_sibling in (False, True):
+                batch = [entry for entry in entries if (file._plan(entry).reference == "sibling") == is_sibling]
+                file._decode_frames(batch, words, decoded)
             words = {file._contents.leaves[n].path: (file._contents.leaves[n], w) for n, w in decoded.items()}
         return decoded
 
     def _entries_for(self, numbers: Sequence[int], known: Mapping[int, Words]) -> list[Entry]:
-        """The frames of leaves, and before them those of their siblings."""
-        siblings: dict[int, Entry] = {}
+        """The frames of leaves and of their siblings, but for siblings that are known."""
         wanted = {self._frame_of[number].leaves[0]: self._frame_of[number] for number in numbers}
         for entry in list(wanted.values()):
             plan = self._plan(entry)
@@ -299,8 +309,8 @@ class File(Mapping[str, Array]):
             other = self._frame_of[plan.sibling]
             if self._plan(other).reference == "sibling":
                 raise CorruptFrame(f"{self.name}: leaf number {entry.leaves[0]} has a sibling that has a sibling.")
-            siblings[other.leaves[0]] = wanted.pop(other.leaves[0], other)
-        return [*siblings.values(), *wanted.values()]
+            wanted[other.leaves[0]] = other
+        return list(wanted.values())
 
     def _parent_for(self, path: str) -> File | Base:
         if self._reference is None:
@@ -310,38 +320,52 @@ class File(Mapping[str, Array]):
             )
         return self._reference
 
-    def _decode_frame(self, entry: Entry, above: Mapping[str, tuple[Leaf, Words]], decoded: dict[int, Words]) -> None:
-        """Decode one frame and put its leaves' words into decoded, their digests compared."""
-        if entry.leaves[0] in self._cache:
-            self._cache.move_to_end(entry.leaves[0])
-            decoded.update(zip(entry.leaves, self._cache[entry.leaves[0]], strict=True))
-            return
+    def _decode_frames(
+        self, entries: Sequence[Entry], above: Mapping[str, tuple[Leaf, Words]], decoded: dict[int, Words]
+    ) -> None:
+        """Decode frames together and put their leaves' words into decoded. above: leaves of the parent, by path."""
+        waiting: list[Entry] = []
+        for entry in entries:
+            if entry.leaves[0] in self._cache:
+                self._cache.move_to_end(entry.leaves[0])
+                decoded.update(zip(entry.leaves, self._cache[entry.leaves[0]], strict=True))
+            else:
+                waiting.append(entry)
+        try:
+            found = codec.decode_many([self._job(entry, above, decoded) for entry in waiting])
+        except MemoryError:
+            n_bytes = sum(self._contents.leaves[number].n_bytes for entry in waiting for number in entry.leaves)
+            raise LimitExceeded(f"{self.name}: no memory to decode {n_bytes} bytes.") from None
+        except CorruptFrame as error:
+            raise CorruptFrame(f"{self.name}: {error}") from error
+        for entry, words in zip(waiting, found, strict=True):
+            self._compare(entry, words)
+            decoded.update(zip(entry.leaves, words, strict=True))
+            if len(words) > 1:
+                self._cache[entry.leaves[0]] = words
+                if len(self._cache) > _CACHED_FRAMES:
+                    self._cache.popitem(last=False)
+
+    def _job(self, entry: Entry, above: Mapping[str, tuple[Leaf, Words]], decoded: Mapping[int, Words]) -> _Job:
+        """What the codec needs to decode one frame."""
         plan = self._plan(entry)
         leaves = [self._contents.leaves[number] for number in entry.leaves]
         parent = self._parent_words(leaves, above) if plan.reference == "parent" else None
         sibling = None
         if plan.reference == "sibling":
             sibling = self._contents.leaves[plan.sibling], decoded[plan.sibling]
-        data = container.read_frame(self._source, entry, leaves[0].path)
-        try:
-            words = codec.decode(leaves, plan, data, parent, sibling)
-        except MemoryError:
-            n_bytes = sum(leaf.n_bytes for leaf in leaves)
-            raise LimitExceeded(f"{self.name}: leaf {leaves[0].path!r}: no memory for its {n_bytes} bytes.") from None
-        except TricompError as error:
-            raise type(error)(f"{self.name}: {error}") from error
-        for number, leaf, found in zip(entry.leaves, leaves, words, strict=True):
+        return leaves, plan, container.read_frame(self._source, entry, leaves[0].path), parent, sibling
+
+    def _compare(self, entry: Entry, words: Sequence[Words]) -> None:
+        """Raise CorruptFrame unless decoded words have the digests that were stored."""
+        for number, found in zip(entry.leaves, words, strict=True):
             stored, computed = self._contents.digests[number], codec.digest(found)
             if stored != computed:
                 raise CorruptFrame(
-                    f"{self.name}: leaf {leaf.path!r}: digest {stored:016x} stored, {computed:016x} computed. "
-                    f'Restore the file from another copy, or run "tricomp verify" to list intact steps.'
+                    f"{self.name}: leaf {self._contents.leaves[number].path!r}: digest {stored:016x} stored, "
+                    f"{computed:016x} computed. Restore the file from another copy, "
+                    f'or run "tricomp verify" on its folder to list intact steps.'
                 )
-            decoded[number] = found
-        if len(leaves) > 1:
-            self._cache[entry.leaves[0]] = words
-            if len(self._cache) > _CACHED_FRAMES:
-                self._cache.popitem(last=False)
 
     def _parent_words(self, leaves: Sequence[Leaf], above: Mapping[str, tuple[Leaf, Words]]) -> Words:
         """The reference words of a frame's leaves, one after the other. Raises CorruptFile if they do not fit."""
