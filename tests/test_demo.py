@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from tricomp_torch import demo
+from tricomp_torch import demo, demo_report
 
 import tricomp
 from tricomp import cli
@@ -21,7 +21,8 @@ def test_the_quick_demo_is_killed_and_resumes_identically(tmp_path, capfd):
     result = json.loads(capfd.readouterr().out)
     assert result["is_equal"]
     assert result["differing"] == []
-    assert result["n_losses_compared"] > result["n_steps"]
+    compared = {name: n for name, n, _ in result["compared"]}
+    assert compared["loss"] > result["n_steps"]
     assert result["restored_step"] == result["kill_step"] - result["every"]
     assert result["unfinished_bytes"] > 0
     kinds = [save["is_keyframe"] for save in result["saves"]]
@@ -31,26 +32,42 @@ def test_the_quick_demo_is_killed_and_resumes_identically(tmp_path, capfd):
         assert save["file_bytes"] == sum(save["tricomp"].values())
     assert tricomp.Store(str(folder / "store")).latest() == result["n_steps"]
 
-
-def test_the_text_has_its_verdict_and_its_table(capfd):
-    assert demo.main(is_quick=True, steps=8, every=2) == 0
-    text = capfd.readouterr().out
-    for expected in ("-> identical", "moments v", "delta checkpoint", "zstd", "save, keyframe", "load, keyframe"):
+    text = demo_report.table(result["saves"], result["loads"])
+    for expected in ("moments v", "keyframe, ", "delta checkpoint, ", "zstd", "save, keyframe", "load, keyframe"):
         assert expected in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
-def test_a_difference_is_found():
-    alone: list[dict[str, Any]] = [
-        {"event": "loss", "step": 1, "loss": "0x1p+0"},
-        {"event": "final", "digests": {"model/a": "1", "b/exp_avg": "2"}},
-    ]
-    same: list[dict[str, Any]] = [{"event": "loss", "step": 1, "loss": "0x1p+0"}]
-    assert demo._compare(alone, same, alone).is_equal
+ALONE: list[dict[str, Any]] = [
+    {"event": "loss", "step": 1, "loss": "0x1p+0"},
+    {"event": "final", "digests": {"model/a": "1", "o/exp_avg": "2", "o/exp_avg_sq": "3", "o/step": "4"}},
+]
+
+
+def test_what_is_equal_is_called_identical():
+    comparison = demo.compare(ALONE, ALONE[:1], ALONE)
+    assert comparison.is_equal
+    assert comparison.rows[:2] == (("loss", 2, 0), ("weights", 1, 0))
+    assert demo_report.verdict(comparison.rows, comparison.differing).endswith("  -> identical")
+
+
+def test_any_difference_is_found_and_named():
     other: list[dict[str, Any]] = [
-        {"event": "loss", "step": 1, "loss": "0x1.8p+0"},
-        {"event": "final", "digests": {"model/a": "1"}},
+        {"event": "loss", "step": 1, "loss": "0x1.0000000000001p+0"},
+        {"event": "final", "digests": {**ALONE[1]["digests"], "o/exp_avg": "0", "extra": "5"}},
     ]
-    assert demo._compare(alone, same, other).differing == ("loss at step 1", "b/exp_avg")
+    comparison = demo.compare(ALONE, ALONE[:1], other)
+    assert not comparison.is_equal
+    assert comparison.differing == ("loss at step 1", "o/exp_avg", "extra")
+    text = demo_report.verdict(comparison.rows, comparison.differing)
+    assert "  differs: o/exp_avg\n" in text
+    assert "first moments                             0 of    1 equal   DIFFERENT" in text
+    assert text.endswith("NOT identical: this is a bug in tricomp or in its demo")
+
+
+def test_nothing_to_compare_is_not_equal():
+    nothing: list[dict[str, Any]] = [{"event": "final", "digests": {}}]
+    assert not demo.compare(nothing, [], nothing).is_equal
 
 
 @pytest.mark.parametrize(

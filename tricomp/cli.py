@@ -81,7 +81,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "uninterrupted run. Then show what its checkpoints cost. Takes a minute or two on two cores. "
         "Exit code 0 only if the runs are identical.",
     )
-    parser.add_argument("--steps", type=int, metavar="N", help="training steps (default 60)")
+    parser.add_argument("--steps", type=int, metavar="N", help="training steps (default 40)")
     parser.add_argument("--every", type=int, metavar="N", help="steps between saves (default 5)")
     parser.add_argument("--dir", metavar="PATH", help="keep checkpoints and logs in this new or empty folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")

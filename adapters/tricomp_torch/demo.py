@@ -23,24 +23,29 @@ import torch
 import tricomp
 from tricomp.errors import InvalidArgument
 from tricomp_torch.demo_kill import unfinished_bytes
-from tricomp_torch.demo_report import megabytes, table
-from tricomp_torch.demo_run import Options, to_json
+from tricomp_torch.demo_report import megabytes, table, verdict
+from tricomp_torch.demo_run import Options, stream_of, to_json
 
 _KEYFRAME = 4
+_GROUPS = {
+    "weights": "weights",
+    "m": "first moments",
+    "v": "second moments",
+    "rest": "step counts, random state, scheduler",
+}
 _Event = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Counts of what the resumed run has in common with the uninterrupted one, and names of what differs."""
+    """rows: what was compared, how many, how many of them differ. differing: their names."""
 
-    n_losses: int
-    n_tensors: int
+    rows: tuple[tuple[str, int, int], ...]
     differing: tuple[str, ...]
 
     @property
     def is_equal(self) -> bool:
-        return self.n_losses > 0 and self.n_tensors > 0 and not self.differing
+        return not self.differing and all(n > 0 for _, n, _ in self.rows)
 
 
 def main(
@@ -51,7 +56,7 @@ def main(
 
     directory: kept afterwards, must be empty or new; None: a temporary one. Raises InvalidArgument.
     """
-    steps, every = steps or (16 if is_quick else 60), every or (2 if is_quick else 5)
+    steps, every = steps or (10 if is_quick else 40), every or (2 if is_quick else 5)
     if every < 1 or steps < 4 * every:
         raise InvalidArgument(f"--steps {steps} --every {every}: give at least 4 saves, that is --steps {4 * every}.")
     if directory is not None:
@@ -59,12 +64,12 @@ def main(
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InvalidArgument(f"--dir {directory}: expected a new or empty folder. Choose another.")
         folder.mkdir(parents=True, exist_ok=True)
-        return _run(folder, steps, every, as_json, is_quick)
+        return _run(folder, steps, every, as_json, is_quick, is_kept=True)
     with tempfile.TemporaryDirectory(prefix="tricomp-demo-") as name:
-        return _run(Path(name), steps, every, as_json, is_quick)
+        return _run(Path(name), steps, every, as_json, is_quick, is_kept=False)
 
 
-def _run(folder: Path, n_steps: int, every: int, as_json: bool, is_quick: bool) -> int:
+def _run(folder: Path, n_steps: int, every: int, as_json: bool, is_quick: bool, is_kept: bool) -> int:
     started = time.perf_counter()
     store = str(folder / "store")
     kill_step = (n_steps * 6 // 10) // every * every
@@ -105,7 +110,7 @@ def _run(folder: Path, n_steps: int, every: int, as_json: bool, is_quick: bool) 
     restore = _only(resumed, "restore")
     say(f"     restored step {restore['step']} in {restore['seconds']:.2f} s")
 
-    comparison = _compare(alone, killed, resumed)
+    comparison = compare(alone, killed, resumed)
     result = {
         "tricomp": tricomp.__version__,
         "torch": torch.__version__,
@@ -118,53 +123,38 @@ def _run(folder: Path, n_steps: int, every: int, as_json: bool, is_quick: bool) 
         "kill_step": kill_step,
         "unfinished_bytes": n_left,
         "restored_step": restore["step"],
-        "is_equal": comparison.is_equal,
-        "n_losses_compared": comparison.n_losses,
-        "n_tensors_compared": comparison.n_tensors,
-        "differing": comparison.differing,
-        "saves": [event for event in killed + resumed if event["event"] == "save"],
-        "loads": _all(resumed, "load"),
         "restore_seconds": restore["seconds"],
+        "is_equal": comparison.is_equal,
+        "compared": comparison.rows,
+        "differing": comparison.differing,
+        "saves": _all(killed + resumed, "save"),
+        "loads": _all(resumed, "load"),
         "seconds": time.perf_counter() - started,
     }
     if as_json:
         print(json.dumps(result, indent=1))
-        return 0 if comparison.is_equal else 1
     say("\nAgainst the uninterrupted run, bit for bit:")
-    _say_comparison(alone, comparison)
+    say(verdict(comparison.rows, comparison.differing))
     say("\n" + table(result["saves"], result["loads"]))
-    if folder.exists() and not folder.name.startswith("tricomp-demo-"):
+    if is_kept:
         say(f"\nThe checkpoints are in {store}.")
     say(f"\n{result['seconds']:.0f} s in all.")
     return 0 if comparison.is_equal else 1
 
 
-def _compare(alone: list[_Event], killed: list[_Event], resumed: list[_Event]) -> Comparison:
+def compare(alone: list[_Event], killed: list[_Event], resumed: list[_Event]) -> Comparison:
+    """What the killed and resumed runs have in common with the uninterrupted one."""
     losses = {event["step"]: event["loss"] for event in _all(alone, "loss")}
-    others = [event for event in killed + resumed if event["event"] == "loss"]
-    differing = [f"loss at step {event['step']}" for event in others if event["loss"] != losses[event["step"]]]
+    others = _all(killed + resumed, "loss")
+    wrong = [f"loss at step {event['step']}" for event in others if event["loss"] != losses[event["step"]]]
+    rows = [("loss", len(others), len(wrong))]
     expected, found = _only(alone, "final")["digests"], _only(resumed, "final")["digests"]
-    differing += [path for path in {**expected, **found} if expected.get(path) != found.get(path)]
-    return Comparison(len(others), len(expected), tuple(differing))
-
-
-def _say_comparison(alone: list[_Event], comparison: Comparison) -> None:
-    paths = list(_only(alone, "final")["digests"])
-    groups = {
-        "weights": [path for path in paths if path.startswith("model/")],
-        "first moments": [path for path in paths if path.endswith("/exp_avg")],
-        "second moments": [path for path in paths if path.endswith("/exp_avg_sq")],
-    }
-    known = {path for group in groups.values() for path in group}
-    groups["step counts, random state, scheduler"] = [path for path in paths if path not in known]
-    n_wrong = sum(name.startswith("loss at") for name in comparison.differing)
-    rows = [("loss", comparison.n_losses, n_wrong)]
-    rows += [(name, len(group), len(set(group) & set(comparison.differing))) for name, group in groups.items()]
-    for name, n, n_wrong in rows:
-        _say(f"  {name:<38}{n - n_wrong:>5} of {n:>4} equal{'' if n_wrong == 0 else '   DIFFERENT'}")
-    for name in comparison.differing[:10]:
-        _say(f"  differs: {name}")
-    _say("  -> identical" if comparison.is_equal else "  -> NOT identical: this is a bug in tricomp or in its demo")
+    paths = {name: [path for path in {**expected, **found} if stream_of(path) == name] for name in _GROUPS}
+    for name, title in _GROUPS.items():
+        differing = [path for path in paths[name] if expected.get(path) != found.get(path)]
+        rows.append((title, len(paths[name]), len(differing)))
+        wrong += differing
+    return Comparison(tuple(rows), tuple(wrong))
 
 
 def _all(events: list[_Event], kind: str) -> list[_Event]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 import os
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -115,8 +117,10 @@ class Training:
 
 
 def begin(size: Size, n_steps: int, seed: int = 0) -> Training:
-    """A fresh run: AdamW with weight decay on matrices, warmup and cosine decay to n_steps. Seeds torch's generator."""
+    """A fresh run: AdamW with weight decay on matrices, warmup and cosine decay to n_steps. Seeds all generators."""
     torch.manual_seed(seed)
+    np.random.seed(seed)  # numpy's and Python's are not drawn from, but saved, restored and compared too
+    random.seed(seed)
     model = GPT(size)
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]

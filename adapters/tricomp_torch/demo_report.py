@@ -27,11 +27,20 @@ def table(saves: Sequence[dict[str, Any]], loads: Sequence[dict[str, Any]]) -> s
         lines.append("  (zstd is not installed: pip install 'tricomp[zstd]')")
     lines += ["", "Seconds, median:"]
     for title, group in _groups(saves):
-        lines.append(f"  {'save, ' + title:<38}{median(event['seconds'] for event in group):>8.2f}")
+        lines.append(_time(f"save, {title}", group))
     for n_files in sorted({event["n_files"] for event in loads}):
-        seconds = [event["seconds"] for event in loads if event["n_files"] == n_files]
-        title = "keyframe" if n_files == 1 else f"delta checkpoint, {n_files} files"
-        lines.append(f"  {'load, ' + title:<38}{median(seconds):>8.2f}")
+        title = "keyframe" if n_files == 1 else f"delta checkpoint from {n_files} files"
+        lines.append(_time(f"load, {title}", [event for event in loads if event["n_files"] == n_files]))
+    return "\n".join(lines)
+
+
+def verdict(rows: Sequence[tuple[str, int, int]], differing: Sequence[str]) -> str:
+    """What was compared, as text: rows of name, count and how many differ, and the first names of those."""
+    lines = [
+        f"  {name:<38}{n - n_wrong:>5} of {n:>4} equal{'   DIFFERENT' if n_wrong else ''}" for name, n, n_wrong in rows
+    ]
+    lines += [f"  differs: {name}" for name in differing[:10]]
+    lines.append("  -> NOT identical: this is a bug in tricomp or in its demo" if differing else "  -> identical")
     return "\n".join(lines)
 
 
@@ -39,6 +48,10 @@ def _groups(saves: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, A
     keyframes = [event for event in saves if event["is_keyframe"]]
     deltas = [event for event in saves if not event["is_keyframe"]]
     return [(title, group) for title, group in (("keyframe", keyframes), ("delta checkpoint", deltas)) if group]
+
+
+def _time(name: str, events: Sequence[dict[str, Any]]) -> str:
+    return f"  {name:<38}{median(event['seconds'] for event in events):>8.2f}   of {len(events)}"
 
 
 def _mean(group: Sequence[dict[str, Any]], kind: str, streams: Sequence[str]) -> int | None:

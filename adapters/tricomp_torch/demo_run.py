@@ -28,7 +28,7 @@ from tricomp_torch.demo_zstd import zstd
 from tricomp_torch.trees import flatten
 
 STREAMS = ("weights", "m", "v", "rest")
-_N_LOADS = 4
+_N_LOADS = 2
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,11 @@ def run(options: Options) -> None:
     _show_progress(0, 0)
     write("final", digests=_digests(training))
     if ckpt is not None:
-        for step in [s for s in ckpt.store.steps() if s >= keyframe_step][:_N_LOADS]:
+        steps = [step for step in ckpt.store.steps() if step >= keyframe_step][:_N_LOADS]
+        for n_files, step in enumerate(steps, 1):
             started = time.perf_counter()
             ckpt.restore(step=step, rng=False)
-            write("load", step=step, n_files=1 + (step - keyframe_step) // options.every,
-                  seconds=time.perf_counter() - started)
+            write("load", step=step, n_files=n_files, seconds=time.perf_counter() - started)
 
 
 def _checkpointer(options: Options) -> Checkpointer:
@@ -101,10 +101,11 @@ def _checkpointer(options: Options) -> Checkpointer:
 def _measured(training: Training, report: tricomp.Report) -> dict[str, Any]:
     """Bytes of a checkpoint by stream: raw, by zstd level 3 (null without it), by tricomp. Tied tensors count once."""
     flat = flatten(_state(training))
-    arrays = dict(_leaves(flat.tree))
     ties = flat.notes.get("ties", {})
-    raw = {name: b"".join(arrays[p].tobytes() for p in arrays if stream_of(p) == name and p not in ties)
-           for name in STREAMS}
+    raw = dict.fromkeys(STREAMS, b"")
+    for path, value in _leaves(flat.tree):
+        if isinstance(value, np.ndarray) and path not in ties:
+            raw[stream_of(path)] += value.tobytes()
     coded = {name: sum(leaf.coded_bytes for leaf in report.leaves if stream_of(leaf.path) == name) for name in STREAMS}
     coded["rest"] += report.file_bytes - sum(coded.values())  # header, index and plain values
     return {
