@@ -80,6 +80,7 @@ class Plan:
     has_sign: bool = field(default=True, metadata={"key": "sg"})
     n_columns: int = field(default=0, metadata={"key": "nk", "max": 1 << 48})
     has_column_scale: bool = field(default=False, metadata={"key": "ks"})
+    factor: int = field(default=1 << 30, metadata={"key": "f", "min": 1, "max": (1 << 32) - 1})
     index_bits: int = field(default=0, metadata={"key": "ib", "max": 8})
     remainder: str = field(default="none", metadata={"key": "m", "names": REMAINDERS})
     shift: int = field(default=0, metadata={"key": "t", "max": 63})
@@ -230,6 +231,7 @@ def _check(plan: Plan, leaf: str) -> None:
         (plan.coded_planes >> len(plan.plane_widths) == 0, "coded planes that do not exist"),
         (plan.is_scaled == (plan.predict == "scaled_delta") or plan.predict == "full", "scales do not fit"),
         (plan.is_scaled or not plan.has_column_scale, "column scale without columns"),
+        (plan.predict == "scaled_delta" or plan.factor == 1 << 30, "factor without scaled delta"),
         (plan.n_columns <= max(plan.n_words, 1), "more columns than words"),
         (plan.predict not in ("delta", "scaled_delta") or 0 <= plan.base <= 1 << 12, "window of sizes out of range"),
         (plan.predict not in ("delta", "scaled_delta") or plan.mantissa_bits < plan.dtype.word_bits, "k exceeds the word"),

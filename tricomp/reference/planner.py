@@ -8,7 +8,7 @@ costs besides its symbols (tables, vectors, patches, states), or small leaves su
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,8 +20,8 @@ from tricomp.reference.bits import exponent, magnitude, trailing_zeros
 from tricomp.reference.encode import Job
 from tricomp.reference.entropy import Tables, normalise
 from tricomp.reference.lanes import ROW
-from tricomp.reference.predict import FACTOR_BITS, Scales, difference, scale_words, size_codes
-from tricomp.reference.side import Side
+from tricomp.reference.predict import FACTOR_BITS, Scales, difference, factors, scale_words, size_codes
+from tricomp.reference.side import Side, vector_step
 
 Array = np.ndarray[Any, Any]
 
@@ -245,12 +245,12 @@ def _vector_bits(values: Array | None) -> float:
     """Bits of a vector of the side section, roughly."""
     if values is None or len(values) == 0:
         return 0.0
-    numbers = values.astype(np.int64)
-    width = int(numbers.max() - numbers.min()).bit_length()
+    numbers = (values.astype(np.int64) - int(values.min())) // vector_step(values)
+    width = int(numbers.max()).bit_length()
     packed = float(width * len(values))
     if width <= 8 and packed > 4096:
-        packed = min(packed, _entropy(np.bincount(numbers - numbers.min())) + STATE_BITS + 1500)
-    return 64 + packed
+        packed = min(packed, _entropy(np.bincount(numbers)) + STATE_BITS + 1500)
+    return 80 + packed
 
 
 def _sampled_levels(scales: Scales, n_columns: int, firsts: Array, width: int) -> Array:
@@ -525,102 +525,110 @@ def _context_windows(n_rows: int) -> list[tuple[int, int, int]]:
 def _scaled_delta(
     words: Words, reference: Words, sample: Sample, blank: Plan, shape: Sequence[int] | None, spec: Spec
 ) -> list[Choice]:
-    """`scaled delta` with each split, its factors shifted in common to where the bits are fewest."""
-    choices = []
+    """`scaled delta` with one factor for all, and with the best split's factors of rows and columns besides."""
     assert sample.reference is not None
+    plan = replace(blank, predict="scaled_delta", reference="parent", remainder="stack", n_columns=len(words))
+    thin = slice(None, None, max(len(sample.firsts) // SHIFT_ROWS, 1))
+    new, old = sample.words[thin], sample.reference[thin]
+    one = np.full(1, 1 << FACTOR_BITS, np.uint16)
+    common, fewest = _best_factor(new, old, np.ones(1), plan)
+    best = replace(plan, factor=common), Scales(one, None)
     positions = sample.firsts[:, None] + np.arange(sample.words.shape[1])
     for n_columns, has_column_scale in _splits(shape, len(words)):
-        scales = fit_factors(words, reference, blank.dtype, n_columns, has_column_scale)
-        if scales is None:
-            continue
-        plan = replace(
-            blank,
-            predict="scaled_delta",
-            reference="parent",
-            remainder="stack",
-            n_columns=n_columns,
-            has_column_scale=has_column_scale,
-        )
-        row_numbers, column_numbers = positions // n_columns, positions % n_columns
-
-        def predicted(
-            scales: Scales, part: slice, row_numbers: Array = row_numbers, column_numbers: Array = column_numbers
-        ) -> Words:
-            factors = scales.rows.astype(np.uint32)[row_numbers[part]]
-            if scales.columns is None:
-                factors = factors << np.uint32(FACTOR_BITS)
-            else:
-                factors = factors * scales.columns.astype(np.uint32)[column_numbers[part]]
-            assert sample.reference is not None
-            return scale_words(sample.reference[part], factors, blank.dtype)
-
-        thin = slice(None, None, max(len(sample.firsts) // SHIFT_ROWS, 1))
-        scales = _shifted(scales, sample.words[thin], lambda scales: predicted(scales, thin), plan)  # noqa: B023
-        side_bits = _vector_bits(scales.rows) + _vector_bits(scales.columns)
-        bits, plan, tables = _best_delta(sample.words, predicted(scales, slice(None)), plan, side_bits, spec)
-        choices.append(Choice(bits, plan, _side_of(plan, tables, scales)))
-    return choices
+        scales = fit_factors(words, reference, common, blank.dtype, n_columns, has_column_scale)
+        split = replace(plan, n_columns=n_columns, has_column_scale=has_column_scale)
+        places = positions[thin]
+        spread = scales.rows[places // n_columns] / (1 << FACTOR_BITS)
+        if scales.columns is not None:
+            spread = spread * scales.columns[places % n_columns] / (1 << FACTOR_BITS)
+        factor, bits = _best_factor(new, old, spread, split)
+        bits += (_vector_bits(scales.rows) + _vector_bits(scales.columns)) / plan.n_words
+        if bits < fewest:
+            fewest = bits
+            best = replace(split, factor=factor), scales
+    plan, scales = best
+    rows = scales.rows[positions // plan.n_columns]
+    columns = None if scales.columns is None else scales.columns[positions % plan.n_columns]
+    predicted = scale_words(sample.reference, factors(plan.factor, rows, columns), plan.dtype)
+    side_bits = _vector_bits(scales.rows) + _vector_bits(scales.columns)
+    bits, plan, tables = _best_delta(sample.words, predicted, plan, side_bits, spec)
+    return [Choice(bits, plan, _side_of(plan, tables, scales))]
 
 
-def _shifted(scales: Scales, words: Words, predict: Callable[[Scales], Words], plan: Plan) -> Scales:
-    """All row factors times the common one that codes a sample best: a skewed ratio's mean is not its mode."""
-    predicted = predict(scales)
-    scale = 1 << plan.dtype.mantissa_bits
-    size, sign = difference(words.reshape(-1), predicted.reshape(-1), plan.dtype)
-    change = np.where(sign == 1, -1.0, 1.0) * size / scale
-    change = change[np.abs(change) < 1]
-    if not len(change):
-        return scales
-    best = (math.inf, scales)
-    for octaves in (0.0, *np.quantile(change, np.linspace(0.02, 0.98, 17))):
-        moved = replace(scales, rows=_factor(np.log2(scales.rows / (1 << FACTOR_BITS)) + float(octaves)))
-        counts, _ = _delta_counts(words, predict(moved), plan.dtype)
-        by_length = counts.reshape(len(counts), -1, 2 << DELTA_K_MOST)
-        length_bits = float((by_length.sum(axis=(0, 2)) * np.arange(by_length.shape[1])).sum())
-        by_sign = counts.reshape(len(counts), -1, 1 << DELTA_K_MOST, 2).sum(axis=2)
-        signed = _entropy(by_sign.reshape(len(counts), -1)) + length_bits - np.count_nonzero(size)
-        best = min(best, (signed, moved), key=lambda pair: pair[0])
-    return best[1]
+def _ratios(new: Words, old: Words, dtype: DType) -> Array:
+    """new / old as float64[...]; NaN where one of them is zero or special, or the signs differ."""
+    m = dtype.mantissa_bits
+    largest = np.uint64((1 << dtype.exponent_bits) - 1)
+    sizes, fields = [], []
+    for words in (new, old):
+        body = magnitude(words, dtype).astype(np.uint64)
+        fields.append(body >> np.uint64(m))
+        sizes.append((body & np.uint64((1 << m) - 1) | np.uint64(1 << m)).astype(np.float64))
+    is_normal = (fields[0] > 0) & (fields[1] > 0) & (fields[0] < largest) & (fields[1] < largest)
+    is_normal &= (new ^ old) >> (dtype.word_bits - 1) == 0
+    octaves = np.clip(fields[0].astype(np.int64) - fields[1].astype(np.int64), -64, 64)
+    return np.where(is_normal, np.ldexp(sizes[0] / sizes[1], octaves), np.nan)
 
 
-def fit_factors(words: Words, reference: Words, dtype: DType, n_columns: int, has_column_scale: bool) -> Scales | None:
-    """Row and column factors from the reference to the words: 2 to the mean difference of magnitudes, in octaves.
+def _best_factor(new: Words, old: Words, spread: Array, plan: Plan) -> tuple[int, float]:
+    """The common factor with which the sampled words cost least, and that cost in bits per word.
 
-    Words that changed by over an octave, and zeros, do not count. None when nothing does.
+    spread: the row and column factors of each word as float64. Candidates are quantiles of what remains: the mode of
+    a skewed ratio is not its mean, and words that all decayed alike are met to the last bit.
     """
+    ratios = _ratios(new, old, plan.dtype) / spread
+    known = ratios[np.isfinite(ratios) & (ratios > 0.26) & (ratios < 3.9)]
+    rows = (np.broadcast_to(spread, new.shape) * (1 << FACTOR_BITS)).astype(np.uint64)
+    best = (1 << 30, math.inf)
+    for ratio in (1.0, *np.quantile(known, np.linspace(0.02, 0.98, 25), method="nearest")) if len(known) else (1.0,):
+        # A power of the decay is a float32 number: the nearest one is met more often than any other.
+        common = int(round(float(np.float32(ratio)) * (1 << 30)))
+        predicted = scale_words(old, factors(common, rows, None), plan.dtype)
+        counts, _ = _delta_counts(new, predicted, plan.dtype)
+        by_sign = counts.reshape(len(counts), -1, 1 << DELTA_K_MOST, 2).sum(axis=2)
+        by_length = by_sign.sum(axis=(0, 2))
+        low_bits = float((by_length * np.maximum(np.arange(len(by_length)) - 1, 0)).sum())
+        bits = (_entropy(by_sign.reshape(len(counts), -1)) + low_bits) / new.size
+        best = min(best, (common, bits), key=lambda pair: pair[1])
+    return best
+
+
+def fit_factors(
+    words: Words, reference: Words, common: int, dtype: DType, n_columns: int, has_column_scale: bool
+) -> Scales:
+    """Row and column factors, beside the common one, from the reference to the words: medians over a lattice."""
     n_whole = len(words) // n_columns
-    octave = 1 << dtype.mantissa_bits
-
-    def changes(new: Words, old: Words) -> tuple[Array, Array]:
-        shift = max(dtype.mantissa_bits - 20, 0)  # enough of an octave, and sums that stay in 64 bits
-        difference = (magnitude(new, dtype) >> shift).astype(np.int64) - (magnitude(old, dtype) >> shift).astype(
-            np.int64
-        )
-        is_counted = (np.abs(difference) < octave >> shift) & (old != 0) & (new != 0)
-        return difference / (octave >> shift), is_counted
-
     grid = words[: n_whole * n_columns].reshape(n_whole, n_columns)
     old = reference[: n_whole * n_columns].reshape(n_whole, n_columns)
+    whole = common / (1 << 30)
     step = -(-n_columns // FIT_COLUMNS)
-    values, is_counted = changes(grid[:, ::step], old[:, ::step])
-    if not is_counted.any():
-        return None
-    rows = _plain_means(values, is_counted, 1)
+    rows = _medians(_ratios(grid[:, ::step], old[:, ::step], dtype) / whole, 1)
     if n_whole * n_columns < len(words):
-        tail = changes(words[None, n_whole * n_columns :], reference[None, n_whole * n_columns :])
-        rows = np.append(rows, _plain_means(*tail, 1))
-    columns = None
-    if has_column_scale:
-        step = -(-n_whole // FIT_ROWS)
-        values, is_counted = changes(grid[::step], old[::step])
-        columns = _factor(_plain_means(values - rows[:n_whole][::step, None], is_counted, 0))
-    return Scales(_factor(rows), columns)
+        tail = _ratios(words[None, n_whole * n_columns :], reference[None, n_whole * n_columns :], dtype) / whole
+        rows = np.append(rows, _medians(tail, 1))
+    row_factors = _factor(rows)
+    if not has_column_scale:
+        return Scales(row_factors, None)
+    step = -(-n_whole // FIT_ROWS)
+    columns = (
+        _ratios(grid[::step], old[::step], dtype) / whole / (row_factors[:n_whole][::step, None] / (1 << FACTOR_BITS))
+    )
+    return Scales(row_factors, _factor(_medians(columns, 0)))
 
 
-def _plain_means(values: Array, is_counted: Array, axis: int) -> Array:
-    sums = np.where(is_counted, values, 0).sum(axis=axis)
-    return sums / np.maximum(np.count_nonzero(is_counted, axis=axis), 1)
+def _medians(values: Array, axis: int) -> Array:
+    """Median along an axis of what is not NaN, the lower one of two; 1 where nothing is left."""
+    ordered = np.sort(values, axis=axis)
+    counts = np.count_nonzero(~np.isnan(values), axis=axis, keepdims=True)
+    middle = np.take_along_axis(ordered, np.maximum(counts - 1, 0) // 2, axis=axis)
+    return np.where(counts > 0, middle, 1.0).squeeze(axis)
 
 
-def _factor(octaves: Array) -> Array:
-    return np.clip(np.round(np.exp2(octaves) * (1 << FACTOR_BITS)), 1, (1 << 16) - 1).astype(np.uint16)
+def _factor(ratios: Array) -> Array:
+    """Ratios as fixed-point factors, on a step of at most 255 values about one, so that their vector stays small."""
+    away = np.clip(ratios, 0.01, 1.99) - 1
+    near = away[np.abs(away) < 0.5]
+    reach = float(np.abs(near).max()) if len(near) else 0.5
+    step = max(int(2 * reach * (1 << FACTOR_BITS)) // 255, 1)
+    steps = np.round(away * (1 << FACTOR_BITS) / step)
+    return np.clip((1 << FACTOR_BITS) + steps * step, 1, (1 << 16) - 1).astype(np.uint16)

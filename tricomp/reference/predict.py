@@ -17,7 +17,8 @@ from tricomp.reference.bits import bit_length, exponent, magnitude, ordered, uno
 
 Array = np.ndarray[Any, Any]
 
-# Frozen since format 1: factors of `scaled_delta` are fixed-point, one = 2^15 each, 2^30 their product.
+# Frozen since format 1: `scaled_delta` multiplies by factors of row and column, one = 2^15 each, and by the plan's
+# factor for all, one = 2^30.
 FACTOR_BITS = 15
 
 
@@ -72,10 +73,15 @@ def basis(plan: Plan, reference: Words | None, scales: Scales, first: int, n_wor
     if plan.predict == "scaled_delta":
         assert reference is not None
         rows, columns = scales.table(plan.n_columns, first, n_words)
-        factors = rows.astype(np.uint32)
-        factors = factors << np.uint32(FACTOR_BITS) if columns is None else factors * columns
-        return Basis(predicted=scale_words(reference, factors, plan.dtype))
+        return Basis(predicted=scale_words(reference, factors(plan.factor, rows, columns), plan.dtype))
     return Basis()
+
+
+def factors(common: int, rows: Array, columns: Array | None) -> Array:
+    """common x rows x columns, cut to 30 fractional bits, at most 2^32 - 1. rows, columns: uint16[n]. uint64[n]."""
+    wide = rows.astype(np.uint64)
+    wide = wide << np.uint64(FACTOR_BITS) if columns is None else wide * columns
+    return np.minimum(wide * np.uint64(common) >> np.uint64(2 * FACTOR_BITS), np.uint64((1 << 32) - 1))
 
 
 def contexts_of(plan: Plan, basis: Basis) -> Array | None:
@@ -249,10 +255,10 @@ def _merge_delta(plan: Plan, symbols: Array, remainders: Words, predicted: Words
 
 
 def scale_words(words: Words, factors: Array, dtype: DType) -> Words:
-    """Multiply floats by factors with integers only; the sign, zeros, subnormals, infinities and NaNs stay.
+    """Multiply floats by factors, with integers only; the sign, zeros, subnormals, infinities and NaNs stay.
 
-    words: uint[n]. factors: uint32[n], fixed-point, one = 2^30. The product's mantissa is cut, not rounded; below
-    the normal range it becomes zero, above it the largest finite magnitude. FORMAT.md, "scaled delta".
+    words: uint[n]. factors: uint64[n] below 2^32, one = 2^30. The product is rounded, halves up; below the normal
+    range it becomes zero, above it the largest finite magnitude. FORMAT.md, "scaled delta".
     """
     m = dtype.mantissa_bits
     word_type = dtype.word_dtype.type
@@ -260,22 +266,22 @@ def scale_words(words: Words, factors: Array, dtype: DType) -> Words:
     field_ = (body >> m).astype(np.int32)
     largest_field = (1 << dtype.exponent_bits) - 1
     significand = (body & word_type((1 << m) - 1) | word_type(1 << m)).astype(np.uint64)
-    wide = factors.astype(np.uint64)
     if m > 31:  # 53 x 32 bits: the low 24 bits apart, so that nothing passes 2^64
         low = np.uint64((1 << 24) - 1)
-        product = (significand >> np.uint64(24)) * wide + ((significand & low) * wide >> np.uint64(24))
+        product = (significand >> np.uint64(24)) * factors + ((significand & low) * factors >> np.uint64(24))
         point = m + 2 * FACTOR_BITS - 24
     else:
-        product = significand * wide
+        product = significand * factors
         point = m + 2 * FACTOR_BITS
-    # Normalise: bring the leading one to bit m.
+    # Bring the leading one to bit m, with the bit below what is cut rounding it; a carry reaches the exponent.
     length = bit_length(product).astype(np.int32)
     down = np.clip(length - 1 - m, 0, 63).astype(np.uint64)
     up = np.clip(m + 1 - length, 0, 63).astype(np.uint64)
-    mantissa = (product >> down << up) & np.uint64((1 << m) - 1)
+    half = np.uint64(1) << down >> np.uint64(1)
+    rounded = (product + half >> down) << up
     new_field = field_ + (length - 1 - point)
-    scaled = (np.clip(new_field, 0, largest_field).astype(np.uint64) << np.uint64(m) | mantissa).astype(words.dtype)
+    base = np.clip(new_field - 1, 0, largest_field).astype(np.uint64) << np.uint64(m)
+    scaled = np.minimum(base + rounded, np.uint64((largest_field << m) - 1)).astype(words.dtype)
     scaled = np.where((new_field < 1) | (length == 0), word_type(0), scaled)
-    scaled = np.where(new_field >= largest_field, word_type((largest_field << m) - 1), scaled)
     is_kept = (field_ == 0) | (field_ == largest_field)
     return np.where(is_kept, words, (words ^ body) | scaled)

@@ -115,15 +115,22 @@ def _write_freqs(freqs: Array) -> bytes:
     return bits.to_bytes(-(-n_bits // 8), "little")
 
 
+def vector_step(values: Array) -> int:
+    """The largest step on which all values lie, counted from the least; 1 where there is none."""
+    offsets = np.unique(values).astype(np.int64)
+    return max(int(np.gcd.reduce(offsets - offsets[0])), 1) if len(offsets) else 1
+
+
 def _write_vector(values: Array) -> bytes:
-    """A vector of small integers: kind, width, least value, then values less the least, packed or as a rANS stream."""
+    """A vector of small integers: kind, width, step, least value, then (value - least) / step, packed or as rANS."""
     numbers = values.astype(np.int64)
     least = int(numbers.min()) if len(numbers) else 0
-    offsets = numbers - least
+    step = vector_step(numbers)
+    offsets = (numbers - least) // step
     width = int(offsets.max()).bit_length() if len(numbers) else 0
-    head = bytes([0, width]) + least.to_bytes(4, "little", signed=True)
+    head = bytes([width]) + step.to_bytes(2, "little") + least.to_bytes(4, "little", signed=True)
     is_set = offsets[:, None] >> np.arange(width) & 1
-    packed = head + np.packbits(is_set.astype(np.uint8), bitorder="little").tobytes()
+    packed = bytes([0]) + head + np.packbits(is_set.astype(np.uint8), bitorder="little").tobytes()
     if width > 8 or len(packed) < 2 * STATE_BYTES:
         return packed
     counts = np.bincount(offsets, minlength=1 << width)
@@ -133,7 +140,7 @@ def _write_vector(values: Array) -> bytes:
     coded = rans_encode([rows], [tables])[0]
     freqs = _write_freqs(tables.freqs)
     stream = coded.states.astype("<u4").tobytes() + coded.words.astype("<u2").tobytes()
-    dense = bytes([1]) + head[1:] + len(coded.words).to_bytes(4, "little") + freqs + stream
+    dense = bytes([1]) + head + len(coded.words).to_bytes(4, "little") + freqs + stream
     return min(packed, dense, key=len)
 
 
@@ -173,15 +180,16 @@ class _Reader:
 
     def vector(self, n_values: int) -> Array:
         kind, width = (int(x) for x in self.take(2))
+        step = int.from_bytes(self.take(2).tobytes(), "little")
         least = int.from_bytes(self.take(4).tobytes(), "little", signed=True)
         if kind > 1 or width > (8 if kind else 17):
             raise CorruptFrame("a vector of its side section is of an unknown kind")
         if kind == 0:
             packed = self.take(-(-n_values * width // 8))
             bits = np.unpackbits(packed, count=n_values * width, bitorder="little").reshape(n_values, width)
-            return least + (bits.astype(np.int64) << np.arange(width)).sum(axis=1)
+            return least + step * (bits.astype(np.int64) << np.arange(width)).sum(axis=1)
         n_words = int.from_bytes(self.take(4).tobytes(), "little")
         tables = Tables(self.freqs(1, 1 << width, _VECTOR_PROB_BITS), _VECTOR_PROB_BITS)
         coded = Coded(self.take(STATE_BYTES).view("<u4"), self.take(2 * n_words).view("<u2"))
         symbols = rans_decode([coded], [tables], [None], [padded(n_values)])[0]
-        return least + symbols[:n_values].astype(np.int64)
+        return least + step * symbols[:n_values].astype(np.int64)
