@@ -148,9 +148,10 @@ def measure(stream: Stream) -> dict[str, Any]:
         n_bytes["zipnn_xor"] = _zipnn_bytes(changed.tobytes(), stream.fields)
     for tier in ("fast", "dense"):
         n_bytes[tier] = _file_bytes(stream.arrays, stream.references, tier)
-    n_bytes["bound"] = bound.stream_bits(stream.arrays, stream.references, stream.fields) / 8
-    bits = {key: round(value * 8 / stream.n_elements, 3) for key, value in n_bytes.items()}
-    return {"stream": stream.name, "n_elements": stream.n_elements, "n_leaves": len(stream.arrays), **bits}
+    bits = bound.stream_bits(stream.arrays, stream.references, stream.fields)
+    n_bytes |= {"bound": bits.payload / 8, "bound_scales": bits.total / 8}
+    row = {key: round(value * 8 / stream.n_elements, 3) for key, value in n_bytes.items()}
+    return {"stream": stream.name, "n_elements": stream.n_elements, "n_leaves": len(stream.arrays), **row}
 
 
 def measure_overhead(weights: Arrays) -> dict[str, Any]:

@@ -24,6 +24,7 @@ COLUMNS = {
     "fast": "tricomp fast",
     "dense": "tricomp dense",
     "bound": "bound",
+    "bound_scales": "bound + scales",
 }
 README_STREAMS = (
     "w float32", "w bfloat16", "m", "v",
@@ -31,17 +32,19 @@ README_STREAMS = (
     "w bfloat16, 1 apart", "w bfloat16, 10 apart", "w bfloat16, 100 apart",
     "v, 1 apart", "v, 10 apart", "v, 100 apart",
 )  # fmt: skip
+README_COLUMNS = tuple(column for column in COLUMNS if column != "bound_scales")
 _MARKED = re.compile(r"<!-- table:ratio (\S+) -->\n.*?(<!-- /table:ratio -->)", re.DOTALL)
 
 
-def ratio_table(results: dict[str, Any], names: Sequence[str] | None = None) -> str:
-    """Bits per element, a row a stream; names: the streams wanted, in their order, None for all."""
+def ratio_table(results: dict[str, Any], names: Sequence[str] = (), columns: Sequence[str] = tuple(COLUMNS)) -> str:
+    """Bits per element, a row a stream; names: the streams wanted, in their order, all if empty."""
     rows = {row["stream"]: row for row in results["streams"]}
-    lines = [f"| bits per element | {' | '.join(COLUMNS.values())} |", "|---|" + "---:|" * len(COLUMNS)]
+    titles = [COLUMNS[column] for column in columns]
+    lines = [f"| bits per element | {' | '.join(titles)} |", "|---|" + "---:|" * len(columns)]
     for name in names or rows:
-        cells = [f"{rows[name][key]:.2f}" if key in rows[name] else "" for key in COLUMNS]
-        cells[list(COLUMNS).index("dense")] = f"**{rows[name]['dense']:.2f}**"
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        cells = {column: f"{rows[name][column]:.2f}" if column in rows[name] else "" for column in columns}
+        cells["dense"] = f"**{cells['dense']}**"
+        lines.append(f"| {name} | {' | '.join(cells.values())} |")
     return "\n".join(lines) + "\n"
 
 
@@ -69,7 +72,7 @@ def report(results: dict[str, Any]) -> str:
 {origin(results)}
 {ratio_table(results)}
 zstd and ZipNN get each stream as one piece; tricomp writes it as a file. The bound is the entropy of the codec's
-models, the best one for each leaf, side information free.
+models, the best one for each leaf, symbol tables free; bound + scales adds the row and column scales at their entropy.
 
 {overhead["n_leaves"]:,} leaves of {overhead["elements_per_leaf"]:,} float32: random bits cost
 {overhead["noise_over_raw_percent"]} % more than raw; real weights cost {overhead["real_over_one_leaf_percent"]} % more
@@ -86,7 +89,7 @@ def with_table(readme: str, root: Path = ROOT, results_file: str | None = None) 
         raise SystemExit("README.md has no <!-- table:ratio FILE --> ... <!-- /table:ratio --> pair")
     file = results_file or match.group(1)
     results = json.loads((root / file).read_text())
-    body = f"{ratio_table(results, README_STREAMS)}\n{origin(results)}"
+    body = f"{ratio_table(results, README_STREAMS, README_COLUMNS)}\n{origin(results)}"
     return f"{readme[: match.start()]}<!-- table:ratio {file} -->\n{body}{readme[match.start(2) :]}"
 
 
