@@ -16,7 +16,7 @@ import tricomp
 
 Checkpointer: Any = tricomp_torch.Checkpointer  # its results are not None in most tests
 
-from tricomp.errors import InvalidArgument, MissingStep, UnsupportedNode  # noqa: E402
+from tricomp.errors import CorruptFile, InvalidArgument, MissingStep, UnsupportedNode  # noqa: E402
 
 
 class Net(torch.nn.Module):
@@ -196,7 +196,8 @@ def test_extra_takes_objects_generators_and_plain_values(tmp_path):
     ema = torch.optim.swa_utils.AveragedModel(model)
     draw, numbers = torch.Generator().manual_seed(3), np.random.default_rng(3)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    extra = {
+    extra: dict[str, Any] = {
+        "state": model.state_dict(), "several": [ema, (draw,)],
         "ema": ema, "draw": draw, "numbers": numbers, "scaler": scaler,
         "epoch": 4, "best": (0.25, "b"), "history": [torch.ones(2), None], "bins": np.arange(3),
     }  # fmt: skip
@@ -214,6 +215,8 @@ def test_extra_takes_objects_generators_and_plain_values(tmp_path):
     assert state(fresh["ema"], fresh["scaler"]) == state(ema, scaler)
     assert (torch.rand(3, generator=fresh["draw"]).tolist(), fresh["numbers"].random(3).tolist()) == expected
     assert list(restored.extra) == list(extra)
+    assert bits(restored.extra["state"]) == bits(model.state_dict())
+    assert dict(restored.extra["state"]._metadata) == dict(extra["state"]._metadata)
     assert all(restored.extra[name] is thing for name, thing in fresh.items())
     assert restored.extra["epoch"] == 4
     assert restored.extra["best"] == (0.25, "b")
@@ -308,6 +311,7 @@ def test_what_does_not_fit_is_listed_by_name_and_changes_nothing(tmp_path):
     reseed(3)
     other = torch.optim.SGD(Net().parameters())
     fewer = adamw(model.middle.parameters())
+    wider = adamw(Wider().parameters())
     cosine = SCHEDULERS["cosine"](optimizer)
     cases: list[tuple[dict[str, Any], str]] = [
         ({"model": Wider()}, r"model/embedding.weight: the checkpoint holds shape \(9, 6\), the module \(9, 7\)"),
@@ -316,16 +320,19 @@ def test_what_does_not_fit_is_listed_by_name_and_changes_nothing(tmp_path):
         ({"model": Net().double()}, "model/head.weight: the checkpoint holds torch.float32, the module torch.float64"),
         ({"optimizer": other}, "optimizer: the checkpoint holds the state of a AdamW, got a SGD"),
         ({"optimizer": fewer}, "optimizer: the checkpoint holds groups of 5 parameters, the optimizer 2"),
+        ({"optimizer": wider}, r"optimizer: parameter 0 had shape \(9, 6\) when saved, now \(9, 7\)"),
+        ({"model": Net().to("meta")}, r"model/head.weight: the module's tensor is on the meta device"),
         ({"scheduler": cosine}, "scheduler: the checkpoint holds the state of a LambdaLR, got a CosineAnnealingLR"),
         ({"extra": {"scaler": torch.amp.GradScaler("cpu")}}, "extra/scaler: the checkpoint holds no state for this"),
     ]
     for given, text in cases:
-        before = [bits(thing.state_dict()) for thing in given.values() if hasattr(thing, "state_dict")]
+        things = [thing for thing in given.values() if hasattr(thing, "state_dict")]
+        before = state(*things) if "meta" not in text else []
         rng = torch.get_rng_state()
         with pytest.raises(InvalidArgument, match=text) as refusal:
             ckpt.restore(**given)
         assert "step 1 does not fit; nothing was changed." in str(refusal.value)
-        assert [bits(thing.state_dict()) for thing in given.values() if hasattr(thing, "state_dict")] == before
+        assert before in ([], state(*things) if before else [])
         assert torch.equal(torch.get_rng_state(), rng)
 
 
@@ -377,6 +384,40 @@ def test_missing_random_state(tmp_path):
         ckpt.restore(model=Net())
     assert ckpt.restore(model=Net(), rng=False).step == 1
     assert ckpt.restore(model=Net(), strict=False).step == 1
+
+
+def test_random_state_that_does_not_fit_changes_nothing(tmp_path):
+    ckpt = Checkpointer(tmp_path)
+    ckpt.save(1, model=Net())
+    tree, metadata = ckpt.store.load(1), ckpt.store.open(1).metadata
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"cuda": [tree["rng"]["torch"]] * 3}, "the state of 3 CUDA devices, this process has 0. Pass rng=False"),
+        ({"torch": np.zeros(3, np.uint8)}, "random state cannot be used"),
+        ({"python": {"version": 3}}, "random state cannot be used .KeyError: 'words'"),
+        ({"numpy": {**tree["rng"]["numpy"], "bit_generator": "PCG64"}}, "random state cannot be used"),
+    ]
+    model = Net()
+    before, rng = state(model), torch.get_rng_state()
+    for step, (change, text) in enumerate(cases, 2):
+        ckpt.store.save(step, {**tree, "rng": {**tree["rng"], **change}}, metadata)
+        with pytest.raises(InvalidArgument, match=text):
+            ckpt.restore(model=model)
+        assert state(model) == before
+        assert torch.equal(torch.get_rng_state(), rng)
+    assert ckpt.restore(model=model, step=2, strict=False).step == 2
+
+
+def test_files_that_no_checkpointer_wrote_are_refused(tmp_path):
+    ckpt = Checkpointer(tmp_path)
+    ckpt.store.save(1, {"model": np.zeros(3)})
+    ckpt.store.save(2, np.zeros(3))
+    notes: dict[str, Any] = {"classes": {"model": "Net"}, "parameters": {"optimizer": [[1]]}}
+    ckpt.store.save(3, {"model": np.zeros(4)}, {"tricomp_torch": notes})
+    for step in (1, 2):
+        with pytest.raises(InvalidArgument, match=rf"step {step} of .*: it was not saved by a Checkpointer\."):
+            ckpt.restore(model=Net(), step=step)
+    with pytest.raises(CorruptFile, match=r"step 3 of .*: its notes on classes and parameters are damaged"):
+        ckpt.restore(model=Net(), step=3)
 
 
 def test_bad_arguments_are_refused_by_name(tmp_path):

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import tricomp
-from tricomp.errors import InvalidArgument
+from tricomp.errors import CorruptFile, InvalidArgument
 from tricomp_torch import rng as generators
 from tricomp_torch.checks import missing_and_unexpected, problems
 from tricomp_torch.files import notes_of, with_notes
-from tricomp_torch.objects import give, holds_object, pair_up, parameter_names, put_in, take
+from tricomp_torch.objects import States, give, holds_object, pair_up, parameter_names, put_in, states_of, take
 from tricomp_torch.trees import NOTES_KEY, Flat, flatten, unflatten
 
 _SLOTS = ("model", "optimizer", "scheduler", "extra")
@@ -142,14 +142,14 @@ class Checkpointer:
         with self.store.open(step) as file:
             metadata = file.metadata
         notes = notes_of(metadata)
-        tree = unflatten(Flat(self.store.load(step), notes))  # load: the next save continues from this step
+        saved = self._states(step, notes)
         values = _values(model, optimizer, scheduler, extra)
-        pairs = list(pair_up(values, tree))
-        classes, parameters, names = notes.get("classes", {}), notes.get("parameters", {}), parameter_names(model)
-        found = [text for pair in pairs for text in problems(pair, classes, parameters, names, strict)]
-        has_rng = rng and (strict or "rng" in tree)
+        pairs = list(pair_up(values, saved.tree))
+        names = parameter_names(model)
+        found = [text for pair in pairs for text in problems(pair, saved, names, strict)]
+        has_rng = rng and (strict or "rng" in saved.tree)
         if has_rng:
-            found += generators.problems(tree.get("rng")) if strict else []
+            found += generators.problems(saved.tree.get("rng"), strict)
         if found:
             lines = "\n  ".join(found)
             advice = "Restore into what was saved" + (", or pass strict=False to take what fits." if strict else ".")
@@ -159,14 +159,22 @@ class Checkpointer:
             if pair.state is not None:
                 give(pair, strict)
         if has_rng:
-            generators.set_state(tree["rng"])
+            generators.set_state(saved.tree["rng"])
         return Restored(
             step,
-            put_in(dict(extra or {}), tree.get("extra", {})),
+            put_in(dict(extra or {}), saved.tree.get("extra", {})),
             {key: value for key, value in metadata.items() if key != NOTES_KEY},
             tuple(key for missing, _ in keys for key in missing),
             tuple(key for _, unexpected in keys for key in unexpected),
         )
+
+
+    def _states(self, step: int, notes: dict[str, Any]) -> States:
+        tree = self.store.load(step)  # load, not open: the store's next save then continues from this step
+        try:
+            return states_of(unflatten(Flat(tree, notes)), notes)
+        except (InvalidArgument, CorruptFile) as error:
+            raise type(error)(f"step {step} of {self.store.url}: {error}") from error
 
 
 def _values(model: Any, optimizer: Any, scheduler: Any, extra: Mapping[str, Any] | None) -> dict[str, Any]:

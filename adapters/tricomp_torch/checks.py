@@ -7,24 +7,23 @@ of another class, moments of parameters that now come in another order. Each is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch.nn.parameter import is_lazy
 
 from tricomp.tree import join
-from tricomp_torch.objects import Pair, names_in_order
+from tricomp_torch.objects import Pair, States, parameters_in_order
 from tricomp_torch.tensors import to_array
 from tricomp_torch.ties import TieFinder, is_same
 
 _N_SHOWN = 8
 
 
-def problems(
-    pair: Pair, classes: Mapping[str, str], parameters: Mapping[str, list[str]], names: Mapping[int, str], strict: bool
-) -> Iterator[str]:
+def problems(pair: Pair, saved: States, names: Mapping[int, str], strict: bool) -> Iterator[str]:
     """Sentences that say why the object cannot take over the state; none if it can.
 
-    classes, parameters: as `objects.take` found them at save; names: of the parameters of the models given now.
+    saved: as `objects.take` found it at save; names: of the parameters of the models given now.
     strict=False lets pass missing and unexpected keys of modules (as torch does), a missing state, another class or
     dtype; wrong shapes never pass.
     """
@@ -36,11 +35,11 @@ def problems(
     if isinstance(target, torch.nn.Module):
         yield from _module_problems(pair, strict)
         return
-    stored = classes.get(pair.path, here)
+    stored = saved.classes.get(pair.path, here)
     if strict and stored != here:  # modules are judged by their keys: wrappers rename their classes
         yield f"{pair.path}: the checkpoint holds the state of a {stored}, got a {here}"
     elif isinstance(target, torch.optim.Optimizer):
-        yield from _optimizer_problems(pair, parameters.get(pair.path), names, strict)
+        yield from _optimizer_problems(pair, saved.parameters.get(pair.path, []), names, strict)
 
 
 def missing_and_unexpected(pair: Pair) -> tuple[list[str], list[str]]:
@@ -73,6 +72,8 @@ def _module_problems(pair: Pair, strict: bool) -> Iterator[str]:
             continue
         elif stored.shape != held.shape:
             yield f"{where}: the checkpoint holds shape {tuple(stored.shape)}, the module {tuple(held.shape)}"
+        elif held.is_meta:
+            yield f"{where}: the module's tensor is on the meta device and takes no data. Call module.to_empty() first"
         elif strict and stored.dtype != held.dtype:
             yield f"{where}: the checkpoint holds {stored.dtype}, the module {held.dtype}; loading would round"
         else:
@@ -87,7 +88,7 @@ def _module_problems(pair: Pair, strict: bool) -> Iterator[str]:
 
 
 def _optimizer_problems(
-    pair: Pair, stored_names: list[str] | None, names: Mapping[int, str], strict: bool
+    pair: Pair, stored_parameters: list[list[Any]], names: Mapping[int, str], strict: bool
 ) -> Iterator[str]:
     if not isinstance(pair.state, Mapping) or not {"state", "param_groups"} <= set(pair.state):
         yield f"{pair.path}: the checkpoint holds something else than an optimizer's state"
@@ -97,13 +98,21 @@ def _optimizer_problems(
     if stored != here:
         yield f"{pair.path}: the checkpoint holds groups of {_counts(stored)} parameters, the optimizer {_counts(here)}"
         return
-    here_names = names_in_order(pair.target, names) if names else None
-    if strict and stored_names and here_names and stored_names != here_names:
-        i = next(i for i, (a, b) in enumerate(zip(stored_names, here_names, strict=True)) if a != b)
-        yield (
-            f"{pair.path}: parameter {i} was {stored_names[i]!r} when saved and is {here_names[i]!r} now; "
-            "its moments would go to another parameter"
-        )
+    here_parameters = parameters_in_order(pair.target, names)
+    for i, ((was, shape), (now, here_shape)) in enumerate(zip(stored_parameters, here_parameters, strict=False)):
+        if shape != here_shape:
+            shapes = f"had shape {tuple(shape)} when saved, now {tuple(here_shape)}"
+            yield f"{pair.path}: parameter {i}{_named(now)} {shapes}"
+        elif strict and was and now and was != now:
+            yield (
+                f"{pair.path}: parameter {i} was {was!r} when saved and is {now!r} now; "
+                "its moments would go to another parameter"
+            )
+            return
+
+
+def _named(name: str) -> str:
+    return f" ({name!r})" if name else ""
 
 
 def _shown(keys: Iterable[str]) -> str:

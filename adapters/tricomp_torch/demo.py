@@ -56,7 +56,10 @@ def main(
 
     directory: kept afterwards, must be empty or new; None: a temporary one. Raises InvalidArgument.
     """
-    steps, every = steps or (10 if is_quick else 40), every or (2 if is_quick else 5)
+    steps = (10 if is_quick else 40) if steps is None else steps
+    every = (2 if is_quick else 5) if every is None else every
+    if not hasattr(signal, "SIGKILL"):
+        return _failed("it kills a process with SIGKILL, which this system does not have; run it on Linux or macOS")
     if every < 1 or steps < 4 * every:
         raise InvalidArgument(f"--steps {steps} --every {every}: give at least 4 saves, that is --steps {4 * every}.")
     if directory is not None:
@@ -78,7 +81,7 @@ def _run(folder: Path, n_steps: int, every: int, as_json: bool, is_quick: bool, 
     def child(name: str, store: str = "", kill_step: int = 0) -> tuple[int, list[_Event]]:
         log = folder / f"{name}.jsonl"
         options = Options(str(log), n_steps, store, every, _KEYFRAME, kill_step, is_quick)
-        command = [sys.executable, "-m", "tricomp_torch.demo_run", to_json(options)]
+        command = [sys.executable, "-P", "-m", "tricomp_torch.demo_run", to_json(options)]
         code = subprocess.run(command, check=False).returncode
         return code, [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
 

@@ -24,7 +24,7 @@ def kill_in_next_save(folder: str, n_bytes: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
-        if event in ("os.rename", "os.link") and os.fspath(args[1]).startswith(folder):
+        if event in ("os.rename", "os.link") and str(args[1]).startswith(folder):
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
@@ -32,8 +32,8 @@ def kill_in_next_save(folder: str, n_bytes: int) -> None:
 
 
 def unfinished_bytes(folder: str) -> int:
-    """Bytes of the largest file in folder that is no committed checkpoint: what a killed save leaves behind."""
-    return max((size for path, size in _sizes(folder).items() if not path.endswith(".tri")), default=0)
+    """Bytes of the largest checkpoint in folder under a temporary name: what a killed save leaves behind."""
+    return max((size for path, size in _sizes(folder).items() if ".tri." in os.path.basename(path)), default=0)
 
 
 def _sizes(folder: str) -> dict[str, int]:

@@ -13,16 +13,29 @@ from typing import Any
 import numpy as np
 import torch
 
+from tricomp.errors import CorruptFile, InvalidArgument
 from tricomp.tree import join
 
 
 @dataclass(frozen=True)
 class States:
-    """States of objects as one tree; by path, the objects' class names and the names of optimizers' parameters."""
+    """States of objects as one tree; by path, the objects' class names, and [name, shape] of optimizers' parameters."""
 
     tree: dict[str, Any]
     classes: dict[str, str] = field(default_factory=dict)
-    parameters: dict[str, list[str]] = field(default_factory=dict)
+    parameters: dict[str, list[list[Any]]] = field(default_factory=dict)
+
+
+def states_of(tree: Any, notes: Mapping[str, Any]) -> States:
+    """The States that a file holds. Raises InvalidArgument if a Checkpointer did not write it, CorruptFile."""
+    if not isinstance(tree, dict) or "classes" not in notes:
+        raise InvalidArgument("it was not saved by a Checkpointer. Load it with tricomp_torch.load or tricomp.load.")
+    classes, parameters = notes["classes"], notes.get("parameters", {})
+    entries = [entry for rows in parameters.values() for entry in rows] if isinstance(parameters, dict) else [None]
+    is_table = isinstance(classes, dict) and all(isinstance(name, str) for name in classes.values())
+    if not is_table or not all(isinstance(e, list) and len(e) == 2 and isinstance(e[1], list) for e in entries):
+        raise CorruptFile("its notes on classes and parameters are damaged. Load it with tricomp_torch.load.")
+    return States(tree, classes, parameters)
 
 
 @dataclass(frozen=True)
@@ -53,14 +66,14 @@ def take(values: Mapping[str, Any], names: Mapping[int, str]) -> States:
     def walk(value: Any, path: str) -> Any:
         if is_object(value):
             states.classes[path] = type(value).__name__
-            if isinstance(value, torch.optim.Optimizer) and names:
-                states.parameters[path] = names_in_order(value, names)
+            if isinstance(value, torch.optim.Optimizer):
+                states.parameters[path] = parameters_in_order(value, names)
             return _state_of(value)
-        if type(value) is dict:
+        if not holds_object(value):
+            return value
+        if isinstance(value, dict):
             return {key: walk(entry, join(path, key)) for key, entry in value.items()}
-        if type(value) in (list, tuple):
-            return type(value)(walk(entry, join(path, i)) for i, entry in enumerate(value))
-        return value
+        return type(value)(walk(entry, join(path, i)) for i, entry in enumerate(value))
 
     for slot, value in values.items():
         states.tree[slot] = walk(value, join(None, slot))
@@ -81,12 +94,12 @@ def put_in(values: Any, tree: Any) -> Any:
     """The tree with each object of values in the place of its state."""
     if is_object(values):
         return values
+    if not holds_object(values):
+        return tree
     entries = dict(_entries(values))
     if isinstance(tree, dict):
         return {key: put_in(entries.get(key), state) for key, state in tree.items()}
-    if type(tree) in (list, tuple):
-        return type(tree)(put_in(entries.get(i), state) for i, state in enumerate(tree))
-    return tree
+    return type(tree)(put_in(entries.get(i), state) for i, state in enumerate(tree))
 
 
 def give(pair: Pair, strict: bool) -> None:
@@ -111,15 +124,16 @@ def parameter_names(model: Any) -> dict[int, str]:
     return {key: name for _, entry in _entries(model) for key, name in parameter_names(entry).items()}
 
 
-def names_in_order(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> list[str]:
-    """Names of the optimizer's parameters in its own order, which is all that its state goes by; "" if unknown."""
-    return [names.get(id(parameter), "") for group in optimizer.param_groups for parameter in group["params"]]
+def parameters_in_order(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> list[list[Any]]:
+    """[name, shape] of the optimizer's parameters in its own order, all that its state goes by; name "" if unknown."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return [[names.get(id(parameter), ""), list(parameter.shape)] for parameter in parameters]
 
 
 def _entries(value: Any) -> list[tuple[Any, Any]]:
     if isinstance(value, dict):
         return list(value.items())
-    if isinstance(value, list | tuple):
+    if type(value) in (list, tuple):
         return list(enumerate(value))
     return []
 

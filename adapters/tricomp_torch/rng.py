@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+_ADVICE = "Pass rng=False to keep this process's own."
+
 
 def get_state() -> dict[str, Any]:
     """States of all global generators. numpy: np.random's, whatever its bit generator; python: random's."""
@@ -27,17 +29,24 @@ def get_state() -> dict[str, Any]:
     return state
 
 
-def problems(state: Any) -> list[str]:
-    """Why this process cannot take over the state, as sentences; none if it can."""
-    if not isinstance(state, Mapping) or not {"torch", "numpy", "python"} <= set(state):
-        return ["rng: the checkpoint holds no random state. Pass rng=False to keep this process's own."]
-    n_stored = len(state.get("cuda", ()))
+def problems(state: Any, strict: bool = True) -> list[str]:
+    """Why this process cannot take over the state, as sentences; none if it can. Tries it on generators of its own.
+
+    strict=False lets pass that CUDA devices are missing here.
+    """
+    if state is None:
+        return [f"rng: the checkpoint holds no random state. {_ADVICE}"]
+    try:
+        torch.Generator().set_state(state["torch"].cpu())
+        here = np.random.get_state(legacy=False)["bit_generator"]
+        np.random.RandomState(getattr(np.random, here)()).set_state(state["numpy"])
+        random.Random().setstate(_python(state["python"]))
+        n_stored = len(state.get("cuda", ()))
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        return [f"rng: the checkpoint's random state cannot be used ({type(error).__name__}: {error}). {_ADVICE}"]
     n_here = torch.cuda.device_count() if n_stored else 0
-    if n_stored > n_here:
-        return [
-            f"rng: the checkpoint holds the random state of {n_stored} CUDA devices, this process has {n_here}. "
-            "Pass rng=False to keep this process's own."
-        ]
+    if strict and n_stored > n_here:
+        return [f"rng: the checkpoint holds the state of {n_stored} CUDA devices, this process has {n_here}. {_ADVICE}"]
     return []
 
 
@@ -45,7 +54,10 @@ def set_state(state: Mapping[str, Any]) -> None:
     """Take over the states. CUDA devices that are not there are passed over; `problems` has spoken of them."""
     torch.set_rng_state(state["torch"].cpu())
     np.random.set_state(state["numpy"])
-    python = state["python"]
-    random.setstate((python["version"], tuple(int(word) for word in python["words"]), python["gauss_next"]))
+    random.setstate(_python(state["python"]))
     for i, cuda in enumerate(state.get("cuda", ())[: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(cuda.cpu(), i)
+
+
+def _python(state: Mapping[str, Any]) -> tuple[Any, ...]:
+    return state["version"], tuple(int(word) for word in state["words"]), state["gauss_next"]
