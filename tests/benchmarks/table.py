@@ -73,6 +73,7 @@ def report(results: dict[str, Any]) -> str:
 {ratio_table(results)}
 zstd and ZipNN get each stream as one piece; tricomp writes it as a file. The bound is the entropy of the codec's
 models, the best one for each leaf, symbol tables free; bound + scales adds the row and column scales at their entropy.
+tricomp comes under it where its symbols hold more than the model's: a difference's sign and bits below its leading one.
 
 {overhead["n_leaves"]:,} leaves of {overhead["elements_per_leaf"]:,} float32: random bits cost
 {overhead["noise_over_raw_percent"]} % more than raw; real weights cost {overhead["real_over_one_leaf_percent"]} % more
@@ -94,9 +95,10 @@ def with_table(readme: str, root: Path = ROOT, results_file: str | None = None) 
 
 
 def main() -> None:
-    """Write the README's table again; an argument names another results file, relative to the repository."""
+    """Write the README's table again; an argument names another results file of the repository."""
     path = ROOT / "README.md"
-    path.write_text(with_table(path.read_text(), results_file=sys.argv[1] if len(sys.argv) > 1 else None))
+    file = Path(sys.argv[1]).resolve().relative_to(ROOT).as_posix() if len(sys.argv) > 1 else None
+    path.write_text(with_table(path.read_text(), results_file=file))
 
 
 if __name__ == "__main__":
