@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tricomp
-from tricomp import KeepEvery, KeepLast, KeyframeEvery, Store, codec, storage
+from tricomp import KeepEvery, KeepLast, KeyframeEvery, Store, codec
 from tricomp.errors import (
     CorruptFile,
     CorruptFrame,
@@ -30,6 +30,7 @@ from tricomp.errors import (
     UnsupportedNode,
     UnsupportedVersion,
 )
+from tricomp.folder import LOCK_NAME, Folder
 
 
 def state(step, run=0):
@@ -531,7 +532,7 @@ def test_a_file_system_without_locks_is_told_of(folder, monkeypatch, caplog):
 
     monkeypatch.setattr("fcntl.flock", refuse)
     filled(folder, [1, 2])
-    assert "cannot be locked (No locks available): nothing keeps a second writer out" in caplog.text
+    assert f"{folder}: the file system cannot lock: nothing keeps a second writer out" in caplog.text
     assert equal(Store(folder).load(), state(2))
 
 
@@ -551,7 +552,7 @@ def largest_file(n_bytes):
 
 def untouched(folder, steps):
     """Whether the store holds exactly these steps, all good, and nothing else was left."""
-    names = [name for name in os.listdir(folder) if name != storage.LOCK_NAME]
+    names = [name for name in os.listdir(folder) if name != LOCK_NAME]
     store = Store(folder)
     good = store.verify().intact == tuple(steps) and all(equal(store.load(step), state(step)) for step in steps)
     return good and sorted(names) == [file_of(folder, step).name for step in steps]
@@ -629,7 +630,7 @@ def test_a_failing_prune_does_not_fail_the_save(folder, monkeypatch, caplog):
         def fail(*_):
             raise StorageError("no")
 
-        monkeypatch.setattr(storage.Folder, "delete", fail)
+        monkeypatch.setattr(Folder, "delete", fail)
         store.save(3, state(3))
     assert "step 3 is saved, but older ones could not be removed: no" in caplog.text
     assert untouched(folder, [1, 2, 3])
@@ -661,12 +662,12 @@ def test_a_read_only_folder():
     with tempfile.TemporaryDirectory() as parent:
         folder = os.path.join(parent, "run")
         filled(folder, [1, 2])
-        os.unlink(os.path.join(folder, storage.LOCK_NAME))
+        os.unlink(os.path.join(folder, LOCK_NAME))
         os.chmod(parent, 0o755)
         os.chmod(folder, 0o555)
         try:
             text = without_privileges(lambda: Store(folder).save(3, state(3)))
-            assert text.startswith(f"StorageError: {folder}/{storage.LOCK_NAME}: cannot be written")
+            assert text.startswith(f"StorageError: {folder}/{LOCK_NAME}: cannot be written")
             assert "Permission denied. The folder is read-only for this user: change its permissions or choose" in text
             text = without_privileges(lambda: tricomp.save(f"{folder}/x.tri", 1))
             assert text.startswith(

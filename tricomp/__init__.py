@@ -3,6 +3,9 @@
 from tricomp.blob import decode, encode
 from tricomp.bounds import Limits
 from tricomp.chain import KeepEvery, KeepLast, KeyframeEvery
+from tricomp.checkpoint import load, save
+from tricomp.checkpoint import open_file as open  # noqa: A004
+from tricomp.content import content_id
 from tricomp.errors import (
     CorruptFile,
     CorruptFrame,
@@ -19,8 +22,7 @@ from tricomp.errors import (
     UnsupportedVersion,
     WrongReference,
 )
-from tricomp.file import File, content_id, load, save
-from tricomp.file import open_file as open  # noqa: A004
+from tricomp.file import File
 from tricomp.plan import Plan, Spec
 from tricomp.report import LeafReport, Report, VerifyReport
 from tricomp.store import Store

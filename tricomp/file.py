@@ -1,4 +1,4 @@
-"""One checkpoint in one file: save, load, and File, which decodes a leaf when it is asked for. Container plus codec.
+"""File: one checkpoint in one file, that decodes a leaf when it is asked for. Container plus codec, reading side.
 
 The hard thing: a delta's leaf needs the same leaf of its parent, which may need its own parent's. Frames are therefore
 gathered from the file down to the keyframe first and decoded on the way back, frame by frame, without recursion.
@@ -6,19 +6,17 @@ gathered from the file down to the keyframe first and decoded on the way back, f
 
 from __future__ import annotations
 
-import os
-import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
 
-from tricomp import bounds, codec, container, storage, tree
+from tricomp import bounds, codec, container, tree
 from tricomp.bounds import Bytes, Limits
-from tricomp.container import Contents, Entry, Writing
+from tricomp.container import Contents, Entry
+from tricomp.content import Content
 from tricomp.dtypes import Words, from_words
 from tricomp.errors import (
     CorruptFile,
@@ -28,42 +26,14 @@ from tricomp.errors import (
     MissingLeaf,
     WrongReference,
 )
-from tricomp.layout import Leaf, Snapshot, snapshot_of
-from tricomp.plan import Plan, Spec
-from tricomp.report import Report, report_of
+from tricomp.layout import Leaf, snapshot_of
+from tricomp.plan import Plan
 from tricomp.storage import Source
 
 Array = np.ndarray[Any, Any]
-Path = str | os.PathLike[str]
 _Job = tuple[Sequence[Leaf], Plan, Bytes, Words | None, tuple[Leaf, Words] | None]
 _BATCH_WORDS = 4 << 20  # decoded together, so that the codec has enough to do at a time
 _CACHED_FRAMES = 64  # of several small leaves each, so at most 64 x 65,536 words
-
-
-@dataclass(frozen=True)
-class Base:
-    """Something to code against, held in memory, and the content id (16 bytes) that names it."""
-
-    snapshot: Snapshot
-    content_id: bytes
-
-    def find(self, path: str) -> tuple[Leaf, Words] | None:
-        """Leaf and words of that path, or None."""
-        return self.snapshot.find(path)
-
-
-@dataclass(frozen=True)
-class Content:
-    """What goes into a file: the structure of a tree (see tricomp.tree) and the Snapshot of its leaves."""
-
-    structure: bytes
-    snapshot: Snapshot
-
-    @property
-    def content_id(self) -> bytes:
-        """16 bytes; of a file of this, unless the spec rounds."""
-        leaves, words = self.snapshot.layout.leaves, self.snapshot.words
-        return container.content_id(self.structure, leaves, [codec.digest(words(i)) for i in range(len(leaves))])
 
 
 class File(Mapping[str, Array]):
@@ -74,7 +44,9 @@ class File(Mapping[str, Array]):
     LimitExceeded (more memory than limits allow).
     """
 
-    def __init__(self, source: Source, reference: File | Base | None = None, limits: Limits = bounds.DEFAULTS) -> None:
+    def __init__(
+        self, source: Source, reference: File | Content | None = None, limits: Limits = bounds.DEFAULTS
+    ) -> None:
         """Takes over source. Raises CorruptFile, UnsupportedVersion, LimitExceeded, WrongReference."""
         self.name = source.name
         self._source, self._limits, self._reference = source, limits, reference
@@ -162,11 +134,11 @@ class File(Mapping[str, Array]):
         words = self._decode_all(numbers)
         return {self._contents.leaves[number].path: self._array(number, words[number]) for number in numbers}
 
-    def snapshot(self) -> Snapshot:
-        """All leaves, decoded, as a Snapshot with memory of its own."""
+    def content(self) -> Content:
+        """All leaves, decoded, in memory of their own, and the structure; needs no registered type."""
         words = self._decode_all(range(len(self)))
         arrays = [self._array(number, words[number]) for number in range(len(self))]
-        return snapshot_of([leaf.path for leaf in self._contents.leaves], arrays)
+        return Content(self.structure, snapshot_of(list(self), arrays))
 
     def check(self) -> None:
         """Compare the checksum of every frame, decoding nothing and needing no reference. Raises CorruptFrame."""
@@ -195,17 +167,14 @@ class File(Mapping[str, Array]):
         return file
 
     def _check_reference(self) -> None:
-        expected = self._contents.summary.parent
         if self._reference is None:
             return
-        came = self._reference.content_id
-        came = bytes.fromhex(came) if isinstance(came, str) else came
-        if expected is None:
+        if self.parent is None:
             raise WrongReference(f"{self.name}: stands alone and takes no reference. Open it without one.")
-        if came != expected:
+        if self._reference.content_id != self.parent:
             raise WrongReference(
-                f"{self.name}: was encoded against content id {expected.hex()}, "
-                f"but the reference has {came.hex()}. Pass the checkpoint it was saved against."
+                f"{self.name}: was encoded against content id {self.parent}, "
+                f"but the reference has {self._reference.content_id}. Pass the checkpoint it was saved against."
             )
 
     def _number(self, path: str) -> int:
@@ -284,7 +253,7 @@ class File(Mapping[str, Array]):
             if not paths:
                 break
             above = file._parent_for(paths[0])
-            if isinstance(above, Base):
+            if isinstance(above, Content):
                 words = {path: found for path in paths if (found := above.find(path)) is not None}
                 break
             numbers = [above._index[path] for path in paths if path in above._index]
@@ -312,7 +281,7 @@ class File(Mapping[str, Array]):
             wanted[other.leaves[0]] = other
         return list(wanted.values())
 
-    def _parent_for(self, path: str) -> File | Base:
+    def _parent_for(self, path: str) -> File | Content:
         if self._reference is None:
             raise WrongReference(
                 f"{self.name}: leaf {path!r} was encoded against the checkpoint with content id {self.parent}, "
@@ -380,106 +349,3 @@ class File(Mapping[str, Array]):
                 )
             parts.append(found[1])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def open_file(path: Path, reference: Path | File | Any = None, limits: Limits = bounds.DEFAULTS) -> File:
-    """Open a `.tri` file; nothing is decoded yet.
-
-    path: of a local file. reference: for a delta, what it was saved against: a path, an open File or a tree.
-    Raises FileNotFoundError, CorruptFile, UnsupportedVersion, LimitExceeded, WrongReference, StorageError.
-    """
-    source = storage.LocalFile(os.fspath(path))
-    base: File | Base | None = None
-    try:
-        base = _base(reference, limits)
-        file = File(source, base, limits)
-    except BaseException:
-        source.close()
-        if isinstance(base, File) and base is not reference:
-            base.close()
-        raise
-    if isinstance(base, File) and base is not reference:
-        file.own(base)
-    return file
-
-
-def load(path: Path, reference: Path | File | Any = None, leaves: Iterable[str] | None = None) -> Any:
-    """The tree in a `.tri` file; or, given leaves (paths or fnmatch patterns), a dict of path to array.
-
-    Raises what open_file and File.load raise.
-    """
-    with open_file(path, reference) as file:
-        return file.load(leaves)
-
-
-def save(
-    path: Path,
-    tree: Any,
-    reference: Path | File | Any = None,
-    spec: Spec | None = None,
-    metadata: dict[str, Any] | None = None,
-) -> Report:
-    """Write a tree of numpy arrays and plain values to one file, atomically: a file that is there stays until the end.
-
-    reference: a path, an open File or a tree to encode against; it is needed again to load. metadata: plain values.
-    Raises UnsupportedNode, UnsupportedDtype (naming the leaf), InvalidArgument, StorageError.
-    """
-    folder, name = storage.split(path)
-    base = _base(reference, bounds.DEFAULTS)
-    try:
-        if isinstance(base, File) and os.path.realpath(base.name) == os.path.join(folder.url, name):
-            raise InvalidArgument(f"{os.fspath(path)}: would replace its own reference. Save to another path.")
-        since_keyframe = base.since_keyframe + 1 if isinstance(base, File) else int(base is not None)
-        return put(folder, name, flattened(tree), base, spec, metadata, since_keyframe)
-    finally:
-        if isinstance(base, File) and base is not reference:
-            base.close()
-
-
-def content_id(tree: Any) -> str:
-    """The content id, 32 hex digits, that a file of this tree gets. Raises UnsupportedNode, UnsupportedDtype."""
-    return flattened(tree).content_id.hex()
-
-
-def flattened(value: Any) -> Content:
-    """The Content of a tree, sharing its memory. Raises UnsupportedNode, UnsupportedDtype."""
-    structure, paths, arrays = tree.flatten(value)
-    return Content(structure, snapshot_of(paths, arrays))
-
-
-def held_in_memory(structure: bytes, snapshot: Snapshot) -> Base:
-    """A Snapshot to code against, under the content id that it has now."""
-    return Base(snapshot, Content(structure, snapshot).content_id)
-
-
-def put(
-    folder: storage.Storage,
-    name: str,
-    content: Content,
-    base: File | Base | None = None,
-    spec: Spec | None = None,
-    metadata: dict[str, Any] | None = None,
-    since_keyframe: int = 0,
-) -> Report:
-    """Encode content into one file of a storage, frame by frame as they come."""
-    if metadata is not None and not isinstance(metadata, dict):
-        raise InvalidArgument(f"metadata: expected a dict of plain values, got {type(metadata).__name__}.")
-    began = time.perf_counter()
-    parent = None if base is None else _id_of(base)
-    written = Writing(content.structure, content.snapshot.layout.leaves, parent, since_keyframe, metadata)
-    folder.put(name, written.pieces(codec.encode(content.snapshot, base, spec)))
-    return report_of(os.path.join(folder.url, name), written, time.perf_counter() - began)
-
-
-def _base(reference: Any, limits: Limits) -> File | Base | None:
-    """What reference names: an open File (opened here if it is a path), or a tree held in memory."""
-    if reference is None or isinstance(reference, (File, Base)):
-        return reference
-    if isinstance(reference, (str, os.PathLike)):
-        return open_file(reference, None, limits)
-    content = flattened(reference)
-    return Base(content.snapshot, content.content_id)
-
-
-def _id_of(base: File | Base) -> bytes:
-    return bytes.fromhex(base.content_id) if isinstance(base, File) else base.content_id

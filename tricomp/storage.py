@@ -1,41 +1,18 @@
-"""A folder that moves bytes in and out, whole or not at all. Knows no codec and no format; imports bounds and errors.
+"""What a Store needs of a folder or bucket, and the door to the kinds there are. Knows no codec and no format.
 
-The hard thing: a writer may die at any instant. A file is written under a temporary name that no reader lists, synced,
-renamed, and the folder synced. A writer holds an flock on its temporary file, which the kernel drops when the writer
-dies, so that whoever writes next knows which temporary files nobody owns and removes them.
-
-Locks on a network file system: Linux maps flock onto byte-range locks of NFS, so they hold between hosts as long as the
-server's lock service runs; mounts with `nolock` or `local_lock` (and Lustre without `-o flock`) lock within one host
-or not at all. Where the file system refuses to lock, a warning is logged and nothing keeps a second writer out.
+The hard thing is in the promise of put: a file is there whole and durable, or not at all, at any instant.
 """
 
 from __future__ import annotations
 
-import errno
-import logging
-import mmap
 import os
-import secrets
-import socket
-import stat
-import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
 from tricomp.bounds import Bytes
-from tricomp.errors import CorruptFile, InvalidArgument, StorageError, StoreLocked
-
-try:
-    import fcntl
-except ImportError:  # not on Windows; then nothing keeps a second writer out
-    fcntl = None  # type: ignore[assignment]
-
-_log = logging.getLogger("tricomp")
-LOCK_NAME = ".tricomp.lock"
-_FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota exceeded", errno.EFBIG: "file size limit reached"}
-_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+from tricomp.errors import InvalidArgument
+from tricomp.folder import Folder
 
 
 class Source(Protocol):
@@ -86,194 +63,6 @@ class Storage(Protocol):
         ...
 
 
-class LocalFile:
-    """A Source over a local file, mapped into memory: reading one leaf touches that leaf's pages only."""
-
-    def __init__(self, path: str, name: str | None = None) -> None:
-        """path: of a regular file. Raises FileNotFoundError, InvalidArgument, StorageError."""
-        self.name = name or path
-        self._map: mmap.mmap | None = None
-        try:
-            with open(path, "rb") as file:
-                self.n_bytes = os.fstat(file.fileno()).st_size
-                if self.n_bytes:  # an empty file cannot be mapped
-                    self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except FileNotFoundError:
-            raise
-        except IsADirectoryError:
-            raise InvalidArgument(f"{path}: is a folder. Give a .tri file, or use tricomp.Store.") from None
-        except (OSError, ValueError) as error:
-            raise _storage_error(error, f"{path}: cannot be read") from error
-        self._view = memoryview(self._map) if self._map is not None else memoryview(b"")
-        self._is_open = True
-
-    def read(self, offset: int, n_bytes: int) -> memoryview:
-        """A view of these bytes. Raises CorruptFile when not all are in the file, InvalidArgument if closed."""
-        if not self._is_open:
-            raise InvalidArgument(f"{self.name}: is closed. Open it again.")
-        if not 0 <= offset <= offset + n_bytes <= self.n_bytes:
-            raise CorruptFile(f"{self.name}: bytes {offset}..{offset + n_bytes} of a file of {self.n_bytes} bytes.")
-        return self._view[offset : offset + n_bytes]
-
-    def close(self) -> None:
-        """Unmap the file, at once or when the last view of it is gone."""
-        self._is_open = False
-        with suppress(BufferError):
-            self._view.release()
-            if self._map is not None:
-                self._map.close()
-
-
-class FolderLock:
-    """The writer's lock of a folder: an flock, released by the kernel when the process dies, and never inherited."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._pid = os.getpid()
-        _held.add(self)
-
-    @property
-    def is_held(self) -> bool:
-        return self._pid == os.getpid() and not self._file.closed
-
-    def release(self) -> None:
-        """Let the next writer in."""
-        if self.is_held:
-            with suppress(OSError):
-                self._file.truncate(0)
-        self._file.close()
-
-
-_held: weakref.WeakSet[FolderLock] = weakref.WeakSet()
-
-
-def _forget_locks() -> None:
-    """A forked child shares the flock, and would keep the store locked after the writer's death: close its copy."""
-    for lock in list(_held):
-        lock._file.close()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_locks)
-
-
-class Folder:
-    """Storage in a local folder. Made on the first write."""
-
-    def __init__(self, path: str) -> None:
-        self.url = path
-
-    def put(self, name: str, pieces: Iterable[Bytes]) -> None:
-        """Write a file from pieces, atomically and durably; a file of that name is replaced, never truncated.
-
-        Whatever pieces raises passes through, and nothing is left behind. Raises StorageError when the folder
-        is full, read-only or otherwise refuses.
-        """
-        target = os.path.join(self.url, name)
-        n_bytes = 0
-        with self._refusal(target):
-            os.makedirs(self.url, exist_ok=True)
-            _remove_orphans(self.url, f".{name}.")
-            temporary = os.path.join(self.url, f".{name}.{secrets.token_hex(4)}.tmp")
-            file = open(temporary, "xb")  # noqa: SIM115 - closed below, before the rename
-        try:
-            _try_lock(file)
-            for piece in pieces:
-                with self._refusal(target, n_bytes):
-                    file.write(piece)
-                n_bytes += len(piece)
-            with self._refusal(target, n_bytes):
-                file.flush()
-                os.fsync(file.fileno())
-                file.close()
-                os.replace(temporary, target)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(temporary)
-            with suppress(OSError):  # what is still buffered cannot be written: that is known already
-                file.close()
-            raise
-        with self._refusal(target, n_bytes):
-            _sync_folder(self.url)
-
-    def get(self, name: str) -> LocalFile:
-        """Open a file of the folder, mapped. Raises FileNotFoundError, StorageError."""
-        return LocalFile(os.path.join(self.url, name))
-
-    def list(self) -> dict[str, object]:
-        """Names of the files, without hidden and temporary ones; a missing folder has none. Raises StorageError."""
-        found: dict[str, object] = {}
-        try:
-            with os.scandir(self.url) as entries:
-                for entry in entries:
-                    if not entry.name.startswith("."):
-                        with suppress(FileNotFoundError):  # removed by the writer a moment ago
-                            about = entry.stat()
-                            if stat.S_ISREG(about.st_mode):
-                                found[entry.name] = (about.st_ino, about.st_size, about.st_mtime_ns)
-        except FileNotFoundError:
-            return {}
-        except NotADirectoryError:
-            raise InvalidArgument(f"{self.url}: is a file. A Store needs a folder.") from None
-        except OSError as error:
-            raise _storage_error(error, f"{self.url}: cannot be listed") from error
-        return found
-
-    def delete(self, name: str) -> None:
-        """Remove a file; no error if it is gone. Raises StorageError."""
-        with self._refusal(os.path.join(self.url, name)), suppress(FileNotFoundError):
-            os.unlink(os.path.join(self.url, name))
-
-    def lock(self) -> FolderLock:
-        """Become the folder's only writer, until release or death, and remove what dead writers left behind.
-
-        Raises StoreLocked, naming the holder's process and host; StorageError if the folder refuses.
-        """
-        path = os.path.join(self.url, LOCK_NAME)
-        with self._refusal(path):
-            os.makedirs(self.url, exist_ok=True)
-            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=0)
-        if _try_lock(file) is False:
-            holder = file.read(200).decode("utf-8", "replace") or "another process"
-            file.close()
-            raise StoreLocked(
-                f"{self.url}: is being written by {holder}. Wait for it to end or close its Store; "
-                f"reading needs no lock."
-            )
-        try:
-            with self._refusal(path):
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on host {socket.gethostname()}".encode())
-                _remove_orphans(self.url, ".")
-        except BaseException:
-            file.close()
-            raise
-        return FolderLock(file)
-
-    @contextmanager
-    def _refusal(self, target: str, n_bytes: int = 0) -> Iterator[None]:
-        """Turn an OSError of the file system into a StorageError that says what to do."""
-        try:
-            yield
-        except StorageError:
-            raise
-        except OSError as error:
-            raise _storage_error(error, f"{target}: cannot be written (after {n_bytes} bytes)") from error
-
-
-def split(path: str | os.PathLike[str]) -> tuple[Folder, str]:
-    """The folder and name to put a file at path, links followed. Raises InvalidArgument, StorageError."""
-    real = os.path.realpath(os.fspath(path))
-    if os.path.lexists(real) and not os.path.isfile(real):
-        raise InvalidArgument(
-            f"{os.fspath(path)}: is not a regular file and will not be replaced. Choose another path."
-        )
-    folder = os.path.dirname(real)
-    if not os.path.isdir(folder):
-        raise StorageError(f"{os.fspath(path)}: cannot be written: there is no folder {folder}. Make it first.")
-    return Folder(folder), os.path.basename(real)
-
-
 def at(url: str | os.PathLike[str]) -> Storage:
     """The storage at a path or file:// URL. Raises InvalidArgument for URLs of other kinds."""
     path = os.fspath(url)
@@ -285,53 +74,3 @@ def at(url: str | os.PathLike[str]) -> Storage:
             f"store {path!r}: only local folders can be stores in this version. Give a folder's path."
         )
     return Folder(str(Path(path).expanduser()))
-
-
-def _try_lock(file: IO[bytes]) -> bool | None:
-    """Lock an open file for this process alone: True, False when another holds it, None when it cannot be locked."""
-    if fcntl is None:
-        return None
-    try:
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            return False
-        _log.warning("%s: cannot be locked (%s): nothing keeps a second writer out", file.name, error.strerror)
-        return None
-    return True
-
-
-def _remove_orphans(folder: str, prefix: str) -> None:
-    """Remove temporary files that no living writer holds."""
-    for name in os.listdir(folder):
-        if not (name.startswith(prefix) and name.endswith(".tmp")):
-            continue
-        with suppress(OSError), open(os.path.join(folder, name), "rb") as file:
-            if _try_lock(file):
-                os.unlink(file.name)
-
-
-def _sync_folder(folder: str) -> None:
-    """Make a rename in the folder durable, where the file system knows how to."""
-    with suppress(PermissionError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
-                raise
-        finally:
-            os.close(descriptor)
-
-
-def _storage_error(error: Exception, what: str) -> StorageError:
-    code = getattr(error, "errno", None)
-    reason = os.strerror(code) if code else str(error)
-    advice = "Nothing that was there has changed."
-    if code in _FULL:
-        advice = f"The disk is full ({_FULL[code]}): free some space and save again. {advice}"
-    elif code in _REFUSED:
-        advice = f"The folder is read-only for this user: change its permissions or choose another. {advice}"
-    failure = StorageError(f"{what}: {reason}. {advice}")
-    failure.errno = code
-    return failure

@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 from tricomp import container, storage
 from tricomp.chain import Keep, KeyframeEvery, Link, ReferenceChoice, chains, nearest, next_parent, to_prune
+from tricomp.checkpoint import put
+from tricomp.content import Content, content_of
 from tricomp.errors import (
     CorruptFile,
     CorruptFrame,
@@ -26,7 +28,7 @@ from tricomp.errors import (
     TricompError,
     UnsupportedVersion,
 )
-from tricomp.file import Base, Content, File, flattened, held_in_memory, put
+from tricomp.file import File
 from tricomp.plan import Spec
 from tricomp.report import BrokenStep, Report, VerifyReport
 
@@ -70,7 +72,7 @@ class Store:
         self._spec, self._reference_in = spec, reference_in
         self._lock: storage.Lock | None = None
         self._previous: int | None = None
-        self._held: Base | None = None
+        self._held: Content | None = None
         self._known: dict[str, tuple[object, Link | TricompError]] = {}
 
     @property
@@ -99,7 +101,7 @@ class Store:
             raise InvalidArgument(
                 f"step {step} is already in {self.url}. Save a higher step, or pass overwrite=True to replace it."
             )
-        content = flattened(tree)
+        content = content_of(tree)
         if exists:
             self._rebase_children([step])
         links = {link.step: link for link in self._links() if link.step != step}
@@ -151,13 +153,13 @@ class Store:
         for step, chain in found.items():
             children.setdefault(chain[-2].step if len(chain) > 1 else -1, []).append(step)
         reasons: dict[int, str] = {}
-        pending: list[tuple[int, Base | None]] = [(step, None) for step in children.get(-1, [])]
+        pending: list[tuple[int, Content | None]] = [(step, None) for step in children.get(-1, [])]
         while pending:  # depth first, so that few decoded parents are held at a time
             step, base = pending.pop()
             try:
                 with File(self._folder.get(_file_name(step)), base) as file:
                     file.check()
-                    decoded = Base(file.snapshot(), found[step][-1].content_id)
+                    decoded = file.content()
                 pending += [(child, decoded) for child in children.get(step, [])]
             except (TricompError, OSError) as error:
                 reasons[step] = str(error)
@@ -187,7 +189,7 @@ class Store:
         """
         self._write_lock()
         with self.open(step) as file:
-            content = Content(file.structure, self._advised(_number(file), file.snapshot))
+            content = self._advised(_number(file), file.content)
             metadata = file.metadata
         return put(self._folder, _file_name(_step(step)), content, None, self._lossless(), metadata)
 
@@ -322,7 +324,7 @@ class Store:
         name = _file_name(step)
         if parent is None:
             return put(self._folder, name, content, None, self._spec, metadata)
-        if self._held is not None and self._held.content_id == parent.content_id:
+        if self._held is not None and self._held.content_id == parent.content_id.hex():
             return put(self._folder, name, content, self._held, self._spec, metadata, since_keyframe)
         self._held = None
         with self._open(parent.step) as base:
@@ -332,8 +334,8 @@ class Store:
         """Keep a copy of what was saved, if it is what a reader of the file decodes: not so where spec rounds."""
         self._held = None
         if self._reference_in == "host":
-            held = held_in_memory(content.structure, content.snapshot.copy())
-            self._held = held if held.content_id.hex() == report.content_id else None
+            held = content.copy()
+            self._held = held if held.content_id == report.content_id else None
 
     def _prune(self) -> tuple[int, ...]:
         protected = () if self._previous is None else (self._previous,)

@@ -1,0 +1,48 @@
+"""What goes into a file and what it is coded against: a tree's structure and Snapshot, under one content id.
+
+The hard thing: the content id is that of the decoded leaves, so it can be told before a file is written, and must be
+told again from the words that are kept to code the next file against.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from tricomp import codec, container, tree
+from tricomp.dtypes import Words
+from tricomp.layout import Leaf, Snapshot, snapshot_of
+
+
+@dataclass(frozen=True)
+class Content:
+    """The structure of a tree (see tricomp.tree) and the Snapshot of its leaves. Serves the codec as a Reference."""
+
+    structure: bytes
+    snapshot: Snapshot
+
+    @cached_property
+    def content_id(self) -> str:
+        """32 hex digits; those of a file of this, unless the spec rounds. Told from the words as they are at first."""
+        leaves, words = self.snapshot.layout.leaves, self.snapshot.words
+        return container.content_id(self.structure, leaves, [codec.digest(words(i)) for i in range(len(leaves))]).hex()
+
+    def find(self, path: str) -> tuple[Leaf, Words] | None:
+        """Leaf and words of that path, or None."""
+        return self.snapshot.find(path)
+
+    def copy(self) -> Content:
+        """The same in memory of its own, so that training may go on."""
+        return Content(self.structure, self.snapshot.copy())
+
+
+def content_of(value: Any) -> Content:
+    """The Content of a tree, sharing its memory. Raises UnsupportedNode, UnsupportedDtype."""
+    structure, paths, arrays = tree.flatten(value)
+    return Content(structure, snapshot_of(paths, arrays))
+
+
+def content_id(tree: Any) -> str:
+    """The content id, 32 hex digits, that a file of this tree gets. Raises UnsupportedNode, UnsupportedDtype."""
+    return content_of(tree).content_id
