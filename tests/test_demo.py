@@ -33,7 +33,7 @@ def test_the_quick_demo_is_killed_and_resumes_identically(tmp_path, capfd):
     assert tricomp.Store(str(folder / "store")).latest() == result["n_steps"]
 
     text = demo_report.table(result["saves"], result["loads"])
-    for expected in ("moments v", "keyframe, ", "delta checkpoint, ", "zstd", "save, keyframe", "load, keyframe"):
+    for expected in ("moments v", "keyframe, ", "delta checkpoint, ", "zstd", "save, key", "load, key", "from 2 files"):
         assert expected in text
     assert max(map(len, text.splitlines())) <= 80
 

@@ -168,7 +168,6 @@ class Checkpointer:
             tuple(key for _, unexpected in keys for key in unexpected),
         )
 
-
     def _states(self, step: int, notes: dict[str, Any]) -> States:
         tree = self.store.load(step)  # load, not open: the store's next save then continues from this step
         try:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ from tricomp_torch.demo_zstd import zstd
 from tricomp_torch.trees import flatten
 
 STREAMS = ("weights", "m", "v", "rest")
-_N_LOADS = 2
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,6 @@ def run(options: Options) -> None:
         if restored is not None:
             first = restored.step
             write("restore", step=first, seconds=time.perf_counter() - started)
-    keyframe_step = 0
     for step in range(first + 1, options.n_steps + 1):
         write("loss", step=step, loss=training.step().hex())
         if ckpt is not None:
@@ -81,14 +80,12 @@ def run(options: Options) -> None:
             report = ckpt.save(step, **parts)
             if report is not None:
                 file_bytes = report.file_bytes
-                keyframe_step = keyframe_step if report.parent else step
                 write("save", step=step, **_measured(training, report))
         _show_progress(step, options.n_steps)
     _show_progress(0, 0)
     write("final", digests=_digests(training))
     if ckpt is not None:
-        steps = [step for step in ckpt.store.steps() if step >= keyframe_step][:_N_LOADS]
-        for n_files, step in enumerate(steps, 1):
+        for n_files, step in enumerate(_keyframe_and_delta(ckpt.store), 1):
             started = time.perf_counter()
             ckpt.restore(step=step, rng=False)
             write("load", step=step, n_files=n_files, seconds=time.perf_counter() - started)
@@ -96,6 +93,16 @@ def run(options: Options) -> None:
 
 def _checkpointer(options: Options) -> Checkpointer:
     return Checkpointer(options.store, every=options.every, keyframe=tricomp.KeyframeEvery(options.keyframe))
+
+
+def _keyframe_and_delta(store: tricomp.Store) -> tuple[int, ...]:
+    """The last two neighbouring steps of which the first stands alone and the second is coded against it."""
+    found: tuple[int, ...] = ()
+    for step, following in pairwise(store.steps()):
+        with store.open(step) as a, store.open(following) as b:
+            if a.parent is None and b.parent == a.content_id:
+                found = step, following
+    return found
 
 
 def _measured(training: Training, report: tricomp.Report) -> dict[str, Any]:

@@ -99,7 +99,9 @@ def put_in(values: Any, tree: Any) -> Any:
     entries = dict(_entries(values))
     if isinstance(tree, dict):
         return {key: put_in(entries.get(key), state) for key, state in tree.items()}
-    return type(tree)(put_in(entries.get(i), state) for i, state in enumerate(tree))
+    if type(tree) in (list, tuple):
+        return type(tree)(put_in(entries.get(i), state) for i, state in enumerate(tree))
+    return tree
 
 
 def give(pair: Pair, strict: bool) -> None:
