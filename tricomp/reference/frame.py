@@ -21,7 +21,7 @@ DIRECTORY_FIELDS = 6  # uint32: checksum (low, high), payload bytes, patches or 
 RAW_FLAG = 1 << 31
 PLANE_RAW, PLANE_CONSTANT, PLANE_RANS = 0, 1, 2
 
-SEGMENT_CHUNKS = 16  # chunks predicted at a time, so that temporaries stay small; does not change a byte
+SEGMENT_CHUNKS = 4  # chunks predicted at a time, so that temporaries stay small; does not change a byte
 
 
 def aligned(n_bytes: int) -> int:

@@ -30,9 +30,10 @@ BLOCK_COLUMNS = 256  # the split of frames without two dimensions: a scale for e
 FIT_COLUMNS = 128  # most columns that a row's scale is measured on
 FIT_ROWS = 512  # most rows that a column's scale is measured on
 STATE_BITS = 1024 + 192  # of one stream, with its part of the directory
+FIT_WORDS = 1 << 19  # most words that a vector of factors is measured on, if that leaves 16 a row or column
 PROB_BITS = 11
 DELTA_K_MOST = 3  # most bits below the leading one that a delta's symbol may hold
-SHIFT_ROWS = 128  # rows of the sample on which the common factor of a scaled delta is searched
+SHIFT_ROWS = 64  # rows of the sample on which the common factor of a scaled delta is searched
 
 
 @dataclass(frozen=True)
@@ -478,7 +479,7 @@ def _delta_choice(
         widest = min(MAX_SYMBOLS, MAX_TABLE_ENTRIES // n_contexts) - 1
         if last - first > widest:
             sums = np.concatenate([[0], np.cumsum(per_symbol)])
-            first = int(np.argmax(sums[widest:] - sums[:-widest]))
+            first = max(int(np.argmax(sums[widest:] - sums[:-widest])), 1)
             last = first + widest
         inside = np.zeros(len(per_symbol), np.bool_)
         inside[first:last] = True
@@ -580,7 +581,7 @@ def _best_factor(new: Words, old: Words, spread: Array, plan: Plan) -> tuple[int
     known = ratios[np.isfinite(ratios) & (ratios > 0.26) & (ratios < 3.9)]
     rows = (np.broadcast_to(spread, new.shape) * (1 << FACTOR_BITS)).astype(np.uint64)
     best = (1 << 30, math.inf)
-    for ratio in (1.0, *np.quantile(known, np.linspace(0.02, 0.98, 25), method="nearest")) if len(known) else (1.0,):
+    for ratio in (1.0, *np.quantile(known, np.linspace(0.04, 0.96, 16), method="nearest")) if len(known) else (1.0,):
         # A power of the decay is a float32 number: the nearest one is met more often than any other.
         common = int(round(float(np.float32(ratio)) * (1 << 30)))
         predicted = scale_words(old, factors(common, rows, None), plan.dtype)
@@ -601,7 +602,7 @@ def fit_factors(
     grid = words[: n_whole * n_columns].reshape(n_whole, n_columns)
     old = reference[: n_whole * n_columns].reshape(n_whole, n_columns)
     whole = common / (1 << 30)
-    step = -(-n_columns // FIT_COLUMNS)
+    step = -(-n_columns // min(max(FIT_WORDS // max(n_whole, 1), 16), FIT_COLUMNS))
     rows = _medians(_ratios(grid[:, ::step], old[:, ::step], dtype) / whole, 1)
     if n_whole * n_columns < len(words):
         tail = _ratios(words[None, n_whole * n_columns :], reference[None, n_whole * n_columns :], dtype) / whole
@@ -609,7 +610,7 @@ def fit_factors(
     row_factors = _factor(rows)
     if not has_column_scale:
         return Scales(row_factors, None)
-    step = -(-n_whole // FIT_ROWS)
+    step = -(-n_whole // min(max(FIT_WORDS // n_columns, 16), FIT_ROWS))
     columns = (
         _ratios(grid[::step], old[::step], dtype) / whole / (row_factors[:n_whole][::step, None] / (1 << FACTOR_BITS))
     )

@@ -274,14 +274,22 @@ def scale_words(words: Words, factors: Array, dtype: DType) -> Words:
         product = significand * factors
         point = m + 2 * FACTOR_BITS
     # Bring the leading one to bit m, with the bit below what is cut rounding it; a carry reaches the exponent.
-    length = bit_length(product).astype(np.int32)
-    down = np.clip(length - 1 - m, 0, 63).astype(np.uint64)
-    up = np.clip(m + 1 - length, 0, 63).astype(np.uint64)
-    half = np.uint64(1) << down >> np.uint64(1)
-    rounded = (product + half >> down) << up
-    new_field = field_ + (length - 1 - point)
+    # No product is shorter than the shortest factor makes it, so only the bits above that need looking at.
+    sure = max(int(factors.min(initial=1 << 32)).bit_length() - 1 + point - 2 * FACTOR_BITS, 0)
+    above = product >> np.uint64(sure)
+    is_narrow = int(factors.max(initial=0)) >> (sure + 2 * FACTOR_BITS - point) < 32
+    length = (bit_length(above.astype(np.uint8) if is_narrow else above) + np.uint8(sure)).astype(np.int32)
+    drop = length - (1 + m)
+    if sure > m:
+        down = drop.astype(np.uint64)
+        rounded = product + (np.uint64(1) << down - np.uint64(1)) >> down
+    else:
+        down = np.clip(drop, 0, 63).astype(np.uint64)
+        half = np.uint64(1) << down >> np.uint64(1)
+        rounded = (product + half >> down) << np.clip(-drop, 0, 63).astype(np.uint64)
+    new_field = field_ + (length - (1 + point))
     base = np.clip(new_field - 1, 0, largest_field).astype(np.uint64) << np.uint64(m)
     scaled = np.minimum(base + rounded, np.uint64((largest_field << m) - 1)).astype(words.dtype)
-    scaled = np.where((new_field < 1) | (length == 0), word_type(0), scaled)
+    scaled[(new_field < 1) | (above == 0)] = 0
     is_kept = (field_ == 0) | (field_ == largest_field)
     return np.where(is_kept, words, (words ^ body) | scaled)
