@@ -306,6 +306,36 @@ def test_a_closed_file_says_so(path):
         file["w"]
 
 
+# The file of FORMAT.md's example. Frozen since format 1.
+FORMAT_1 = bytes.fromhex(
+    """
+    87 a7 74 72 69 63 6f 6d 70 01 a6 77 72 69 74 65 72 ad 74 72 69 63 6f 6d 70 20 30 2e 31 2e 30 a6
+    70 61 72 65 6e 74 c0 ae 73 69 6e 63 65 5f 6b 65 79 66 72 61 6d 65 00 a8 6d 65 74 61 64 61 74 61
+    81 a3 72 75 6e a1 61 a4 74 72 65 65 c4 13 82 a4 73 74 65 70 03 a2 6c 72 cb 3f e0 00 00 00 00 00
+    00 a6 6c 65 61 76 65 73 c4 04 93 90 90 90 83 a6 66 72 61 6d 65 73 c4 04 93 90 90 90 a6 63 68 65
+    63 6b 73 c4 00 a7 64 69 67 65 73 74 73 c4 00 c4 48 6e 00 00 00 00 00 00 00 40 ac b3 37 ce 56 bf
+    6c 6e 00 00 00 00 00 00 00 21 00 00 00 00 00 00 00 74 c4 09 44 6f f5 75 34 1a f7 fd 74 7b f0 32
+    34 36 87 ce 96 71 ed 64 13 4f e8 9b b7 70 51 e4 fc 89 54 52 49 0d 0a 1a 0a
+    """
+)
+
+
+def test_a_file_of_format_1_byte_for_byte(path):
+    with open(path, "wb") as file:
+        file.write(FORMAT_1)
+    with tricomp.open(path) as opened:
+        assert opened.load() == {"step": 3, "lr": 0.5}
+        assert opened.metadata == {"run": "a"}
+        assert opened.writer == "tricomp 0.1.0"
+        assert opened.content_id == "1af7fd747bf032343687ce9671ed6413" == tricomp.content_id({"step": 3, "lr": 0.5})
+    tricomp.save(path, {"step": 3, "lr": 0.5}, metadata={"run": "a"})
+    with open(path, "rb") as file:
+        written = file.read()
+    # What stands before and after names the writer, and the checksum of that.
+    parts = slice(FORMAT_1.index(b"\xa6parent"), FORMAT_1.index(b"\xc4\x48"))
+    assert written[written.index(b"\xa6parent") : written.index(b"\xc4\x48")] == FORMAT_1[parts]
+
+
 # Damage
 
 

@@ -5,6 +5,7 @@ from tricomp.bounds import Limits
 from tricomp.chain import KeepEvery, KeepLast, KeyframeEvery
 from tricomp.checkpoint import load, save
 from tricomp.checkpoint import open_file as open  # noqa: A004
+from tricomp.container import VERSION
 from tricomp.content import content_id
 from tricomp.errors import (
     CorruptFile,
@@ -28,7 +29,7 @@ from tricomp.report import LeafReport, Report, VerifyReport
 from tricomp.store import Store
 from tricomp.tree import register_node
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "CorruptFile",

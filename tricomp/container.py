@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tricomp.codec import Frame
 
 FORMAT = 1
-WRITER = "tricomp 0.1.0"
+VERSION = "0.1.0"
 # Frozen since format 1.
 START = b"\xa7tricomp"  # bytes 1..9 of every file, in every format; the format number follows
 MAGIC = b"\x89TRI\r\n\x1a\n"
@@ -118,7 +118,7 @@ class Writing:
         self.n_bytes = 0
         header = {
             "tricomp": FORMAT,
-            "writer": WRITER,
+            "writer": f"tricomp {VERSION}",
             "parent": parent,
             "since_keyframe": since_keyframe,
             "metadata": tree.plain(metadata or {}),
