@@ -287,6 +287,7 @@ REFUSED = {
     "default": (lambda: collections.defaultdict(int), "expected a dict, got its subclass defaultdict"),
     "object": (lambda: object(), "object"),
     "set": (lambda: {1, 2}, "set"),
+    "masked": (lambda: np.ma.masked_array(np.zeros(2), [0, 1]), "MaskedArray"),
 }
 
 
@@ -318,6 +319,7 @@ def test_map_location_takes_one_device(path, where):
         {"kinds": {"c": "Counter", "c/0": 3}},
         {"kinds": {"c": "Counter"}},
         {"modules": 3},
+        {"modules": {"c": {"": 1}}},
     ],
 )
 def test_notes_that_do_not_fit_are_refused(notes):

@@ -1,7 +1,7 @@
 """One training process of the demo: `python -m tricomp_torch.demo_run OPTIONS`, where OPTIONS is an Options as JSON.
 
 Writes what happens as one JSON object a line, so that a killed process leaves its lines behind. The hard thing: the
-uninterrupted run must not touch tricomp at all, or it would prove nothing; its state is digested with hashlib.
+uninterrupted run saves and loads nothing, or it would prove nothing; states are digested with hashlib, not with tricomp.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _state(training: Training) -> dict[str, Any]:
 
 
 def _digests(training: Training) -> dict[str, str]:
-    """SHA-256 of each tensor of the state by path, and of all plain values together. Uses no tricomp code."""
+    """SHA-256 of each tensor of the state by path, and of all plain values together."""
     plain: list[str] = []
     digests: dict[str, str] = {}
     for path, value in _leaves(_state(training)):

@@ -56,7 +56,7 @@ def flatten(tree: Any) -> Flat:
             array = to_array(node, name)
             ties.add(name, node)
             return array
-        if isinstance(node, np.ndarray | np.generic):
+        if type(node) is np.ndarray or isinstance(node, np.generic):  # subclasses, masked arrays say, are refused
             kinds[name] = "ndarray" if isinstance(node, np.ndarray) else "generic"
             return np.asarray(node)
         if isinstance(node, dict):
@@ -91,6 +91,7 @@ def unflatten(flat: Flat, device: torch.device | None = None) -> Any:
     """
     kinds, modules = _table(flat.notes, "kinds"), _table(flat.notes, "modules")
     maker = TieMaker(_table(flat.notes, "ties"))
+    _require_maps(modules)
 
     def walk(node: Any, path: str | None) -> Any:
         name = path or ""
@@ -113,7 +114,7 @@ def unflatten(flat: Flat, device: torch.device | None = None) -> Any:
             if type(node) is not plain:
                 raise CorruptFile(f"{name!r} is noted as {kind}, but is a {type(node).__name__}. Use tricomp.load.")
             made = make(made)
-        if isinstance(made, OrderedDict) and isinstance(modules.get(name), Mapping):
+        if isinstance(made, OrderedDict) and name in modules:
             setattr(made, _ORDERED_DICT_META, OrderedDict(modules[name]))
         return made
 
@@ -142,6 +143,12 @@ def _table(notes: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     if not isinstance(table, Mapping) or (name != "modules" and not all(isinstance(v, str) for v in table.values())):
         raise CorruptFile(f"the file's notes for torch are damaged at {name!r}. Read the file with tricomp.load.")
     return table
+
+
+def _require_maps(modules: Mapping[str, Any]) -> None:
+    for path, versions in modules.items():
+        if not isinstance(versions, Mapping) or not all(isinstance(entry, Mapping) for entry in versions.values()):
+            raise CorruptFile(f"the file's notes on modules at {path!r} are damaged. Read the file with tricomp.load.")
 
 
 def _refuse_known(node: Any, name: str) -> None:
