@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import zipfile
 from collections.abc import Iterator
@@ -73,8 +74,8 @@ def _breaches(importers: tuple[str, ...], forbidden: tuple[str, ...], *, deep: b
     ]
 
 
-def _python(code: str, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", code]
+def _python(code: str, cwd: Path, *options: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *options, "-c", code]
     return subprocess.run(command, cwd=cwd, env={**os.environ, **environ}, capture_output=True, text=True, check=False)
 
 
@@ -214,5 +215,6 @@ def test_the_wheel_works_away_from_the_sources(wheel: Path, tmp_path: Path) -> N
         "import numpy, tricomp; array = numpy.arange(33, dtype='f4');"
         "assert (tricomp.decode(tricomp.encode(array)) == array).all(); print(tricomp.__file__)"
     )
-    done = _python(code, tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    paths = [str(tmp_path / "site"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    done = _python(code, tmp_path, "-S", PYTHONPATH=os.pathsep.join(paths))  # -S: an editable install is not seen
     assert done.stdout.startswith(str(tmp_path)), done.stderr
