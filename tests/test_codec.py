@@ -108,6 +108,11 @@ def test_planner_finds_the_prediction(predict):
         assert frames[0].plan.entropy in ("none", "rans" if spec is DENSE else "index")
 
 
+def test_remainders_that_are_all_zero():
+    powers = 2.0 ** np.random.default_rng(0).integers(-300, 300, 3000)
+    assert round_trip({"a": powers})[0].plan.plane_widths == ()
+
+
 def test_sparse_changes_and_sparse_zeros():
     old = weights((400, 400))
     new = old.copy()

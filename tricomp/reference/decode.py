@@ -331,7 +331,7 @@ def _words(chunk: _Chunk) -> Words:
         words = base_words(plan, chunk.n_words, _reference(chunk), chunk.job.source).copy()
     else:
         remainders = chunk.remainders
-        if plan.remainder == "none":
+        if plan.remainder != "stack" and not plan.plane_widths:
             remainders = np.zeros(chunk.n_words, plan.dtype.word_dtype)
         symbols = chunk.symbols[: chunk.n_words]
         words = merge(plan, symbols, remainders, chunk.basis, chunk.side.palette)
