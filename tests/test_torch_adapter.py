@@ -287,7 +287,7 @@ REFUSED = {
     "default": (lambda: collections.defaultdict(int), "expected a dict, got its subclass defaultdict"),
     "object": (lambda: object(), "object"),
     "set": (lambda: {1, 2}, "set"),
-    "masked": (lambda: np.ma.masked_array(np.zeros(2), [0, 1]), "MaskedArray"),
+    "masked": (lambda: np.ma.masked_array(np.zeros(2), [False, True]), "MaskedArray"),
 }
 
 

@@ -1,7 +1,7 @@
 """One training process of the demo: `python -m tricomp_torch.demo_run OPTIONS`, where OPTIONS is an Options as JSON.
 
 Writes what happens as one JSON object a line, so that a killed process leaves its lines behind. The hard thing: the
-uninterrupted run saves and loads nothing, or it would prove nothing; states are digested with hashlib, not with tricomp.
+uninterrupted run saves and loads nothing, or it would prove nothing; states are digested with hashlib, not tricomp.
 """
 
 from __future__ import annotations
