@@ -77,6 +77,7 @@ def test_save_and_load(path):
         assert "w" in file
         assert "nope" not in file
         assert len(file) == 6
+        assert file in [file]
         assert file.leaf("mask") == tricomp.layout.Leaf("mask", tricomp.dtypes.by_name("bool"), (33,))
         assert file.plan("w").dtype.name == "float32"
         assert file.writer.startswith("tricomp ")

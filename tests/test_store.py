@@ -144,6 +144,9 @@ def test_bounded_spec_codes_against_what_a_reader_sees(folder):
     with Store(folder, spec=spec) as store:
         for step in range(4):
             store.save(step, state(step))
+            held = store._held
+            assert held is not None
+            assert held.content_id == store.open(step).content_id != tricomp.content_id(state(step))
         loaded = [store.load(step)["w"] for step in range(4)]
         store.rebase(2)
         assert store.verify().is_clean

@@ -32,10 +32,6 @@ class Content:
         """Leaf and words of that path, or None."""
         return self.snapshot.find(path)
 
-    def copy(self) -> Content:
-        """The same in memory of its own, so that training may go on."""
-        return Content(self.structure, self.snapshot.copy())
-
 
 def content_of(value: Any) -> Content:
     """The Content of a tree, sharing its memory. Raises UnsupportedNode, UnsupportedDtype."""

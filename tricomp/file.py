@@ -101,6 +101,9 @@ class File(Mapping[str, Array]):
     def __contains__(self, path: object) -> bool:
         return path in self._index
 
+    __eq__ = object.__eq__  # a File equals itself only: a Mapping would compare arrays
+    __hash__ = object.__hash__
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._index)
 

@@ -125,7 +125,7 @@ class Folder:
         target = os.path.join(self.url, name)
         n_bytes = 0
         with self._refusal(target):
-            os.makedirs(self.url, exist_ok=True)
+            _make_folder(self.url)
             _remove_orphans(self.url, f".{name}.")
             temporary = os.path.join(self.url, f".{name}.{secrets.token_hex(4)}.tmp")
             file = open(temporary, "xb")  # noqa: SIM115 - closed below, before the rename
@@ -184,7 +184,7 @@ class Folder:
         """
         path = os.path.join(self.url, LOCK_NAME)
         with self._refusal(path):
-            os.makedirs(self.url, exist_ok=True)
+            _make_folder(self.url)
             file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=0)
         is_locked = _try_lock(file)
         deadline = time.monotonic() + _DYING_SECONDS
@@ -280,6 +280,15 @@ def _remove_orphans(folder: str, prefix: str) -> None:
         with suppress(OSError), open(os.path.join(folder, name), "r+b") as file:  # NFS locks what can be written
             if _try_lock(file):
                 os.unlink(file.name)
+
+
+def _make_folder(folder: str) -> None:
+    """Make a folder and those above it, durably."""
+    if not os.path.isdir(folder):
+        above = os.path.dirname(os.path.abspath(folder))
+        _make_folder(above)
+        os.makedirs(folder, exist_ok=True)
+        _sync_folder(above)
 
 
 def _sync_folder(folder: str) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
-from tricomp import container, storage
+from tricomp import codec, container, storage
 from tricomp.chain import Keep, KeyframeEvery, Link, ReferenceChoice, chains, nearest, next_parent, to_prune
 from tricomp.checkpoint import put
 from tricomp.content import Content, content_of
@@ -331,10 +331,10 @@ class Store:
             return put(self._folder, name, content, base, self._spec, metadata, since_keyframe)
 
     def _hold(self, content: Content, report: Report) -> None:
-        """Keep a copy of what was saved, if it is what a reader of the file decodes: not so where spec rounds."""
+        """Keep a copy of what was saved, rounded where spec rounds: if it is what a reader of the file decodes."""
         self._held = None
         if self._reference_in == "host":
-            held = content.copy()
+            held = Content(content.structure, codec.bounded(content.snapshot, self._spec or Spec()).copy())
             self._held = held if held.content_id == report.content_id else None
 
     def _prune(self) -> tuple[int, ...]:
