@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tricomp.errors import CorruptFrame
-from tricomp.reference.lanes import LANES, active_lanes, batches, from_steps, ranks, to_steps
+from tricomp.reference.lanes import LANES, active_lanes, batches, collect, from_steps, ranks, to_steps
 
 # Frozen since format 1.
 LOWEST_STATE = 1 << 15
@@ -136,9 +136,8 @@ def _encode_batch(symbols: Array, lengths: list[int], table: Array, prob_bits: i
         # (x // f << p) + x % f + start, with one multiplication less
         state += quotient * (size - freq)
         state += entry & low
-    words_of = words.reshape(n_steps, -1, LANES)
-    is_word_of = is_word.reshape(n_steps, -1, LANES)
-    return [Coded(states[c * LANES : (c + 1) * LANES], words_of[:, c][is_word_of[:, c]]) for c in range(len(lengths))]
+    collected = collect(words, is_word)
+    return [Coded(state, chunk) for state, chunk in zip(states.reshape(-1, LANES), collected, strict=True)]
 
 
 def rans_decode(

@@ -70,3 +70,10 @@ def ranks(flags: Array) -> Array:
     totals = sums >> np.uint64(56)
     sums[:, 1:] += np.cumsum(totals[:, :-1], axis=1) * ones
     return sums.view(np.uint8).reshape(-1, LANES)
+
+
+def collect(words: Array, flags: Array) -> list[Array]:
+    """The flagged words of each chunk, in the order in which a decoder takes them. words, flags: [steps, lanes]."""
+    by_chunk = words.reshape(len(words), -1, LANES).transpose(1, 0, 2).reshape(-1, len(words) * LANES)
+    flags = flags.reshape(len(words), -1, LANES).transpose(1, 0, 2).reshape(-1, len(words) * LANES)
+    return [np.compress(is_word, chunk) for is_word, chunk in zip(flags, by_chunk, strict=True)]

@@ -14,7 +14,7 @@ import numpy as np
 
 from tricomp.errors import CorruptFrame
 from tricomp.reference.bits import bit_length
-from tricomp.reference.lanes import LANES, ROW, active_lanes, batches, from_steps, ranks, to_steps
+from tricomp.reference.lanes import LANES, ROW, active_lanes, batches, collect, from_steps, ranks, to_steps
 
 Array = np.ndarray[Any, Any]
 
@@ -128,9 +128,8 @@ def _stack_batch(steps: Array, bits: Array, n_words: list[int], word_bits: int) 
         np.right_shift(hold, n_held, out=words[step, :n], casting="unsafe")
         np.bitwise_and(hold, (one << n_held) - one, out=hold, where=is_full)
     heads = (holds | one << n_helds).astype(word_dtype)
-    words_of = words.reshape(n_steps, -1, LANES)
-    is_word_of = is_word.reshape(n_steps, -1, LANES)
-    return [Stacked(heads[c * LANES : (c + 1) * LANES], words_of[:, c][is_word_of[:, c]]) for c in range(len(n_words))]
+    collected = collect(words, is_word)
+    return [Stacked(head, chunk) for head, chunk in zip(heads.reshape(-1, LANES), collected, strict=True)]
 
 
 def stack_decode(streams: Sequence[Stacked], lengths: Sequence[Array], word_bits: int, dtype: Any) -> list[Array]:
