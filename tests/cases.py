@@ -1,4 +1,4 @@
-"""Words with the structure of training state, for every dtype; never random normals alone. Imports numpy and tricomp."""
+"""Words with the structure of training state, for every dtype. Imports numpy and tricomp."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def moments(shape: tuple[int, ...], seed: int = 0, zero_share: float = 0.0) -> A
     grid = rng.gamma(0.6, 1.0, shape) * 10.0 ** rng.uniform(-9, -4, (n_rows, *[1] * (len(shape) - 1)))
     if len(shape) > 1:
         grid = grid * 10.0 ** rng.uniform(-1, 1, shape[-1])
-    grid[rng.random(shape) < zero_share] = 0
-    return grid.astype(np.float32)
+    grid = np.where(rng.random(shape) < zero_share, 0, grid)
+    return np.asarray(grid, np.float32)
 
 
 def weights(shape: tuple[int, ...], seed: int = 0) -> Array:
@@ -50,9 +50,10 @@ def stepped(old: Array, seed: int = 1, rate: float = 1e-4, still_share: float = 
 def decayed(old: Array, seed: int = 1, beta: float = 0.99) -> Array:
     """The same second moments one step later: beta v + (1 - beta) g^2, as an optimizer computes it."""
     rng = np.random.default_rng(seed)
-    fresh = old.astype(np.float32) * rng.chisquare(1, old.shape).astype(np.float32)
+    fresh: Array = old.astype(np.float32) * rng.chisquare(1, old.shape).astype(np.float32)
     fresh[rng.random(old.shape) < 0.2] = 0
-    return (old * np.float32(beta) + fresh * np.float32(1 - beta)).astype(old.dtype)
+    moved: Array = old * np.float32(beta) + fresh * np.float32(1 - beta)
+    return moved.astype(old.dtype)
 
 
 def of_dtype(name: str, shape: tuple[int, ...], seed: int = 0) -> Array:

@@ -57,7 +57,7 @@ def attempt(leaves, frame, plan, data, reference, words):
 
 @pytest.mark.parametrize("i", range(len(FRAMES)))
 def test_cut_at_every_byte(i):
-    leaves, frame, reference, words = FRAMES[i]
+    leaves, frame, reference, _ = FRAMES[i]
     for n_bytes in [*range(0, len(frame.data), 1 + len(frame.data) // 400), len(frame.data) - 1]:
         with pytest.raises(CorruptFrame):
             codec.decode(leaves, frame.plan, frame.data[:n_bytes], reference, None)
@@ -76,10 +76,10 @@ def test_flipped_bits(i):
 
 
 def test_messages_name_leaf_and_chunk():
-    leaves, frame, reference, words = FRAMES[0]
+    leaves, frame, reference, _ = FRAMES[0]
     data = bytearray(frame.data)
     data[-5] ^= 4
-    with pytest.raises(CorruptFrame, match=r"chunk 2 of 'leaf': checksum [0-9a-f]{16} stored, [0-9a-f]{16} computed\. Run"):
+    with pytest.raises(CorruptFrame, match=r"chunk 2 of 'leaf': checksum \w{16} stored, \w{16} computed\. Run"):
         codec.decode(leaves, frame.plan, bytes(data), reference, None)
     data = bytearray(frame.data)
     data[0] ^= 4
@@ -136,12 +136,14 @@ def test_hostile_plans(i, data):
         plan = Plan.from_wire(wire, "leaf")
     except (CorruptFrame, UnsupportedVersion, TricompError):
         return
-    assert attempt(leaves, frame, plan, frame.data, reference, words) or key in ("pb", "b", "k", "q", "cb", "cs", "f", "w")
+    # The container's checksum covers the plan; here other words may come out, where a field does not change a length.
+    is_free = key in ("pb", "b", "k", "q", "cb", "cs", "f", "w")
+    assert attempt(leaves, frame, plan, frame.data, reference, words) or is_free
 
 
 def test_a_newer_plan_is_refused_as_such():
     wire = FRAMES[0][1].plan.to_wire()
-    with pytest.raises(UnsupportedVersion, match=r"leaf 'x': its plan has the field 'replay', unknown to format 1. Upgrade"):
+    with pytest.raises(UnsupportedVersion, match=r"leaf 'x': its plan has the field 'replay', unknown to format 1\. U"):
         Plan.from_wire({**wire, "replay": 1}, "x")
     with pytest.raises(UnsupportedVersion, match=r"leaf 'x': plan field predict is 9, unknown to format 1. Upgrade"):
         Plan.from_wire({**wire, "p": 9}, "x")
@@ -152,7 +154,7 @@ def test_a_newer_plan_is_refused_as_such():
 
 
 def test_a_plan_cannot_ask_for_memory_that_its_bytes_do_not_earn():
-    leaves, frame, reference, words = FRAMES[0]
+    leaves, frame, _, _ = FRAMES[0]
     huge = [replace(leaves[0], shape=(1 << 40,))]
     plan = replace(frame.plan, n_words=1 << 40)
     with pytest.raises(CorruptFrame, match="words need a longer chunk directory than it has"):

@@ -111,7 +111,8 @@ def test_stack_round_trip(width, sizes, data):
     for n in sizes:
         length = rng.integers(0, rng.integers(1, width + 2), n).astype(np.uint8)
         value = rng.integers(0, 2**width, n, dtype=dtype.type)
-        values.append(np.where(length > 0, value >> np.minimum(width - length, width - 1).astype(dtype), 0).astype(dtype))
+        value = value >> np.minimum(width - length, width - 1).astype(dtype)
+        values.append(np.where(length > 0, value, 0).astype(dtype))
         lengths.append(length)
     word_bits = pack.stack_word_bits(width)
     streams = pack.stack_encode(values, lengths, word_bits)

@@ -21,7 +21,7 @@ TEXT = (files("tricomp") / "FORMAT.md").read_text(encoding="utf-8")
 def test_the_worked_frame_is_what_the_encoder_writes():
     listing = TEXT.split("## A frame, byte by byte")[1].split("```")[1]
     shown = bytes.fromhex("".join(line.split(":")[1] for line in listing.strip().splitlines()))
-    wire = {key: int(value) for key, value in re.findall(r"(\w+): (\d+)", re.search(r"Plan `\{(.*?)\}`", TEXT)[1])}
+    wire = {key: int(value) for key, value in re.findall(r"(\w+): (\d+)", TEXT.split("Plan `{")[1].split("}`")[0])}
     words = np.full(130, 7, np.uint16)
     words[::4] = 9
     words[77] = 200
@@ -33,9 +33,10 @@ def test_the_worked_frame_is_what_the_encoder_writes():
     assert np.array_equal(decoder.decode([decoder.Job(Plan.from_wire(wire), shown)])[0], words)
 
 
-def rows_of(heading, first_column=r"`?\w+"):
+def rows_of(heading):
     section = TEXT.split(heading)[1].split("\n## ")[0].split("\n### ")[0]
-    return [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:3] != "|--"]
+    lines = [line for line in section.splitlines() if line[:3] != "|--"]
+    return [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
 
 
 def test_every_dtype_is_listed_with_its_fields():

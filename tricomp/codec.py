@@ -132,9 +132,7 @@ def _flush(pending: list[tuple[_Task, _encoder.Job]], digests: list[int]) -> Ite
 
 
 def _raw(plan: Plan) -> Plan:
-    return Plan(
-        plan.dtype, plan.n_words, "raw", chunk_log2=plan.chunk_log2, keep_mantissa_bits=plan.keep_mantissa_bits
-    )
+    return Plan(plan.dtype, plan.n_words, "raw", chunk_log2=plan.chunk_log2, keep_mantissa_bits=plan.keep_mantissa_bits)
 
 
 def _tasks(snapshot: Snapshot, reference: Reference | None, digests: list[int], spec: Spec) -> list[_Task]:
@@ -190,10 +188,10 @@ def _siblings(snapshot: Snapshot, digests: list[int]) -> dict[int, int]:
     sources: set[int] = set(found.values())
     for alike in by_shape.values():
         for i in alike:
-            j = None if i in sources else _cast_source(snapshot, i, [j for j in alike if j not in found])
-            if j is not None:
-                found[i] = j
-                sources.add(j)
+            source = None if i in sources else _cast_source(snapshot, i, [j for j in alike if j not in found])
+            if source is not None:
+                found[i] = source
+                sources.add(source)
     return found
 
 
@@ -268,9 +266,7 @@ def decode(
 
 
 def decode_many(
-    frames: Sequence[
-        tuple[Sequence[Leaf], Plan, bytes | memoryview, Words | None, tuple[Leaf, Words] | None]
-    ],
+    frames: Sequence[tuple[Sequence[Leaf], Plan, bytes | memoryview, Words | None, tuple[Leaf, Words] | None]],
     threads: int | None = None,
     backend: str | None = None,
 ) -> list[list[Words]]:
@@ -315,6 +311,6 @@ def _decode_job(
             "Pass the checkpoint that it was saved against."
         )
     pair = (source.name, plan.dtype.name)
-    if plan.predict == "cast" and pair not in _CAST_PAIRS or plan.predict != "cast" and source != plan.dtype:
+    if (pair not in _CAST_PAIRS) if plan.predict == "cast" else (source != plan.dtype):
         raise CorruptFrame(f"frame of {name!r}: its reference of {pair[0]} does not fit a leaf of {pair[1]}.")
     return _decoder.Job(plan, data, words, source, name)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tricomp.errors import InvalidArgument, UnsupportedDtype
 
-Words = NDArray[np.unsignedinteger[Any]]
+Words = NDArray[Any]  # always of an unsigned integer dtype; numpy's own types lose track of that in arithmetic
 
 
 @dataclass(frozen=True)

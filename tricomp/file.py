@@ -251,7 +251,8 @@ class File(Mapping[str, Array]):
         while numbers:
             entries = file._entries_for(numbers, known if file is self else {})
             levels.append((file, entries))
-            needed = [n for entry in entries if file._plan(entry).reference == "parent" for n in entry.leaves]
+            waiting = [entry for entry in entries if entry.leaves[0] not in file._cache]
+            needed = [n for entry in waiting if file._plan(entry).reference == "parent" for n in entry.leaves]
             paths = [file._contents.leaves[number].path for number in needed]
             if not paths:
                 break

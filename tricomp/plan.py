@@ -164,7 +164,8 @@ class Plan:
         unknown = [key for key in wire if key not in known]
         if unknown:
             raise UnsupportedVersion(
-                f"leaf {leaf!r}: its plan has the field {unknown[0]!r}, unknown to format 1. Upgrade tricomp to read it."
+                f"leaf {leaf!r}: its plan has the field {unknown[0]!r}, unknown to format 1. "
+                "Upgrade tricomp to read it."
             )
         values: dict[str, Any] = {}
         for key, spec in known.items():
@@ -205,6 +206,7 @@ def _field_from_wire(spec: Any, value: Any, leaf: str) -> Any:
 def _check(plan: Plan, leaf: str) -> None:
     """Raise CorruptFrame unless the fields fit each other."""
     needs_reference = plan.predict in ("copy", "scaled_delta", "cast")
+    is_delta = plan.predict in ("delta", "scaled_delta")
     is_symbolic = plan.predict in ("palette", "full", "delta", "scaled_delta")
     rules = (
         (plan.word >> plan.dtype.word_bits == 0, "word is wider than the dtype"),
@@ -223,7 +225,7 @@ def _check(plan: Plan, leaf: str) -> None:
         (plan.predict != "full" or plan.n_contexts == 1 or plan.is_scaled, "phases without a scale model"),
         (plan.predict == "full" or plan.remainder != "planes", "planes without full"),
         (plan.predict in ("full", "delta", "scaled_delta") or plan.remainder == "none", "needless remainder"),
-        (plan.predict not in ("delta", "scaled_delta") or plan.remainder == "stack", "delta without its stack"),
+        (not is_delta or plan.remainder == "stack", "delta without its stack"),
         (plan.remainder == "planes" or plan.shift == 0, "shift without planes"),
         (plan.remainder != "planes" or plan.shift <= plan.remainder_bits, "shift exceeds the remainder"),
         (plan.remainder == "stack" or not plan.has_block_shifts, "block shifts without a stack"),
@@ -233,8 +235,8 @@ def _check(plan: Plan, leaf: str) -> None:
         (plan.is_scaled or not plan.has_column_scale, "column scale without columns"),
         (plan.predict == "scaled_delta" or plan.factor == 1 << 30, "factor without scaled delta"),
         (plan.n_columns <= max(plan.n_words, 1), "more columns than words"),
-        (plan.predict not in ("delta", "scaled_delta") or 0 <= plan.base <= 1 << 12, "window of sizes out of range"),
-        (plan.predict not in ("delta", "scaled_delta") or plan.mantissa_bits < plan.dtype.word_bits, "k exceeds the word"),
+        (not is_delta or 0 <= plan.base <= 1 << 12, "window of sizes out of range"),
+        (not is_delta or plan.mantissa_bits < plan.dtype.word_bits, "k exceeds the word"),
     )
     for holds, fault in rules:
         if not holds:

@@ -327,8 +327,13 @@ class Store:
         if self._held is not None and self._held.content_id == parent.content_id.hex():
             return put(self._folder, name, content, self._held, self._spec, metadata, since_keyframe)
         self._held = None
-        with self._open(parent.step) as base:
-            return put(self._folder, name, content, base, self._spec, metadata, since_keyframe)
+        try:
+            with self._open(parent.step) as file:
+                base = file.content() if self._reference_in == "host" else file
+                return put(self._folder, name, content, base, self._spec, metadata, since_keyframe)
+        except (CorruptFile, CorruptFrame, MissingStep) as error:
+            _log.warning("step %d stands alone, since step %d cannot be read: %s", step, parent.step, error)
+            return put(self._folder, name, content, None, self._spec, metadata)
 
     def _hold(self, content: Content, report: Report) -> None:
         """Keep a copy of what was saved, rounded where spec rounds: if it is what a reader of the file decodes."""
@@ -345,14 +350,19 @@ class Store:
         return steps
 
     def _rebase_children(self, gone: Sequence[int]) -> None:
-        """Make those steps stand alone that stay and would lose a link of their chain."""
+        """Make those steps stand alone that stay and would lose a link of their chain; broken ones are lost already."""
+        broken: set[int] = set()
         while True:
             links = self._links()
             before, after = chains(links), chains([link for link in links if link.step not in gone])
-            lost = [step for step in sorted(before) if step not in after and step not in gone]
+            lost = [step for step in sorted(before) if step not in after and step not in gone and step not in broken]
             if not lost:
                 return
-            self.rebase(lost[0])
+            try:
+                self.rebase(lost[0])
+            except (CorruptFile, CorruptFrame) as error:
+                _log.warning("step %d cannot be rebased: %s", lost[0], error)
+                broken.add(lost[0])
 
     def _lossless(self) -> Spec | None:
         """The spec without its rounding: a rebased step decodes to what it was."""

@@ -283,8 +283,8 @@ def _decode_planes(chunks: list[_Chunk]) -> None:
         )
     except CorruptFrame as fault:
         raise _name([chunk for chunk, _, _ in coded], fault) from None
-    for (chunk, plane, _), octets in zip(coded, decoded, strict=True):
-        chunk.planes[plane] = octets
+    for (chunk, plane, _), found in zip(coded, decoded, strict=True):
+        chunk.planes[plane] = found
     for chunk in chunks:
         plan = chunk.job.plan
         remainders = np.zeros(chunk.n_words, plan.dtype.word_dtype)

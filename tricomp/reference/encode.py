@@ -214,9 +214,9 @@ def _pack(job: Job, chunk: _Chunk, remainders: Words) -> None:
 
 
 def _block_shifts(plan: Plan, remainders: Words, lengths: Array) -> Array:
-    """Zero bits at the bottom of every remainder of a row of 128; the longest length where all are zero."""
+    """Zero bits at the bottom of every remainder of a row of 128, at most its longest length, below the word's."""
     joined = np.bitwise_or.reduce(remainders.reshape(-1, ROW), axis=1)
-    longest = lengths.reshape(-1, ROW).max(axis=1)
+    longest = lengths.reshape(-1, ROW).max(axis=1).clip(max=plan.dtype.word_bits - 1)
     return np.minimum(trailing_zeros(joined), longest)
 
 
@@ -234,8 +234,8 @@ def _lay_down(
     elif plan.entropy == "index":
         parts.append(pack_bits(chunk.symbols[None], plan.index_bits).astype("<u4").tobytes())
     for plane, octets in enumerate(chunk.planes or ()):
-        coded = next(planes) if plane in job.side.plane_tables else None
-        mode, value, part = _plane(octets, plan.plane_widths[plane], coded)
+        stream = next(planes) if plane in job.side.plane_tables else None
+        mode, value, part = _plane(octets, plan.plane_widths[plane], stream)
         row[DIRECTORY_FIELDS + plane] = mode << 28 | value
         parts.append(part)
     if stacked is not None:

@@ -43,7 +43,8 @@ def head_bytes(plan: Plan) -> int:
 def base_words(plan: Plan, n_words: int, reference: Words | None, source: DType | None) -> Words:
     """The words that patches of `sparse` and `cast` apply to: the reference, its cast, or one word throughout."""
     if plan.predict == "cast":
-        assert reference is not None and source is not None
+        assert reference is not None
+        assert source is not None
         return cast(reference, source, plan.dtype)
     if reference is not None:
         return reference

@@ -1,7 +1,7 @@
 """Remainder packing, in numpy: bits packed vertically, and the bit stack of each lane. Defines the bytes.
 
-Imports numpy, errors, bits and lanes only. The hard thing is the stack: remainders of varying length, one word of a lane's
-bits taken whenever it holds too few, so that neither side needs a length of anything.
+Imports numpy, errors, bits and lanes only. The hard thing is the stack: remainders of varying length, one word of a
+lane's bits taken whenever it holds too few, so that neither side needs a length of anything.
 """
 
 from __future__ import annotations
@@ -161,7 +161,8 @@ def _unstack_batch(streams: list[Stacked], bits: Array, lengths: list[int], word
         raise CorruptFrame("a lane of its remainders has no first word")
     one, width = hold_dtype(1), np.uint8(word_bits)
     n_helds = bit_length(heads) - np.uint8(1)
-    holds = heads.astype(hold_dtype) ^ one << n_helds
+    markers: Array = one << n_helds
+    holds = heads.astype(hold_dtype) - markers
     begins = np.cumsum(n_words) - n_words - 1
     positions = begins.copy()
     active = active_lanes(lengths)

@@ -25,13 +25,16 @@ from tricomp.reference.side import Side, vector_step
 
 Array = np.ndarray[Any, Any]
 
-SAMPLE_ROWS = 1024  # rows of 128 words; a smaller frame is its own sample
+SAMPLE_ROWS = 1024  # most rows of 128 words in a sample
+LEAST_SAMPLE_ROWS = 256  # a frame of no more rows is its own sample; between them a quarter of the rows is taken
 BLOCK_COLUMNS = 256  # the split of frames without two dimensions: a scale for every 256 words
 FIT_COLUMNS = 128  # most columns that a row's scale is measured on
 FIT_ROWS = 512  # most rows that a column's scale is measured on
 STATE_BITS = 1024 + 192  # of one stream, with its part of the directory
-FIT_WORDS = 1 << 19  # most words that a vector of factors is measured on, if that leaves 16 a row or column
+FIT_WORDS = 1 << 17  # most words that a vector of factors is measured on, if that leaves 16 a row or column
 PROB_BITS = 11
+THIN_ROWS = 16  # every 16th row of the sample tells whether few distinct words are to be expected
+HOPELESS_BITS = 1.5  # a delta that costs so much more than no reference is not tried with scales
 DELTA_K_MOST = 3  # most bits below the leading one that a delta's symbol may hold
 SHIFT_ROWS = 64  # rows of the sample on which the common factor of a scaled delta is searched
 
@@ -60,15 +63,16 @@ def sample_of(words: Words, reference: Words | None) -> Sample:
     The rule is the same for every backend. The last partial row of a frame is never part of it, unless it is all.
     """
     n_rows = len(words) // ROW
-    if n_rows <= SAMPLE_ROWS:
+    if n_rows <= LEAST_SAMPLE_ROWS:
         n_words = max(n_rows * ROW, min(len(words), ROW))
         firsts = np.arange(0, n_words, ROW)
         width = min(len(words), ROW)
         cut = None if reference is None else reference[:n_words].reshape(-1, width)
         return Sample(firsts, words[:n_words].reshape(-1, width), cut)
-    numbers = np.arange(SAMPLE_ROWS)
-    starts = numbers * n_rows // SAMPLE_ROWS
-    gaps = (numbers + 1) * n_rows // SAMPLE_ROWS - starts
+    n_sampled = min(max(n_rows // 4, LEAST_SAMPLE_ROWS), SAMPLE_ROWS)
+    numbers = np.arange(n_sampled)
+    starts = numbers * n_rows // n_sampled
+    gaps = (numbers + 1) * n_rows // n_sampled - starts
     chosen = starts + (numbers * 0x9E3779B1 >> 7) % gaps
     whole = words[: n_rows * ROW].reshape(-1, ROW)
     cut = None if reference is None else reference[: n_rows * ROW].reshape(-1, ROW)[chosen]
@@ -97,8 +101,9 @@ def plan_frame(
     else:
         choices += _delta(words, None, sample, blank, spec)
     if reference is not None:
+        without = min(choice.bits for choice in choices)
         choices += _delta(words, reference, sample, blank, spec)
-        if dtype.is_float:
+        if dtype.is_float and choices[-1].bits < without + HOPELESS_BITS:
             choices += _scaled_delta(words, reference, sample, blank, shape, spec)
     best = min(choices, key=lambda choice: choice.bits)
     return Job(best.plan, best.side, words, reference if best.plan.reference == "parent" else None)
@@ -121,10 +126,10 @@ def _patch_bits(plan: Plan, share: float) -> float:
 def _sparse(words: Words, reference: Words | None, sample: Sample, blank: Plan) -> list[Choice]:
     """Few words differ from the reference, or from the commonest word."""
     overhead = 192 / min(len(words), 1 << blank.chunk_log2)
-    values, counts = np.unique(sample.words, return_counts=True)
+    values, counts = np.unique(sample.words[::THIN_ROWS], return_counts=True)
     commonest = values[np.argmax(counts)]
     choices = []
-    if counts.max() > 0.5 * sample.words.size:
+    if counts.max() > 0.5 * counts.sum():
         share = np.count_nonzero(words != commonest) / len(words)
         plan = replace(blank, predict="sparse", word=int(commonest))
         choices.append(Choice(_patch_bits(plan, share) + overhead, plan, Side()))
@@ -182,6 +187,8 @@ def _side_of(plan: Plan, tables: Array, scales: Scales, palette: Words | None = 
 
 def _palette(sample: Sample, blank: Plan, spec: Spec) -> list[Choice]:
     """At most 256 distinct words."""
+    if len(np.unique(sample.words[::THIN_ROWS])) > MAX_SYMBOLS:
+        return []
     words, counts = np.unique(sample.words, return_counts=True)
     if len(words) > MAX_SYMBOLS or len(words) > max(sample.words.size // 4, 2):
         return []
@@ -326,7 +333,8 @@ def _coarsen(grid: Array, low: int, drop: int) -> tuple[Array, int]:
     base = low >> drop
     places = ((low + np.arange(grid.shape[1])) >> drop) - base
     out = np.zeros((8, int(places[-1]) + 1), np.int64)
-    np.add.at(out, (slice(None), places), grid)
+    for row, counts in zip(out, grid, strict=True):
+        np.add.at(row, places, counts)
     return out, base
 
 
@@ -532,7 +540,7 @@ def _scaled_delta(
     thin = slice(None, None, max(len(sample.firsts) // SHIFT_ROWS, 1))
     new, old = sample.words[thin], sample.reference[thin]
     one = np.full(1, 1 << FACTOR_BITS, np.uint16)
-    common, fewest = _best_factor(new, old, np.ones(1), plan)
+    common, fewest = _best_factor(new, old, np.ones(1), plan, 17)
     best = replace(plan, factor=common), Scales(one, None)
     positions = sample.firsts[:, None] + np.arange(sample.words.shape[1])
     for n_columns, has_column_scale in _splits(shape, len(words)):
@@ -542,7 +550,7 @@ def _scaled_delta(
         spread = scales.rows[places // n_columns] / (1 << FACTOR_BITS)
         if scales.columns is not None:
             spread = spread * scales.columns[places % n_columns] / (1 << FACTOR_BITS)
-        factor, bits = _best_factor(new, old, spread, split)
+        factor, bits = _best_factor(new, old, spread, split, 8)
         bits += (_vector_bits(scales.rows) + _vector_bits(scales.columns)) / plan.n_words
         if bits < fewest:
             fewest = bits
@@ -571,19 +579,21 @@ def _ratios(new: Words, old: Words, dtype: DType) -> Array:
     return np.where(is_normal, np.ldexp(sizes[0] / sizes[1], octaves), np.nan)
 
 
-def _best_factor(new: Words, old: Words, spread: Array, plan: Plan) -> tuple[int, float]:
+def _best_factor(new: Words, old: Words, spread: Array, plan: Plan, n_tried: int) -> tuple[int, float]:
     """The common factor with which the sampled words cost least, and that cost in bits per word.
 
-    spread: the row and column factors of each word as float64. Candidates are quantiles of what remains: the mode of
-    a skewed ratio is not its mean, and words that all decayed alike are met to the last bit.
+    spread: the row and column factors of each word as float64. The n_tried candidates are one, and quantiles of what
+    remains: the mode of a skewed ratio is not its mean, and words that all decayed alike are met to the last bit.
     """
     ratios = _ratios(new, old, plan.dtype) / spread
     known = ratios[np.isfinite(ratios) & (ratios > 0.26) & (ratios < 3.9)]
     rows = (np.broadcast_to(spread, new.shape) * (1 << FACTOR_BITS)).astype(np.uint64)
     best = (1 << 30, math.inf)
-    for ratio in (1.0, *np.quantile(known, np.linspace(0.04, 0.96, 16), method="nearest")) if len(known) else (1.0,):
+    for ratio in (
+        (1.0, *np.quantile(known, np.linspace(0.04, 0.96, n_tried - 1), method="nearest")) if len(known) else (1.0,)
+    ):
         # A power of the decay is a float32 number: the nearest one is met more often than any other.
-        common = int(round(float(np.float32(ratio)) * (1 << 30)))
+        common = round(float(np.float32(ratio)) * (1 << 30))
         predicted = scale_words(old, factors(common, rows, None), plan.dtype)
         counts, _ = _delta_counts(new, predicted, plan.dtype)
         by_sign = counts.reshape(len(counts), -1, 1 << DELTA_K_MOST, 2).sum(axis=2)

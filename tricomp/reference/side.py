@@ -173,10 +173,10 @@ class _Reader:
                 freqs[i] = 1 << length - 1 | bits >> n_bits + 4 & (1 << length - 1) - 1
             n_bits += 4 + max(length - 1, 0)
         self.take(-(-n_bits // 8))
-        freqs = freqs.reshape(n_tables, n_symbols)
-        if (freqs.sum(axis=1) != 1 << prob_bits).any():
+        tables = freqs.reshape(n_tables, n_symbols)
+        if (tables.sum(axis=1) != 1 << prob_bits).any():
             raise CorruptFrame("its frequencies do not sum to the size of the table")
-        return freqs
+        return tables
 
     def vector(self, n_values: int) -> Array:
         kind, width = (int(x) for x in self.take(2))
