@@ -429,6 +429,23 @@ def test_a_save_goes_around_broken_steps(folder):
         assert equal(store.load(), state(40))
 
 
+@pytest.mark.parametrize("reference_in", ["host", "store"])
+def test_a_save_goes_around_a_damaged_parent(folder, caplog, reference_in):
+    filled(folder, [10, 20, 30])
+    flip(folder, 20, 0.3)
+    with Store(folder, reference_in=reference_in) as store:
+        report = store.save(40, state(40))
+        assert report.parent is None
+        assert "step 40 stands alone, since step 30 cannot be read: " in caplog.text
+        assert equal(store.load(), state(40))
+        store.save(20, state(20), overwrite=True)  # makes good what was lost
+        assert "step 30 cannot be rebased" in caplog.text
+        assert store.verify().intact == (10, 20, 30, 40)
+        flip(folder, 30, 0.3)
+        store.remove(10, 20)
+        assert store.verify().intact == (40,)
+
+
 # One writer
 
 

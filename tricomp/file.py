@@ -33,7 +33,7 @@ from tricomp.storage import Source
 Array = np.ndarray[Any, Any]
 _Job = tuple[Sequence[Leaf], Plan, Bytes, Words | None, tuple[Leaf, Words] | None]
 _BATCH_WORDS = 4 << 20  # decoded together, so that the codec has enough to do at a time
-_CACHED_FRAMES = 64  # of several small leaves each, so at most 64 x 65,536 words
+_CACHED_FRAMES = 128  # of several small leaves each, so at most 128 x 65,536 words
 
 
 class File(Mapping[str, Array]):
@@ -125,7 +125,12 @@ class File(Mapping[str, Array]):
     def find(self, path: str) -> tuple[Leaf, Words] | None:
         """Leaf and words (uint[n_words], not to be written to) of that path, or None: a codec's Reference."""
         number = self._index.get(path)
-        return None if number is None else (self._contents.leaves[number], self._decode([number])[number])
+        if number is None:
+            return None
+        entry = self._frame_of[number]
+        if len(entry.leaves) > 1 and entry.leaves[0] not in self._cache:
+            self._decode(self._small_from(entry))  # which caches them: the next to be asked for is likely among them
+        return self._contents.leaves[number], self._decode([number])[number]
 
     def load(self, leaves: Iterable[str] | None = None) -> Any:
         """The whole tree; or, given paths or patterns as in fnmatch, a dict of path to array. Raises MissingLeaf."""
@@ -266,9 +271,15 @@ class File(Mapping[str, Array]):
             decoded = dict(known) if file is self else {}
             for is_sibling in (False, True):
                 batch = [entry for entry in entries if (file._plan(entry).reference == "sibling") == is_sibling]
-                file._decode_frames(batch, words, decoded)
+                file._decode_frames(batch, words, decoded, file is self)
             words = {file._contents.leaves[n].path: (file._contents.leaves[n], w) for n, w in decoded.items()}
         return decoded
+
+    def _small_from(self, entry: Entry) -> list[int]:
+        """Leaf numbers of a frame of small leaves and of some more such frames after it: decoded together, cheap."""
+        first = self._contents.frames.index(entry)
+        following = [other for other in self._contents.frames[first:] if len(other.leaves) > 1]
+        return [number for other in following[: _CACHED_FRAMES // 2] for number in other.leaves]
 
     def _entries_for(self, numbers: Sequence[int], known: Mapping[int, Words]) -> list[Entry]:
         """The frames of leaves and of their siblings, but for siblings that are known."""
@@ -294,9 +305,16 @@ class File(Mapping[str, Array]):
         return self._reference
 
     def _decode_frames(
-        self, entries: Sequence[Entry], above: Mapping[str, tuple[Leaf, Words]], decoded: dict[int, Words]
+        self,
+        entries: Sequence[Entry],
+        above: Mapping[str, tuple[Leaf, Words]],
+        decoded: dict[int, Words],
+        is_asked: bool,
     ) -> None:
-        """Decode frames together and put their leaves' words into decoded. above: leaves of the parent, by path."""
+        """Decode frames together and put their leaves' words into decoded. above: leaves of the parent, by path.
+
+        is_asked: they are wanted for themselves, not for what is coded against them: those of small leaves are cached.
+        """
         waiting: list[Entry] = []
         for entry in entries:
             if entry.leaves[0] in self._cache:
@@ -314,7 +332,7 @@ class File(Mapping[str, Array]):
         for entry, words in zip(waiting, found, strict=True):
             self._compare(entry, words)
             decoded.update(zip(entry.leaves, words, strict=True))
-            if len(words) > 1:
+            if len(words) > 1 and is_asked:
                 self._cache[entry.leaves[0]] = words
                 if len(self._cache) > _CACHED_FRAMES:
                     self._cache.popitem(last=False)
