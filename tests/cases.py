@@ -50,7 +50,7 @@ def stepped(old: Array, seed: int = 1, rate: float = 1e-4, still_share: float = 
 def decayed(old: Array, seed: int = 1, beta: float = 0.99) -> Array:
     """The same second moments one step later: beta v + (1 - beta) g^2, as an optimizer computes it."""
     rng = np.random.default_rng(seed)
-    fresh: Array = old.astype(np.float32) * rng.chisquare(1, old.shape).astype(np.float32)
+    fresh = np.asarray(old * rng.chisquare(1, old.shape), np.float32)
     fresh[rng.random(old.shape) < 0.2] = 0
     moved: Array = old * np.float32(beta) + fresh * np.float32(1 - beta)
     return moved.astype(old.dtype)

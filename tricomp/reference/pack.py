@@ -162,7 +162,7 @@ def _unstack_batch(streams: list[Stacked], bits: Array, lengths: list[int], word
     one, width = hold_dtype(1), np.uint8(word_bits)
     n_helds = bit_length(heads) - np.uint8(1)
     markers: Array = one << n_helds
-    holds = heads.astype(hold_dtype) - markers
+    holds: Array = heads.astype(hold_dtype) - markers
     begins = np.cumsum(n_words) - n_words - 1
     positions = begins.copy()
     active = active_lanes(lengths)
