@@ -6,15 +6,41 @@ same number. It finds accidents; it is no defence against a forger.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+# Frozen since format 1.
 _COLUMNS = 128
-_ROWS_AT_ONCE = 2048
+_ROWS = 4096
+_BLOCK_BYTES = 4 * _COLUMNS * _ROWS
 _M64 = (1 << 64) - 1
 
 Array = np.ndarray[Any, Any]
+
+
+def digest(words: Array) -> int:
+    """The digest of a leaf. words: uint[n]. Returns 0 to 2^64 - 1. FORMAT.md, "Digest"."""
+    octets = np.ascontiguousarray(words).reshape(-1).view(np.uint8)
+    total = len(octets) * 0x9E3779B97F4A7C15
+    for number, first in enumerate(range(0, len(octets), _BLOCK_BYTES)):
+        block = octets[first : first + _BLOCK_BYTES]
+        if len(block) % 4:
+            block = np.append(block, np.zeros(-len(block) % 4, np.uint8))
+        pieces = block.view("<u4").astype(np.uint64)
+        total += int(np.dot(pieces, _keys()[: len(pieces)])) * (_mix64(number) | 1)
+    return _mix64(total & _M64)
+
+
+@lru_cache(maxsize=1)
+def _keys() -> Array:
+    """The keys of a block of 4096 rows of 128 pieces: a product of row and column in each half. uint64[524288]."""
+    rows, columns = np.arange(_ROWS, dtype=np.uint32), np.arange(_COLUMNS, dtype=np.uint32)
+    one = np.uint32(1)
+    low = (_mix32(rows ^ np.uint32(0x9E3779B9)) | one)[:, None] * (_mix32(columns + one) | one)
+    high = (_mix32(rows ^ np.uint32(0x7F4A7C15)) | one)[:, None] * (_mix32(columns + np.uint32(129)) | one)
+    return (low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)).reshape(-1)
 
 
 def _mix32(x: Array) -> Array:
@@ -22,34 +48,6 @@ def _mix32(x: Array) -> Array:
     x = (x ^ x >> np.uint32(16)) * np.uint32(0x85EBCA6B)
     x = (x ^ x >> np.uint32(13)) * np.uint32(0xC2B2AE35)
     return x ^ x >> np.uint32(16)
-
-
-# Frozen since format 1.
-_COLUMN_KEYS = _mix32(np.arange(1, _COLUMNS + 1, dtype=np.uint32)) | np.uint32(1)
-
-
-def digest(words: Array) -> int:
-    """The digest of a leaf. words: uint[n]. Returns 0 to 2^64 - 1. FORMAT.md, "Digest"."""
-    octets = np.ascontiguousarray(words).reshape(-1).view(np.uint8)
-    row_bytes = 4 * _COLUMNS
-    n_whole = len(octets) // row_bytes
-    pieces = octets[: n_whole * row_bytes].view("<u4").reshape(n_whole, _COLUMNS)
-    total = 0
-    for first in range(0, n_whole, _ROWS_AT_ONCE):
-        total += _weigh(pieces[first : first + _ROWS_AT_ONCE], first)
-    if len(octets) % row_bytes:
-        last = np.zeros(row_bytes, np.uint8)
-        last[: len(octets) % row_bytes] = octets[n_whole * row_bytes :]
-        total += _weigh(last.view("<u4").reshape(1, _COLUMNS), n_whole)
-    return _mix64(total + len(octets) * 0x9E3779B97F4A7C15 & _M64)
-
-
-def _weigh(rows: Array, first: int) -> int:
-    """Sum of pieces times their keys, mod 2^64. rows: uint32[q, 128], row numbers first, first + 1, ..."""
-    numbers = np.arange(first, first + len(rows), dtype=np.uint64).astype(np.uint32)
-    row_keys = _mix32(numbers ^ np.uint32(0x9E3779B9)) | np.uint32(1)
-    keys = row_keys[:, None] * _COLUMN_KEYS
-    return int(np.dot(rows.astype(np.uint64).reshape(-1), keys.astype(np.uint64).reshape(-1)))
 
 
 def _mix64(x: int) -> int:
