@@ -6,7 +6,7 @@ frames must go to the backend in batches large enough to be fast, yet small enou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Protocol
@@ -107,8 +107,11 @@ def encode(
     digests = [digest(snapshot.words(i)) for i in range(len(leaves))]
     pending: list[tuple[_Task, _encoder.Job]] = []
     n_pending = 0
-    for task in _tasks(snapshot, reference, digests, spec):
-        job = _job(snapshot, reference, task, spec)
+    # Asked for once: finding a leaf may mean decoding it.
+    found = {i: _counterpart(leaf, reference) for i, leaf in enumerate(leaves) if leaf.n_words < SMALL_WORDS}
+    for task in _tasks(snapshot, found, digests, spec):
+        old = [found[i] if i in found else _counterpart(leaves[i], reference) for i in task.leaves]
+        job = _job(snapshot, old, task, spec)
         if n_pending and n_pending + job.plan.n_words > BATCH_WORDS:
             yield from _flush(pending, digests)
             pending, n_pending = [], 0
@@ -135,7 +138,9 @@ def _raw(plan: Plan) -> Plan:
     return Plan(plan.dtype, plan.n_words, "raw", chunk_log2=plan.chunk_log2, keep_mantissa_bits=plan.keep_mantissa_bits)
 
 
-def _tasks(snapshot: Snapshot, reference: Reference | None, digests: list[int], spec: Spec) -> list[_Task]:
+def _tasks(
+    snapshot: Snapshot, small_references: Mapping[int, Words | None], digests: list[int], spec: Spec
+) -> list[_Task]:
     """Which leaves form which frames: repeats and casts of a sibling, large leaves alone, small leaves together."""
     leaves = snapshot.layout.leaves
     siblings = _siblings(snapshot, digests)
@@ -154,7 +159,7 @@ def _tasks(snapshot: Snapshot, reference: Reference | None, digests: list[int], 
         return (
             leaf.dtype.number,
             -1 if (kept := spec.mantissa_bits_of(leaf.path)) is None else kept,
-            _counterpart(leaf, reference) is not None,
+            small_references[i] is not None,
             leaf.path.rsplit("/", 1)[-1],
         )
 
@@ -220,11 +225,10 @@ def _counterpart(leaf: Leaf, reference: Reference | None) -> Words | None:
     return found[1]
 
 
-def _job(snapshot: Snapshot, reference: Reference | None, task: _Task, spec: Spec) -> _encoder.Job:
-    """Plan one frame."""
+def _job(snapshot: Snapshot, old: Sequence[Words | None], task: _Task, spec: Spec) -> _encoder.Job:
+    """Plan one frame. old: the reference's words of each of its leaves."""
     leaves = [snapshot.layout.leaves[i] for i in task.leaves]
     words = _joined([snapshot.words(i) for i in task.leaves])
-    old = [_counterpart(leaf, reference) for leaf in leaves]
     parent = _joined([part for part in old if part is not None]) if all(part is not None for part in old) else None
     kept = spec.mantissa_bits_of(leaves[0].path)
     if task.sibling is None:

@@ -30,7 +30,7 @@ from tricomp.reference.frame import (
 )
 from tricomp.reference.lanes import BATCH_CHUNKS, ROW, padded
 from tricomp.reference.pack import Stacked, pack_bits, packed_bytes, stack_encode, stack_word_bits
-from tricomp.reference.predict import basis, split, symbol_bits
+from tricomp.reference.predict import Split, basis, split, symbol_bits
 from tricomp.reference.side import Side
 
 Array = np.ndarray[Any, Any]
@@ -132,39 +132,45 @@ def _take_apart(job: Job) -> Iterator[_Chunk]:
                 yield _Chunk(words[start : start + size], words[:0], patches)
             continue
         parts = split(plan, words, basis(plan, reference, job.side.scales, first, len(words)), job.side.palette)
-        symbols, is_patch = _replace_unknown(job, parts.symbols, parts.contexts, parts.is_patch)
-        remainders = parts.remainders
+        rows, is_patch = _rows(job, parts)
+        symbols = parts.symbols
         if plan.remainder != "none" and is_patch.any():
-            remainders[is_patch] = 0
+            parts.remainders[is_patch] = 0
         for start in range(0, len(words), size):
             stop = min(start + size, len(words))
             n_padded = padded(stop - start)
             chunk = _Chunk(words[start:stop], symbols[start:stop], np.flatnonzero(is_patch[start:stop]))
-            _fill(job, chunk, None if parts.contexts is None else parts.contexts[start:stop], n_padded)
+            _fill(job, chunk, None if rows is None else rows[start:stop], n_padded)
             if plan.remainder != "none":
-                _pack(job, chunk, _pad(remainders[start:stop], n_padded))
+                _pack(job, chunk, _pad(parts.remainders[start:stop], n_padded))
             yield chunk
 
 
-def _replace_unknown(job: Job, symbols: Array, contexts: Array | None, is_patch: Array) -> tuple[Array, Array]:
-    """Turn symbols that the tables or the dictionary lack into patches; a patch takes its context's stand-in."""
-    plan = job.plan
+def _rows(job: Job, parts: Split) -> tuple[Array | None, Array]:
+    """Rows of the frequency tables (none for an index), and which words are patched.
+
+    Symbols that the tables or the dictionary lack become patches, and a patch takes its context's stand-in: in place.
+    """
+    plan, symbols, contexts = job.plan, parts.symbols, parts.contexts
     if plan.entropy == "index":
         is_known = np.zeros(plan.n_symbols, np.bool_)
         is_known[job.side.dictionary] = True
-        is_patch = is_patch | ~is_known[symbols]
-        return np.where(is_patch, job.side.dictionary[0], symbols), is_patch
+        is_patch = parts.is_patch | ~is_known[symbols]
+        symbols[is_patch] = job.side.dictionary[0]
+        return None, is_patch
     assert job.side.tables is not None
-    freqs, stand_ins = job.side.tables.freqs, job.side.tables.favourites().astype(np.uint8)
-    if contexts is None:
-        is_patch = is_patch | (freqs[0] == 0)[symbols]
-        return np.where(is_patch, stand_ins[0], symbols), is_patch
-    is_unknown = (freqs == 0).reshape(-1)
+    starts = (np.arange(plan.n_contexts) * plan.n_symbols).astype(np.uint16)
+    rows = symbols.astype(np.uint16) if contexts is None else starts[contexts] + symbols
+    is_patch = parts.is_patch
+    is_unknown = (job.side.tables.freqs == 0).reshape(-1)
     if is_unknown.any():
-        is_patch = is_patch | is_unknown[contexts.astype(np.uint16) * np.uint16(plan.n_symbols) + symbols]
-    if is_patch.any():
-        symbols = np.where(is_patch, stand_ins[contexts], symbols)
-    return symbols, is_patch
+        is_patch = is_patch | is_unknown[rows]
+    patches = np.flatnonzero(is_patch)
+    if len(patches):
+        where = np.zeros(len(patches), np.uint8) if contexts is None else contexts[patches]
+        symbols[patches] = job.side.tables.favourites()[where]
+        rows[patches] = starts[where] + symbols[patches]
+    return rows, is_patch
 
 
 def _pad(values: Array, n_padded: int) -> Array:
@@ -175,21 +181,18 @@ def _pad(values: Array, n_padded: int) -> Array:
     return out
 
 
-def _fill(job: Job, chunk: _Chunk, contexts: Array | None, n_padded: int) -> None:
-    """Rows for the entropy stage. Padding: context 0 and its stand-in, or dictionary entry 0."""
-    plan = job.plan
-    n = len(chunk.symbols)
-    if plan.entropy == "index":
-        places = np.zeros(plan.n_symbols, np.uint8)
+def _fill(job: Job, chunk: _Chunk, rows: Array | None, n_padded: int) -> None:
+    """Rows for the entropy stage, or places in the dictionary. Padding: context 0 and its stand-in, or place 0."""
+    if rows is None:
+        places = np.zeros(job.plan.n_symbols, np.uint8)
         places[job.side.dictionary] = np.arange(len(job.side.dictionary))
         chunk.symbols = _pad(places[chunk.symbols], n_padded)
         return
     assert job.side.tables is not None
-    rows = np.full(n_padded, job.side.tables.favourites()[0], np.uint16)
-    rows[:n] = chunk.symbols
-    if contexts is not None:
-        rows[:n] += contexts.astype(np.uint16) * np.uint16(plan.n_symbols)
     chunk.rows = rows
+    if len(rows) < n_padded:
+        chunk.rows = np.full(n_padded, job.side.tables.favourites()[0], np.uint16)
+        chunk.rows[: len(rows)] = rows
 
 
 def _pack(job: Job, chunk: _Chunk, remainders: Words) -> None:

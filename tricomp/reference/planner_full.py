@@ -182,11 +182,10 @@ def _packing(
         return float(k), plan, {}
     n_low = dtype.mantissa_bits - k
     low_mask = words.dtype.type((1 << n_low) - 1)
-    joined = words & low_mask
-    by_row = np.bitwise_or.reduce(joined[: len(words) // ROW * ROW].reshape(-1, ROW), axis=1)
-    rest = np.bitwise_or.reduce(joined[len(words) // ROW * ROW :], initial=words.dtype.type(0))
-    everything = np.bitwise_or.reduce(by_row, initial=rest)
-    shift = min(int(trailing_zeros(everything[None])[0]), n_low)
+    by_row = np.bitwise_or.reduce(sample.words & low_mask, axis=1)
+    shift = min(int(trailing_zeros(np.bitwise_or.reduce(by_row)[None])[0]), n_low)
+    if shift:  # what the sample suggests must hold for every word
+        shift = min(int(trailing_zeros(np.bitwise_or.reduce(words & low_mask)[None])[0]), n_low)
     # Planes.
     low = sample.words & low_mask
     if plan.has_sign:
@@ -206,8 +205,7 @@ def _packing(
             planes = replace(planes, coded_planes=planes.coded_planes | 1 << plane)
         plane_bits += min(entropy, width) if plane in plane_tables else width
     # Stack.
-    shifts = np.minimum(trailing_zeros(by_row), n_low) if len(by_row) else np.zeros(1)
-    saved = float(shifts.mean())
+    saved = float(np.minimum(trailing_zeros(by_row), n_low).mean())
     zero_share = np.count_nonzero(is_zero) / is_zero.size
     has_block_shifts = saved - 8 / ROW > 0.02
     stack_bits = (1 - zero_share) * (n_bits - (saved if has_block_shifts else 0)) + states
