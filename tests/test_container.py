@@ -286,7 +286,7 @@ def test_a_path_that_is_no_plain_file_is_not_replaced(tmp_path):
         tricomp.save(tmp_path / "no" / "x.tri", 1)
     with pytest.raises(InvalidArgument, match="is a folder. Give a .tri file, or use tricomp.Store"):
         tricomp.open(tmp_path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(tricomp.MissingFile, match="there is no such file. Check the path."):
         tricomp.open(tmp_path / "x.tri")
 
 

@@ -28,7 +28,7 @@ def open_file(path: Path, reference: Path | File | Any = None, limits: Limits = 
     """Open a `.tri` file; nothing is decoded yet.
 
     path: of a local file. reference: for a delta, what it was saved against: a path, an open File or a tree.
-    Raises FileNotFoundError, CorruptFile, UnsupportedVersion, LimitExceeded, WrongReference, StorageError.
+    Raises MissingFile, CorruptFile, UnsupportedVersion, LimitExceeded, WrongReference, StorageError.
     """
     source = folder.LocalFile(os.fspath(path))
     base: File | Content | None = None

@@ -59,6 +59,10 @@ class MissingStep(TricompError, KeyError):
         return str(self.args[0]) if self.args else ""
 
 
+class MissingFile(TricompError, FileNotFoundError):
+    """There is no file of that name."""
+
+
 class StoreLocked(TricompError):
     """Another writer holds the store."""
 

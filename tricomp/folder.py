@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from typing import IO
 
 from tricomp.bounds import Bytes
-from tricomp.errors import CorruptFile, InvalidArgument, StorageError, StoreLocked
+from tricomp.errors import CorruptFile, InvalidArgument, MissingFile, StorageError, StoreLocked
 
 try:
     import fcntl
@@ -43,7 +43,7 @@ class LocalFile:
     """A Source over a local file, mapped into memory: reading one leaf touches that leaf's pages only."""
 
     def __init__(self, path: str, name: str | None = None) -> None:
-        """path: of a regular file. Raises FileNotFoundError, InvalidArgument, StorageError."""
+        """path: of a regular file. Raises MissingFile, InvalidArgument, StorageError."""
         self.name = name or path
         self._map: mmap.mmap | None = None
         try:
@@ -52,7 +52,7 @@ class LocalFile:
                 if self.n_bytes:  # an empty file cannot be mapped
                     self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:
-            raise
+            raise MissingFile(f"{path}: there is no such file. Check the path.") from None
         except IsADirectoryError:
             raise InvalidArgument(f"{path}: is a folder. Give a .tri file, or use tricomp.Store.") from None
         except (OSError, ValueError) as error:
@@ -150,7 +150,7 @@ class Folder:
             _sync_folder(self.url)
 
     def get(self, name: str) -> LocalFile:
-        """Open a file of the folder, mapped. Raises FileNotFoundError, StorageError."""
+        """Open a file of the folder, mapped. Raises MissingFile, StorageError."""
         return LocalFile(os.path.join(self.url, name))
 
     def list(self) -> dict[str, object]:

@@ -47,7 +47,7 @@ class Storage(Protocol):
         ...
 
     def get(self, name: str) -> Source:
-        """Open a file for reading. Raises FileNotFoundError, StorageError."""
+        """Open a file for reading. Raises MissingFile, StorageError."""
         ...
 
     def list(self) -> dict[str, object]:

@@ -22,6 +22,7 @@ from tricomp.errors import (
     CorruptFile,
     CorruptFrame,
     InvalidArgument,
+    MissingFile,
     MissingParent,
     MissingStep,
     StorageError,
@@ -237,7 +238,7 @@ class Store:
             if not found:
                 continue
             if name not in self._known or self._known[name][0] != stamp:
-                with suppress(FileNotFoundError):  # pruned by the writer a moment ago
+                with suppress(MissingFile):  # pruned by the writer a moment ago
                     self._known[name] = stamp, self._read_link(name, int(found[1]))
             link = self._known.get(name, (None, None))[1]
             if isinstance(link, Link):
@@ -251,6 +252,8 @@ class Store:
                 summary = container.read_summary(source)
             finally:
                 source.close()
+        except MissingFile:
+            raise
         except TricompError as error:
             return error
         return Link(step, summary.content_id, summary.parent, summary.since_keyframe)
@@ -264,7 +267,7 @@ class Store:
         for link in chain:
             try:
                 below = File(self._folder.get(_file_name(link.step)), file)
-            except FileNotFoundError:
+            except MissingFile:
                 raise MissingStep(f"step {link.step} was removed from {self.url} while it was opened.") from None
             if file is not None:
                 below.own(file)
