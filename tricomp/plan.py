@@ -212,6 +212,7 @@ def _check(plan: Plan, leaf: str) -> None:
         (plan.word >> plan.dtype.word_bits == 0, "word is wider than the dtype"),
         (not needs_reference or plan.reference != "none", "prediction without its reference"),
         (plan.predict != "cast" or plan.reference == "sibling", "cast needs a sibling"),
+        (plan.predict in ("copy", "cast") or plan.reference != "sibling", "needless sibling"),
         (plan.reference == "none" or plan.predict not in ("raw", "constant", "palette", "full"), "needless reference"),
         (is_symbolic == (plan.entropy != "none"), "prediction and entropy do not fit"),
         (is_symbolic == (plan.n_symbols > 0), "prediction and symbols do not fit"),

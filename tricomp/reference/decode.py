@@ -186,7 +186,7 @@ def _cut(chunk: _Chunk, row: list[int], octets: memoryview) -> None:
     """Cut a payload into its sections, as its row of the directory says."""
     plan = chunk.job.plan
     payload = _Payload(chunk, octets)
-    if row[3] & RAW_FLAG:
+    if row[3] == RAW_FLAG:
         chunk.raw = payload.take(chunk.n_words * plan.dtype.word_bits // 8, plan.dtype.word_dtype)
         payload.finish()
         return
@@ -220,8 +220,10 @@ def _cut(chunk: _Chunk, row: list[int], octets: memoryview) -> None:
     n_patches = row[3]
     chunk.patch_positions = payload.take(2 * n_patches, "<u2")
     chunk.patch_words = payload.take(n_patches * plan.dtype.word_bits // 8, plan.dtype.word_dtype)
-    if n_patches and (int(chunk.patch_positions.max()) >= chunk.n_words):
+    if n_patches and int(chunk.patch_positions[-1]) >= chunk.n_words:
         raise chunk.fault("a patch is outside the chunk")
+    if (chunk.patch_positions[1:] <= chunk.patch_positions[:-1]).any():
+        raise chunk.fault("its patches are not ascending")
     payload.finish()
 
 

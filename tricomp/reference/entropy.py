@@ -121,21 +121,28 @@ def _encode_batch(symbols: Array, lengths: list[int], table: Array, prob_bits: i
     states = np.full(n_lanes, LOWEST_STATE, np.uint32)
     words = np.empty((n_steps, n_lanes), np.uint16)
     is_word = np.zeros((n_steps, n_lanes), np.bool_)
-    size = np.uint32(1 << prob_bits)
+    size, four = np.uint32(1 << prob_bits), np.uint32(4)
     sixteen, limit_shift, low = np.uint32(16), np.uint32(31 - prob_bits), np.uint32(0xFFFF)
+    scratch = np.empty((3, n_lanes), np.uint32)  # one dtype and no new arrays in the loop: twice as fast
     for step in range(n_steps - 1, -1, -1):
         n = active[step]
-        state = states[:n]
-        entry = table.take(symbols[step, :n])
-        freq = entry >> sixteen
+        state, entry, freq, rest = states[:n], scratch[0, :n], scratch[1, :n], scratch[2, :n]
+        table.take(symbols[step, :n], out=entry, mode="clip")
+        np.right_shift(entry, sixteen, out=freq)
+        np.right_shift(state, limit_shift, out=rest)
         overflows = is_word[step, :n]
-        np.greater_equal(state >> limit_shift, freq, out=overflows)
+        np.greater_equal(rest, freq, out=overflows)
         words[step, :n] = state
-        np.right_shift(state, sixteen, out=state, where=overflows)
-        quotient = state // freq
-        # (x // f << p) + x % f + start, with one multiplication less
-        state += quotient * (size - freq)
-        state += entry & low
+        rest[:] = overflows
+        np.left_shift(rest, four, out=rest)
+        np.right_shift(state, rest, out=state)
+        # (x // f << p) + x % f + start, with one multiplication less: x + x // f * (2^p - f) + start
+        np.floor_divide(state, freq, out=rest)
+        np.subtract(size, freq, out=freq)
+        np.multiply(rest, freq, out=rest)
+        np.add(state, rest, out=state)
+        np.bitwise_and(entry, low, out=entry)
+        np.add(state, entry, out=state)
     collected = collect(words, is_word)
     return [Coded(state, chunk) for state, chunk in zip(states.reshape(-1, LANES), collected, strict=True)]
 
@@ -170,31 +177,40 @@ def _or_zeros(contexts: Array | None, n_words: int) -> Array:
 
 
 def _decode_batch(streams: list[Coded], lengths: list[int], table: Array, rows: Array, prob_bits: int) -> Array:
-    all_states = np.concatenate([stream.states for stream in streams]).astype(np.uint32)
+    states = np.concatenate([stream.states for stream in streams]).astype(np.uint32)
     n_words = np.array([len(stream.words) for stream in streams])
-    words = np.concatenate([stream.words for stream in streams] + [np.zeros(1, np.uint16)])
+    words = np.concatenate([stream.words for stream in streams] + [np.zeros(1, np.uint16)]).astype(np.uint32)
     # One before the next word of each chunk: ranks count from one.
     begins = np.cumsum(n_words) - n_words - 1
     positions = begins.copy()
     active = active_lanes(lengths)
-    symbols = np.zeros((len(active), len(all_states)), np.uint8)
-    mask, twelve, sixteen, twenty = np.uint32((1 << prob_bits) - 1), np.uint32(12), np.uint32(16), np.uint32(20)
-    low, lowest, shift = np.uint32(0xFFF), np.uint32(LOWEST_STATE), np.uint32(prob_bits)
+    symbols = np.zeros((len(active), len(states)), np.uint8)
+    mask, twelve, twenty = np.uint32((1 << prob_bits) - 1), np.uint32(12), np.uint32(20)
+    low, lowest, shift, four = np.uint32(0xFFF), np.uint32(LOWEST_STATE), np.uint32(prob_bits), np.uint32(4)
+    scratch = np.empty((3, len(states)), np.uint32)
     for step in range(len(active)):
         n = active[step]
-        state = all_states[:n]
-        slot = (state & mask) + (rows[step, :n] if rows.ndim == 2 else rows[:n])
-        entry = table.take(slot, mode="clip")
-        np.right_shift(entry, twelve, out=symbols[step, :n], casting="unsafe")
-        state >>= shift
-        state *= entry >> twenty
-        state += entry & low
+        state, entry, rest, word = states[:n], scratch[0, :n], scratch[1, :n], scratch[2, :n]
+        np.bitwise_and(state, mask, out=rest)
+        np.add(rest, rows[step, :n] if rows.ndim == 2 else rows[:n], out=rest)
+        table.take(rest, out=entry, mode="clip")
+        np.right_shift(entry, twelve, out=rest)
+        symbols[step, :n] = rest
+        np.right_shift(state, shift, out=state)
+        np.right_shift(entry, twenty, out=rest)
+        np.multiply(state, rest, out=state)
+        np.bitwise_and(entry, low, out=entry)
+        np.add(state, entry, out=state)
         is_short = state < lowest
-        rank = ranks(is_short)
         position = positions[: n // LANES]
-        word = words.take((position[:, None] + rank).reshape(-1), mode="clip")
-        np.copyto(state, state << sixteen | word, where=is_short)
-        position += rank[:, -1]
-    if (all_states != lowest).any() or (positions - begins != n_words).any():
+        places = position[:, None] + ranks(is_short)
+        words.take(places.reshape(-1), out=word, mode="clip")
+        rest[:] = is_short
+        np.multiply(word, rest, out=word)
+        np.left_shift(rest, four, out=rest)
+        np.left_shift(state, rest, out=state)
+        np.bitwise_or(state, word, out=state)
+        position[:] = places[:, -1]
+    if (states != lowest).any() or (positions - begins != n_words).any():
         raise CorruptFrame("its symbols do not end where an encoder begins")
     return symbols

@@ -38,6 +38,7 @@ Array = np.ndarray[Any, Any]
 FIT_COLUMNS = 128  # most columns that a row's factor is measured on
 FIT_ROWS = 512  # most rows that a column's factor is measured on
 FIT_WORDS = 1 << 17  # most words that a vector of factors is measured on, if that leaves 16 a row or column
+MOST_EXPONENTS = 48  # that contexts are chosen among
 DELTA_K_MOST = 3  # most bits below the leading one that a delta's symbol may hold
 SHIFT_ROWS = 64  # rows of the sample on which the common factor of a scaled delta is searched
 
@@ -87,13 +88,16 @@ def _best_delta(words: Words, predicted: Words, plan: Plan, side_bits: float, sp
 def _delta_counts(words: Words, predicted: Words, dtype: DType) -> tuple[Array, int]:
     """Counts by exponent of the prediction, size code at the finest k, and sign; and the first row's exponent.
 
-    Returns int64[n_exponents, 66 << k, 2].
+    Returns int64[n_exponents, 66 << k, 2]. Exponents far from those of most words count with the nearest ones.
     """
     size, sign = difference(words.reshape(-1), predicted.reshape(-1), dtype)
     codes = size_codes(size, DELTA_K_MOST).astype(np.int64)
     context = exponent(predicted.reshape(-1), dtype).astype(np.int64)
-    low = int(context.min())
-    n_rows, n_codes = int(context.max()) - low + 1, 66 << DELTA_K_MOST
+    share = np.cumsum(np.bincount(context)) / len(context)
+    high = int(np.searchsorted(share, 0.999)) + 3
+    low = max(int(np.searchsorted(share, 0, side="right")), high - MOST_EXPONENTS + 1)
+    n_rows, n_codes = min(high, int(context.max())) - low + 1, 66 << DELTA_K_MOST
+    context = np.clip(context, low, low + n_rows - 1)
     places = ((context - low) * n_codes + codes) * 2 + sign.astype(np.int64)
     return np.bincount(places, minlength=n_rows * n_codes * 2).reshape(n_rows, n_codes, 2), low
 

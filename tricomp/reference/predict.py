@@ -277,7 +277,8 @@ def scale_words(words: Words, factors: Array, dtype: DType) -> Words:
     # No product is shorter than the shortest factor makes it, so only the bits above that need looking at.
     sure = max(int(factors.min(initial=1 << 32)).bit_length() - 1 + point - 2 * FACTOR_BITS, 0)
     above = product >> np.uint64(sure)
-    is_narrow = int(factors.max(initial=0)) >> (sure + 2 * FACTOR_BITS - point) < 32
+    widest = int(factors.max(initial=0)).bit_length() + point + 1 - 2 * FACTOR_BITS  # of any product
+    is_narrow = widest - sure <= 8
     length = (bit_length(above.astype(np.uint8) if is_narrow else above) + np.uint8(sure)).astype(np.int32)
     drop = length - (1 + m)
     if sure > m:
