@@ -119,8 +119,8 @@ def _encode_batch(symbols: Array, lengths: list[int], table: Array, prob_bits: i
     n_steps, n_lanes = symbols.shape
     active = active_lanes(lengths)
     states = np.full(n_lanes, LOWEST_STATE, np.uint32)
-    words = np.empty((n_steps, n_lanes), np.uint16)
-    is_word = np.zeros((n_steps, n_lanes), np.bool_)
+    words = np.empty((n_lanes // LANES, n_steps, LANES), np.uint16)
+    is_word = np.zeros(words.shape, np.bool_)
     size, four = np.uint32(1 << prob_bits), np.uint32(4)
     sixteen, limit_shift, low = np.uint32(16), np.uint32(31 - prob_bits), np.uint32(0xFFFF)
     scratch = np.empty((3, n_lanes), np.uint32)  # one dtype and no new arrays in the loop: twice as fast
@@ -130,9 +130,9 @@ def _encode_batch(symbols: Array, lengths: list[int], table: Array, prob_bits: i
         table.take(symbols[step, :n], out=entry, mode="clip")
         np.right_shift(entry, sixteen, out=freq)
         np.right_shift(state, limit_shift, out=rest)
-        overflows = is_word[step, :n]
-        np.greater_equal(rest, freq, out=overflows)
-        words[step, :n] = state
+        overflows = rest >= freq
+        is_word[: n // LANES, step] = overflows.reshape(-1, LANES)
+        words[: n // LANES, step] = state.reshape(-1, LANES)
         rest[:] = overflows
         np.left_shift(rest, four, out=rest)
         np.right_shift(state, rest, out=state)

@@ -73,7 +73,5 @@ def ranks(flags: Array) -> Array:
 
 
 def collect(words: Array, flags: Array) -> list[Array]:
-    """The flagged words of each chunk, in the order in which a decoder takes them. words, flags: [steps, lanes]."""
-    by_chunk = words.reshape(len(words), -1, LANES).transpose(1, 0, 2).reshape(-1, len(words) * LANES)
-    flags = flags.reshape(len(words), -1, LANES).transpose(1, 0, 2).reshape(-1, len(words) * LANES)
-    return [np.compress(is_word, chunk) for is_word, chunk in zip(flags, by_chunk, strict=True)]
+    """The flagged words of each chunk, in the order in which a decoder takes them. Both [n_chunks, steps, 32]."""
+    return [np.compress(is_word.reshape(-1), chunk.reshape(-1)) for is_word, chunk in zip(flags, words, strict=True)]
