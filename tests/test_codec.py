@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.cases import ODD_SIZES, decayed, moments, of_dtype, same_bits, special_words, stepped, weights
 from tricomp import codec, dtypes
+from tricomp.bounds import most_frame_bytes
 from tricomp.errors import CorruptFrame, InvalidArgument, WrongReference
 from tricomp.layout import Layout, Snapshot, snapshot_of
 from tricomp.plan import Plan, Spec
@@ -23,7 +24,6 @@ from tricomp.reference.predict import Scales, basis, split, symbol_bits
 from tricomp.reference.side import Side
 
 DENSE, FAST = Spec(), Spec(tier="fast")
-BOUND_A_CHUNK, BOUND_A_FRAME = 64, 96  # bytes over raw: what the README promises
 
 
 def round_trip(arrays, references=None, spec=DENSE):
@@ -45,8 +45,7 @@ def round_trip(arrays, references=None, spec=DENSE):
         if plan.reference == "sibling":
             sibling = leaves[plan.sibling], expected.words(plan.sibling)
         jobs.append(([leaves[i] for i in frame.leaves], plan, frame.data, old, sibling))
-        raw = plan.n_words * plan.dtype.word_bits // 8
-        assert len(frame.data) <= raw + BOUND_A_FRAME + BOUND_A_CHUNK * plan.n_chunks
+        assert len(frame.data) <= most_frame_bytes(plan.n_words, plan.dtype.word_bits, plan.chunk_log2)
     for frame, words in zip(frames, codec.decode_many(jobs), strict=True):
         for i, digest, back in zip(frame.leaves, frame.digests, words, strict=True):
             assert np.array_equal(back, expected.words(i)), (leaves[i], frame.plan)

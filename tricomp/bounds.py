@@ -57,6 +57,12 @@ class Limits:
 DEFAULTS = Limits()
 
 
+def most_frame_bytes(n_words: int, word_bits: int, chunk_log2: int = 16) -> int:
+    """The most bytes that an encoded frame ever takes: its words raw, 64 bytes, and 40 for each chunk. Tested."""
+    n_chunks = -(-n_words >> chunk_log2)
+    return n_words * word_bits // 8 + 64 + 40 * n_chunks
+
+
 def unpack(data: Bytes, what: str) -> Any:
     """The one msgpack object that data holds, extensions as msgpack.ExtType. Raises CorruptFile, naming what.
 

@@ -24,7 +24,7 @@ def table(saves: Sequence[dict[str, Any]], loads: Sequence[dict[str, Any]]) -> s
             lines.append(_row(f"  {name}", *(_mean(group, kind, [key]) for kind in ("raw", "zstd", "tricomp"))))
         lines.append(_row("  together", *(_mean(group, kind, list(_STREAMS)) for kind in ("raw", "zstd", "tricomp"))))
     if saves[0]["zstd"] is None:
-        lines.append("  (zstd is not installed: pip install 'tricomp[zstd]')")
+        lines.append("  (zstd is not installed: pip install backports.zstd)")
     lines += ["", "Seconds, median:"]
     for title, group in _groups(saves):
         lines.append(_time(f"save, {title}", group))

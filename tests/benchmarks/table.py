@@ -54,8 +54,8 @@ def origin(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return (
         f"Measured on {machine['cpu']} ({machine['n_cores']} cores), {results['date']}; {versions}.\n"
-        f"Data: a GPT of {data['n_parameters'] / 1e6:.1f} M parameters after {data['steps'][-1]} steps of AdamW on the "
-        f"{data['text']}.\n"
+        f"Data: a GPT of {data['n_parameters'] / 1e6:.1f} M parameters after {data['steps'][-1]} steps of AdamW\n"
+        f"(batch {data['batch']}, beta2 {data['beta2']}) on the {data['text']}.\n"
     )
 
 
