@@ -164,10 +164,12 @@ def scaled_delta_choice(
     thin = slice(None, None, max(len(sample.firsts) // SHIFT_ROWS, 1))
     new, old = sample.words[thin], sample.reference[thin]
     one = np.full(1, 1 << FACTOR_BITS, np.uint16)
-    common, fewest = _best_factor(new, old, np.ones(1), plan, 17)
+    common, fewest = _best_factor(new, old, np.ones(1), plan, 13)
     best = replace(plan, factor=common), Scales(one, None)
     positions = sample.firsts[:, None] + np.arange(sample.words.shape[1])
-    for n_columns, has_column_scale in splits(shape, len(words)):
+    # Numbers of both signs change by what is added to them, not by what they are multiplied with, decay aside.
+    has_signs = np.count_nonzero(new >> (blank.dtype.word_bits - 1)) > 1e-3 * new.size
+    for n_columns, has_column_scale in [] if has_signs else splits(shape, len(words)):
         scales = fit_factors(words, reference, common, blank.dtype, n_columns, has_column_scale)
         split = replace(plan, n_columns=n_columns, has_column_scale=has_column_scale)
         places = positions[thin]
