@@ -693,7 +693,7 @@ def read_file(data, parent=None):
     header, index, header_size, index_at, content_id = read_parts(data)
     structure, structure_bytes = read_table(header["tree"])
     (numbers, shapes, places), leaves_bytes = read_table(header["leaves"])
-    paths = []
+    paths: list[str] = []
     tree = read_tree(structure, [], paths)
     need(len(set(paths)) == len(paths) == len(numbers) == len(places), "paths and leaves do not match")
     need(all(math.prod(max(n, 1) for n in shape) < 1 << 59 for shape in shapes), "a shape is too large")
@@ -720,7 +720,7 @@ def read_file(data, parent=None):
     cursor.end()
     need(sorted(leaf for members, _, _ in frames for leaf in members) == list(range(len(paths))), "a frame a leaf")
 
-    words = {}  # by number of the leaf
+    words: dict[int, list[int]] = {}  # by number of the leaf
     for pass_is_sibling in (False, True):  # a sibling itself has none
         known = dict(words)
         for members, stored_plan, content in frames:

@@ -10,6 +10,7 @@ import re
 from collections import Counter, OrderedDict, namedtuple
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -145,7 +146,7 @@ def test_groups_of_small_leaves(tmp_path):
 
 @pytest.mark.parametrize("tier", SPECS)
 def test_a_chain_of_three_files(tmp_path, tier):
-    states = [{"w": weights((30, 80)), "v": moments((30, 80)), "step": np.int64(0)}]
+    states: list[dict[str, Any]] = [{"w": weights((30, 80)), "v": moments((30, 80)), "step": np.int64(0)}]
     for step in (1, 2):
         last = states[-1]
         states.append({"w": stepped(last["w"], step), "v": decayed(last["v"], step), "step": np.int64(step)})
@@ -272,7 +273,7 @@ def plans_by_hand():
             yield replace(plan, entropy="index"), Scales(), old, None
             plan = replace(plan, reference="parent")
             yield replace(plan, has_sign=False, entropy="index" if k else "rans"), Scales(), new, old
-            contexts = {"n_contexts": 5, "context_base": 2, "context_shift": k // 2, "prob_bits": 9}
+            contexts: dict[str, Any] = {"n_contexts": 5, "context_base": 2, "context_shift": k // 2, "prob_bits": 9}
             yield replace(plan, has_block_shifts=True, **contexts), Scales(), new, old
             if dtype.is_float:
                 plan = replace(plan, predict="scaled_delta", n_columns=N_COLUMNS)
@@ -310,7 +311,7 @@ def complete(plan, scales, words, old):
 
 def test_plans_by_hand():
     """Most chunks must be coded, not raw, or this would show nothing."""
-    seen = Counter()
+    seen: Counter[str] = Counter()
     for plan, scales, new, old in plans_by_hand():
         if plan.remainder == "planes" and not plan.plane_widths:
             plan = replace(plan, remainder="none")
