@@ -51,7 +51,7 @@ class Store:
     are, latest() still names the highest, and remove() takes those away that the run no longer stands for.
 
     One writer at a time: the first save, prune, rebase or remove locks the folder until close() or the end of the
-    process, however it ends; a second writer gets StoreLocked. See tricomp/storage.py about network file systems.
+    process, however it ends; a second writer gets StoreLocked. tricomp/folder.py tells of network file systems.
     Reading needs neither lock nor write permission.
     """
 
