@@ -122,6 +122,17 @@ def test_sparse_changes_and_sparse_zeros():
     assert bits_per_word(round_trip({"a": zeros})) < 0.1
 
 
+@pytest.mark.parametrize("spec", [DENSE, FAST], ids=["dense", "fast"])
+def test_words_that_the_sample_misses(spec):
+    """All that is sampled is zero; the last words, which no sample holds, are not."""
+    for name in dtypes.NAMES:
+        tail = of_dtype(name, (100,))
+        for n_zeros in (128, 40_960):
+            array = np.concatenate([np.zeros(n_zeros, tail.dtype), tail])
+            round_trip({"a": array}, spec=spec)
+            round_trip({"a": array}, {"a": np.roll(array, 1)}, spec)
+
+
 def test_unchanged_words_are_nearly_free():
     old = weights((500, 500)).astype(ml_dtypes.bfloat16)
     new = stepped(old, still_share=0.99, rate=1e-2)

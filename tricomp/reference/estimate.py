@@ -140,10 +140,13 @@ def with_entropy(plan: Plan, index_bits: int, **changes: Any) -> Plan:
 
 
 def densest(counts: Array, widest: int) -> tuple[int, int]:
-    """[first, last) of the counted places, or of the widest window that holds most of them. counts: int64[n]."""
+    """[first, last) of the counted places, or of the widest window that holds most of them. counts: int64[n].
+
+    Where nothing is counted, one place.
+    """
     used = np.flatnonzero(counts)
     if not len(used):
-        return 1, 2
+        return (1, 2) if len(counts) > 1 else (0, 1)
     first, last = int(used[0]), int(used[-1]) + 1
     if last - first > widest:
         sums = np.concatenate([[0], np.cumsum(counts)])
