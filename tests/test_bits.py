@@ -79,6 +79,7 @@ def test_round_mantissa_keeps_the_bound(name):
         with np.errstate(all="ignore"):
             old = words.view(dtype.numpy).astype(np.complex128).view(np.float64)[::2]
             new = rounded.view(dtype.numpy).astype(np.complex128).view(np.float64)[::2]
+        assert np.array_equal(np.isnan(old), np.isnan(new))
         if dtype.words_per_element == 1:
             old, new = old[is_normal], new[is_normal]
             assert (np.abs(new - old) <= np.abs(old) * 2.0 ** -(kept + 1)).all()

@@ -99,7 +99,10 @@ def round_mantissa(words: Words, dtype: DType, kept_bits: int) -> Words:
     body = magnitude(words, dtype)
     rounded = (body + (mask >> one) + ((body >> n_dropped) & one)) & ~mask
     largest = words.dtype.type(_largest_finite(dtype))
-    return np.where((body > largest) | (rounded > largest), words, (words ^ body) | rounded)
+    sign = words ^ body
+    if dtype.name.endswith("fnuz"):  # there a zero has no sign: the word of -0 is NaN
+        sign = np.where((rounded == 0) & (body != 0), words.dtype.type(0), sign)
+    return np.where((body > largest) | (rounded > largest), words, sign | rounded)
 
 
 def _largest_finite(dtype: DType) -> int:
