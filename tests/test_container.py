@@ -728,3 +728,16 @@ def tables_of(maps):
     table = msgpack.unpackb(bounds.unpack_table(header["leaves"], Limits(), ""))
     leaves = container._leaves(table, tricomp.tree.paths_of(structure), Limits(), "")
     return structure, leaves, container._u64s(index["digests"], len(leaves), "")
+
+
+def test_a_spec_of_another_type_or_form_is_refused(tmp_path):
+    with pytest.raises(InvalidArgument, match="spec: expected a tricomp.Spec, got str 'fast'"):
+        tricomp.save(tmp_path / "a.tri", {"w": np.ones(3)}, spec="fast")  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgument, match="spec: expected a tricomp.Spec, got dict"):
+        tricomp.encode(np.ones(3), spec={"tier": "fast"})  # type: ignore[arg-type]
+    for bits, text in ((7, "expected a dict of"), ({3: 7}, "got 3"), ({"w": True}, "got True")):
+        with pytest.raises(InvalidArgument, match=f"Spec.keep_mantissa_bits.*{text}"):
+            tricomp.Spec(keep_mantissa_bits=bits)  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgument, match="Spec.chunk_log2: expected 10 to 16, got '12'"):
+        tricomp.Spec(chunk_log2="12")  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())

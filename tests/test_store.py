@@ -257,6 +257,13 @@ def test_arguments_are_checked(tmp_path):
         Store(tmp_path, reference="first")  # type: ignore[arg-type]
     with pytest.raises(InvalidArgument, match="reference_in is 'host' or 'store', not 'gpu'"):
         Store(tmp_path, reference_in="gpu")  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgument, match="keyframe: expected a tricomp.KeyframeEvery, got 10"):
+        Store(tmp_path, keyframe=10)  # type: ignore[arg-type]
+    for keep in (KeepLast(2), [3]):
+        with pytest.raises(InvalidArgument, match=r"keep: expected a list of policies, say .*, got \[?(KeepLast|3)"):
+            Store(tmp_path, keep=keep)  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgument, match="spec: expected a tricomp.Spec, got str 'fast'"):
+        Store(tmp_path, spec="fast")  # type: ignore[arg-type]
     with pytest.raises(InvalidArgument, match="only local folders can be stores"):
         Store("s3://bucket/run")
     (tmp_path / "file").write_text("")

@@ -18,7 +18,7 @@ from tricomp.container import FORMAT, MAX_BIN_BYTES, START, bin_start, check_of
 from tricomp.dtypes import Words, by_number, from_words, of, to_words
 from tricomp.errors import CorruptFile, CorruptFrame, InvalidArgument, LimitExceeded, UnsupportedVersion, WrongReference
 from tricomp.layout import Leaf, snapshot_of
-from tricomp.plan import Plan, Spec
+from tricomp.plan import Plan, Spec, check_spec
 
 Array = np.ndarray[Any, Any]
 _WHAT = "blob"
@@ -33,6 +33,7 @@ def encode(array: Array, reference: Array | None = None, spec: Spec | None = Non
     """
     if not isinstance(array, (np.ndarray, np.generic)):
         raise InvalidArgument(f"encode: expected a numpy array, got {type(array).__name__}. Use np.asarray.")
+    check_spec(spec)
     snapshot = snapshot_of(["array"], [np.asarray(array)])
     leaf = snapshot.layout.leaves[0]
     base = None if reference is None else snapshot_of(["array"], [_fitting(reference, leaf)])

@@ -17,7 +17,7 @@ from tricomp.container import Writing
 from tricomp.content import Content, content_of
 from tricomp.errors import InvalidArgument
 from tricomp.file import File
-from tricomp.plan import Spec
+from tricomp.plan import Spec, check_spec
 from tricomp.report import Report, report_of
 from tricomp.storage import Storage
 
@@ -90,6 +90,7 @@ def put(
     """Encode content into one file of a storage, frame by frame as they come."""
     if metadata is not None and not isinstance(metadata, dict):
         raise InvalidArgument(f"metadata: expected a dict of plain values, got {type(metadata).__name__}.")
+    check_spec(spec)
     began = time.perf_counter()
     parent = None if base is None else bytes.fromhex(base.content_id)
     written = Writing(content.structure, content.snapshot.layout.leaves, parent, since_keyframe, metadata)

@@ -35,7 +35,8 @@ class Spec:
 
     tier: "dense" (rANS; smallest, the default) or "fast" (fixed-width index).
     keep_mantissa_bits: leaf path pattern (as in fnmatch) to mantissa bits kept; float leaves that match are *rounded*
-        to nearest even before coding: not lossless, relative error at most 2^-(bits+1). Never on by default.
+        to nearest even before coding: not lossless, relative error at most 2^-(bits+1), or more in
+        subnormal numbers. Never on by default.
     chunk_log2: log2 of the words in a chunk, 10 to 16.
     """
 
@@ -46,17 +47,29 @@ class Spec:
     def __post_init__(self) -> None:
         if self.tier not in ("dense", "fast"):
             raise InvalidArgument(f"Spec.tier: expected 'dense' or 'fast', got {self.tier!r}")
-        if not MIN_CHUNK_LOG2 <= self.chunk_log2 <= MAX_CHUNK_LOG2:
+        if type(self.chunk_log2) is not int or not MIN_CHUNK_LOG2 <= self.chunk_log2 <= MAX_CHUNK_LOG2:
             raise InvalidArgument(
                 f"Spec.chunk_log2: expected {MIN_CHUNK_LOG2} to {MAX_CHUNK_LOG2}, got {self.chunk_log2!r}"
             )
+        if not isinstance(self.keep_mantissa_bits, Mapping):
+            raise InvalidArgument(
+                f"Spec.keep_mantissa_bits: expected a dict of path pattern to bits, got {self.keep_mantissa_bits!r}"
+            )
         for pattern, bits in self.keep_mantissa_bits.items():
-            if not isinstance(bits, int) or not 0 <= bits <= 52:
+            if not isinstance(pattern, str):
+                raise InvalidArgument(f"Spec.keep_mantissa_bits: expected leaf path patterns, got {pattern!r}")
+            if type(bits) is not int or not 0 <= bits <= 52:
                 raise InvalidArgument(f"Spec.keep_mantissa_bits[{pattern!r}]: expected 0 to 52 bits, got {bits!r}")
 
     def mantissa_bits_of(self, path: str) -> int | None:
         """Mantissa bits to keep of the leaf at path: the first pattern that matches; None: all."""
         return next((bits for pattern, bits in self.keep_mantissa_bits.items() if fnmatchcase(path, pattern)), None)
+
+
+def check_spec(spec: Any) -> None:
+    """Raise InvalidArgument unless spec is a Spec or None."""
+    if spec is not None and not isinstance(spec, Spec):
+        raise InvalidArgument(f"spec: expected a tricomp.Spec, got {type(spec).__name__} {spec!r:.80}.")
 
 
 @dataclass(frozen=True)

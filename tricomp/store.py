@@ -30,7 +30,7 @@ from tricomp.errors import (
     UnsupportedVersion,
 )
 from tricomp.file import File
-from tricomp.plan import Spec
+from tricomp.plan import Spec, check_spec
 from tricomp.report import BrokenStep, Report, VerifyReport
 
 _log = logging.getLogger("tricomp")
@@ -68,6 +68,11 @@ class Store:
             raise InvalidArgument(f"Store: reference is 'previous' or 'keyframe', not {reference!r}.")
         if reference_in not in ("host", "store"):
             raise InvalidArgument(f"Store: reference_in is 'host' or 'store', not {reference_in!r}.")
+        if not isinstance(keyframe, KeyframeEvery):
+            raise InvalidArgument(f"Store: keyframe: expected a tricomp.KeyframeEvery, got {keyframe!r}.")
+        if not isinstance(keep, Sequence) or not all(callable(getattr(policy, "kept", None)) for policy in keep):
+            raise InvalidArgument(f"Store: keep: expected a list of policies, say [tricomp.KeepLast(3)], got {keep!r}.")
+        check_spec(spec)
         self._folder = storage.at(url)
         self._keyframe, self._keep, self._reference = keyframe, tuple(keep), reference
         self._spec, self._reference_in = spec, reference_in
