@@ -272,6 +272,20 @@ def test_arguments_are_checked(tmp_path):
     assert Store(f"file://{tmp_path}").steps() == []
 
 
+def test_a_relative_folder_stays_the_same_when_the_process_changes_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Store("runs/a") as store:
+        store.save(1, state(1))
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        store.save(2, state(2))
+        assert store.steps() == [1, 2]
+        assert equal(store.load(2), state(2))
+        store.remove(1)
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert Store(tmp_path / "runs" / "a").steps() == [2]
+
+
 def test_foreign_files_are_left_alone(folder):
     filled(folder, [1])
     for name in ("step-1.tri", "step-000000000002.tri.bak", "notes.txt", "step-000000000003.TRI"):

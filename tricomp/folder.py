@@ -52,11 +52,11 @@ class LocalFile:
                 if self.n_bytes:  # an empty file cannot be mapped
                     self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:
-            raise MissingFile(f"{path}: there is no such file. Check the path.") from None
+            raise MissingFile(f"{self.name}: there is no such file. Check the path.") from None
         except IsADirectoryError:
-            raise InvalidArgument(f"{path}: is a folder. Give a .tri file, or use tricomp.Store.") from None
+            raise InvalidArgument(f"{self.name}: is a folder. Give a .tri file, or use tricomp.Store.") from None
         except (OSError, ValueError) as error:
-            raise _storage_error(error, f"{path}: cannot be read") from error
+            raise _storage_error(error, f"{self.name}: cannot be read") from error
         self._view = memoryview(self._map) if self._map is not None else memoryview(b"")
         self._is_open = True
 
@@ -111,10 +111,11 @@ if hasattr(os, "register_at_fork"):
 
 
 class Folder:
-    """Storage in a local folder. Made on the first write."""
+    """Storage in a local folder. Made on the first write. A relative path stays what it names now."""
 
     def __init__(self, path: str) -> None:
         self.url = path
+        self._path = path if os.path.isabs(path) else os.path.join(os.getcwd(), path)
 
     def put(self, name: str, pieces: Iterable[Bytes]) -> None:
         """Write a file from pieces, atomically and durably; a file of that name is replaced, never truncated.
@@ -122,12 +123,12 @@ class Folder:
         Whatever pieces raises passes through, and nothing is left behind. Raises StorageError when the folder
         is full, read-only or otherwise refuses.
         """
-        target = os.path.join(self.url, name)
+        target, real = os.path.join(self.url, name), os.path.join(self._path, name)
         n_bytes = 0
         with self._refusal(target):
-            _make_folder(self.url)
-            _remove_orphans(self.url, f".{name}.")
-            temporary = os.path.join(self.url, f".{name}.{secrets.token_hex(4)}.tmp")
+            _make_folder(self._path)
+            _remove_orphans(self._path, f".{name}.")
+            temporary = os.path.join(self._path, f".{name}.{secrets.token_hex(4)}.tmp")
             file = open(temporary, "xb")  # noqa: SIM115 - closed below, before the rename
         try:
             _try_lock(file)
@@ -139,7 +140,7 @@ class Folder:
                 file.flush()
                 os.fsync(file.fileno())
                 file.close()
-                os.replace(temporary, target)
+                os.replace(temporary, real)
         except BaseException:
             with suppress(OSError):
                 os.unlink(temporary)
@@ -147,17 +148,17 @@ class Folder:
                 file.close()
             raise
         with self._refusal(target, n_bytes):
-            _sync_folder(self.url)
+            _sync_folder(self._path)
 
     def get(self, name: str) -> LocalFile:
         """Open a file of the folder, mapped. Raises MissingFile, StorageError."""
-        return LocalFile(os.path.join(self.url, name))
+        return LocalFile(os.path.join(self._path, name), os.path.join(self.url, name))
 
     def list(self) -> dict[str, object]:
         """Names of the files, without hidden and temporary ones; a missing folder has none. Raises StorageError."""
         found: dict[str, object] = {}
         try:
-            with os.scandir(self.url) as entries:
+            with os.scandir(self._path) as entries:
                 for entry in entries:
                     if not entry.name.startswith("."):
                         with suppress(FileNotFoundError):  # removed by the writer a moment ago
@@ -175,16 +176,16 @@ class Folder:
     def delete(self, name: str) -> None:
         """Remove a file; no error if it is gone. Raises StorageError."""
         with self._refusal(os.path.join(self.url, name)), suppress(FileNotFoundError):
-            os.unlink(os.path.join(self.url, name))
+            os.unlink(os.path.join(self._path, name))
 
     def lock(self) -> FolderLock:
         """Become the folder's only writer, until release or death, and remove what dead writers left behind.
 
         Raises StoreLocked, naming the holder's process and host; StorageError if the folder refuses.
         """
-        path = os.path.join(self.url, LOCK_NAME)
-        with self._refusal(path):
-            _make_folder(self.url)
+        path = os.path.join(self._path, LOCK_NAME)
+        with self._refusal(os.path.join(self.url, LOCK_NAME)):
+            _make_folder(self._path)
             file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=0)
         is_locked = _try_lock(file)
         deadline = time.monotonic() + _DYING_SECONDS
@@ -201,10 +202,10 @@ class Folder:
                 f"reading needs no lock."
             )
         try:
-            with self._refusal(path):
+            with self._refusal(os.path.join(self.url, LOCK_NAME)):
                 file.truncate(0)
                 file.write(_self().encode())
-                _remove_orphans(self.url, ".")
+                _remove_orphans(self._path, ".")
         except BaseException:
             file.close()
             raise
