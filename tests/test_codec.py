@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from dataclasses import replace
 
 import ml_dtypes
@@ -321,6 +322,24 @@ def test_every_plan_by_hand():
         assert (symbol_bits(plan) <= plan.dtype.word_bits).all()
         n_plans += 1
     assert n_plans > 500
+
+
+def test_scales_are_spread_over_the_asked_words_only():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        n_columns, n_words = (int(n) for n in rng.integers(1, 40, 2))
+        scales = Scales(np.arange(100, dtype=np.int16), rng.integers(0, 99, n_columns).astype(np.int16))
+        places = int(rng.integers(0, 60 * n_columns)) + np.arange(n_words)
+        rows, columns = scales.table(n_columns, int(places[0]), n_words)
+        assert np.array_equal(rows, scales.rows[places // n_columns])
+        assert np.array_equal(columns, scales.columns[places % n_columns])
+    n_columns = 1 << 24  # a flat leaf is one row
+    tracemalloc.start()
+    rows, _ = Scales(np.full(1, 7, np.int16)).table(n_columns, n_columns - 1000, 1000)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (rows == 7).all()
+    assert peak_bytes < 1 << 20
 
 
 def test_wrong_and_missing_references_are_named():

@@ -33,9 +33,16 @@ class Scales:
         """rows and columns spread over words [first, first + n_words) of the split."""
         row, column = divmod(first, n_columns)
         n_rows = -(-(column + n_words) // n_columns)
-        rows = np.repeat(self.rows[row : row + n_rows], n_columns)[column : column + n_words]
+        # A row may be far longer than what is asked for: only its words in the range are spread.
+        counts = np.full(n_rows, n_columns)
+        counts[0] -= column
+        counts[-1] -= n_rows * n_columns - column - n_words
+        rows = np.repeat(self.rows[row : row + n_rows], counts)
         if self.columns is None:
             return rows, None
+        if n_rows <= 2:
+            parts = self.columns[column : column + n_words], self.columns[: n_words - counts[0]]
+            return rows, np.concatenate(parts)
         return rows, np.tile(self.columns, n_rows)[column : column + n_words]
 
 
