@@ -269,6 +269,15 @@ def test_arguments_are_checked(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InvalidArgument, match="is a file. A Store needs a folder"):
         Store(tmp_path / "file").steps()
+    for path in ("file", "file/run"):
+        with pytest.raises(InvalidArgument, match="/file: is a file. A Store needs a folder"):
+            Store(tmp_path / path).save(1, 1)
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(InvalidArgument, match="/link: is a link to nothing. A Store needs a folder"):
+        Store(tmp_path / "link").save(1, 1)
+    with pytest.raises(InvalidArgument, match="step: expected an integer, got ") as caught:
+        Store(tmp_path).save({i: state(1) for i in range(100)}, 1)  # type: ignore[arg-type]
+    assert len(str(caught.value)) < 200
     assert Store(f"file://{tmp_path}").steps() == []
 
 
@@ -718,10 +727,21 @@ def test_a_read_only_folder():
             assert without_privileges(lambda: Store(folder).verify()) == "2 steps intact, 0 broken"
             os.chmod(file_of(folder, 2), 0)
             text = without_privileges(lambda: Store(folder).load())
-            assert "step-000000000002.tri: cannot be read: Permission denied" in text
+            assert "step-000000000002.tri: cannot be read: Permission denied. Ask for permission to read it." in text
+            assert without_privileges(lambda: Store(folder).verify()).startswith("1 steps intact, 1 broken")
         finally:
             os.chmod(folder, 0o755)
         assert untouched(folder, [1, 2])
+
+
+def test_a_file_that_could_not_be_read_is_tried_again(folder, monkeypatch):
+    filled(folder, [1, 2])
+    store = Store(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "get", lambda *_: (_ for _ in ()).throw(StorageError("cannot be read")))
+        with pytest.raises(StorageError, match="cannot be read"):
+            store.load(2)
+    assert equal(store.load(2), state(2))
 
 
 def test_a_save_to_a_path_never_truncates_the_old_file(tmp_path):

@@ -56,7 +56,7 @@ class LocalFile:
         except IsADirectoryError:
             raise InvalidArgument(f"{self.name}: is a folder. Give a .tri file, or use tricomp.Store.") from None
         except (OSError, ValueError) as error:
-            raise _storage_error(error, f"{self.name}: cannot be read") from error
+            raise _storage_error(error, f"{self.name}: cannot be read", is_reading=True) from error
         self._view = memoryview(self._map) if self._map is not None else memoryview(b"")
         self._is_open = True
 
@@ -170,7 +170,7 @@ class Folder:
         except NotADirectoryError:
             raise InvalidArgument(f"{self.url}: is a file. A Store needs a folder.") from None
         except OSError as error:
-            raise _storage_error(error, f"{self.url}: cannot be listed") from error
+            raise _storage_error(error, f"{self.url}: cannot be listed", is_reading=True) from error
         return found
 
     def delete(self, name: str) -> None:
@@ -284,8 +284,11 @@ def _remove_orphans(folder: str, prefix: str) -> None:
 
 
 def _make_folder(folder: str) -> None:
-    """Make a folder and those above it, durably."""
+    """Make a folder and those above it, durably. Raises InvalidArgument if something else has its name."""
     if not os.path.isdir(folder):
+        if os.path.lexists(folder) and not os.path.isdir(folder):
+            what = "is a file" if os.path.exists(folder) else "is a link to nothing"
+            raise InvalidArgument(f"{folder}: {what}. A Store needs a folder.")
         above = os.path.dirname(os.path.abspath(folder))
         _make_folder(above)
         os.makedirs(folder, exist_ok=True)
@@ -305,11 +308,13 @@ def _sync_folder(folder: str) -> None:
             os.close(descriptor)
 
 
-def _storage_error(error: Exception, what: str) -> StorageError:
+def _storage_error(error: Exception, what: str, is_reading: bool = False) -> StorageError:
     code = getattr(error, "errno", None)
     reason = os.strerror(code) if code else str(error)
     advice = "Nothing that was there has changed."
-    if code in _FULL:
+    if is_reading:
+        advice = "Ask for permission to read it." if code in _REFUSED else "Check the path and its disk."
+    elif code in _FULL:
         advice = f"The disk is full ({_FULL[code]}): free some space and save again. {advice}"
     elif code in _REFUSED:
         advice = f"The folder is read-only for this user: change its permissions or choose another. {advice}"

@@ -10,6 +10,7 @@ import logging
 import operator
 import os
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, Literal
@@ -242,7 +243,8 @@ class Store:
             found = _NAME.fullmatch(name)
             if not found:
                 continue
-            if name not in self._known or self._known[name][0] != stamp:
+            known = self._known.get(name)
+            if known is None or known[0] != stamp or isinstance(known[1], StorageError):  # permissions leave no stamp
                 with suppress(MissingFile):  # pruned by the writer a moment ago
                     self._known[name] = stamp, self._read_link(name, int(found[1]))
             link = self._known.get(name, (None, None))[1]
@@ -381,7 +383,7 @@ def _step(step: Any) -> int:
     try:
         number = operator.index(step)
     except TypeError:
-        raise InvalidArgument(f"step: expected an integer, got {step!r}.") from None
+        raise InvalidArgument(f"step: expected an integer, got {reprlib.repr(step)[:80]}.") from None
     if isinstance(step, bool) or not 0 <= number < 10**18:
         raise InvalidArgument(f"step: expected an integer from 0 to 10^18 - 1, got {step!r}.")
     return number
