@@ -428,6 +428,16 @@ def test_bad_arguments_are_refused_by_name(tmp_path):
         ckpt.save(-1, model=Net())
     with pytest.raises(InvalidArgument, match=r"step: expected an integer, got 1\.5"):
         ckpt.save(1.5, model=Net())
+    for every in ("a", 2.0, True, 0):
+        with pytest.raises(InvalidArgument, match=f"every: expected a number of steps, 1 or more, got {every!r}"):
+            Checkpointer(tmp_path, every=every)
+    for step in ("4", None, True):
+        with pytest.raises(InvalidArgument, match=f"step: expected an integer.*, got {step!r}"):
+            Checkpointer(tmp_path, every=2).save(step, model=Net())
+    with pytest.raises(InvalidArgument, match="extra: expected a dict, got list"):
+        ckpt.save(1, model=Net(), extra=[1])
+    with pytest.raises(InvalidArgument, match="metadata: expected a dict of plain values, got list"):
+        ckpt.save(1, model=Net(), metadata=[1])
     with pytest.raises(InvalidArgument, match="save: nothing to save"):
         ckpt.save(1)
     with pytest.raises(UnsupportedNode, match="'extra/config'"):

@@ -101,7 +101,7 @@ class Store:
         step: from 0. One that is there is refused unless overwrite=True; those coded against it are then rebased first.
         Raises InvalidArgument, UnsupportedNode, UnsupportedDtype, StorageError, StoreLocked.
         """
-        step = _step(step)
+        step = step_number(step)
         self._write_lock()
         exists = step in self.steps()
         if exists and not overwrite:
@@ -145,7 +145,7 @@ class Store:
             step = self.latest()
             if step is None:
                 raise MissingStep(f"there are no checkpoints in {self.url}. Save one first, or check the path.")
-        step = _step(step)
+        step = step_number(step)
         if step not in self.steps():
             other = nearest(self.steps(), step)
             advice = "It has no checkpoints." if other is None else f"The nearest is step {other}."
@@ -198,7 +198,7 @@ class Store:
         with self.open(step) as file:
             content = self._advised(_number(file), file.content)
             metadata = file.metadata
-        return put(self._folder, _file_name(_step(step)), content, None, self._lossless(), metadata)
+        return put(self._folder, _file_name(step_number(step)), content, None, self._lossless(), metadata)
 
     def remove(self, *steps: int) -> None:
         """Remove steps; those that stay and were coded against one of them are rebased first.
@@ -206,7 +206,7 @@ class Store:
         Raises MissingStep, StorageError, StoreLocked, and what rebase raises.
         """
         self._write_lock()
-        gone = [_step(step) for step in steps]
+        gone = [step_number(step) for step in steps]
         for step in gone:
             if step not in self.steps():
                 raise MissingStep(f"step {step} is not in {self.url}: nothing was removed.")
@@ -379,7 +379,8 @@ class Store:
         return None if self._spec is None else Spec(tier=self._spec.tier, chunk_log2=self._spec.chunk_log2)
 
 
-def _step(step: Any) -> int:
+def step_number(step: Any) -> int:
+    """The step as an int, of whatever integer type it is. Raises InvalidArgument."""
     try:
         number = operator.index(step)
     except TypeError:

@@ -13,6 +13,7 @@ from typing import Any
 
 import tricomp
 from tricomp.errors import CorruptFile, InvalidArgument
+from tricomp.store import step_number
 from tricomp_torch import rng as generators
 from tricomp_torch.checks import missing_and_unexpected, problems
 from tricomp_torch.files import notes_of, with_notes
@@ -60,7 +61,7 @@ class Checkpointer:
         keyframe: tricomp.KeyframeEvery | None = None,
         keep: Sequence[Any] | None = None,
     ) -> None:
-        if every is not None and every < 1:
+        if every is not None and (isinstance(every, bool) or not hasattr(every, "__index__") or every < 1):
             raise InvalidArgument(f"every: expected a number of steps, 1 or more, got {every!r}")
         if isinstance(store, tricomp.Store):
             if keyframe is not None or keep is not None or spec is not None:
@@ -105,6 +106,7 @@ class Checkpointer:
         Raises InvalidArgument if step is no step or is there already, or a slot holds something without a state;
         UnsupportedNode naming the path; StorageError; StoreLocked.
         """
+        step = step_number(step)
         if self._every is not None and step % self._every != 0 and not force:
             return None
         values = _values(model, optimizer, scheduler, extra)
@@ -186,5 +188,7 @@ def _values(model: Any, optimizer: Any, scheduler: Any, extra: Mapping[str, Any]
                 f"got {type(value).__name__}. Plain values go in extra=."
             )
     if extra is not None:
+        if not isinstance(extra, Mapping):
+            raise InvalidArgument(f"extra: expected a dict, got {type(extra).__name__}. Give what it holds a name.")
         values["extra"] = dict(extra)
     return values

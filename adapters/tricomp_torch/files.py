@@ -62,6 +62,8 @@ def load(
 
 def with_notes(metadata: Mapping[str, Any] | None, notes: Mapping[str, Any]) -> dict[str, Any]:
     """The user's metadata with the notes beside it. Raises InvalidArgument if it uses the notes' key."""
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise InvalidArgument(f"metadata: expected a dict of plain values, got {type(metadata).__name__}.")
     metadata = dict(metadata or {})
     if NOTES_KEY in metadata:
         raise InvalidArgument(f"metadata: the key {NOTES_KEY!r} is kept for tricomp's own notes. Use another key.")
