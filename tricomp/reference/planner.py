@@ -46,10 +46,10 @@ def plan_frame(
     if dtype.is_float:
         choices.append(full_choice(words, sample, blank, shape, spec))
     else:
-        choices.append(delta_choice(words, None, sample, blank, spec))
+        choices.append(delta_choice(None, sample, blank, spec))
     if reference is not None:
         without = min(choice.bits for choice in choices)
-        plain = delta_choice(words, reference, sample, blank, spec)
+        plain = delta_choice(reference, sample, blank, spec)
         choices.append(plain)
         if dtype.is_float and plain.bits < without + HOPELESS_BITS:
             scaled = scaled_delta_choice(words, reference, sample, blank, shape, spec)

@@ -16,7 +16,7 @@ import numpy as np
 
 from tricomp.dtypes import DType, Words
 from tricomp.plan import MAX_SYMBOLS, MAX_TABLE_ENTRIES, Plan, Spec
-from tricomp.reference.bits import exponent, magnitude, trailing_zeros
+from tricomp.reference.bits import bit_length, exponent, magnitude, trailing_zeros
 from tricomp.reference.estimate import (
     STATE_BITS,
     Choice,
@@ -43,23 +43,25 @@ DELTA_K_MOST = 3  # most bits below the leading one that a delta's symbol may ho
 SHIFT_ROWS = 64  # rows of the sample on which the common factor of a scaled delta is searched
 
 
-def delta_choice(words: Words, reference: Words | None, sample: Sample, blank: Plan, spec: Spec) -> Choice:
+def delta_choice(reference: Words | None, sample: Sample, blank: Plan, spec: Spec) -> Choice:
     """`delta` from the reference, or from zero for integers."""
     plan = replace(blank, predict="delta", reference="none" if reference is None else "parent", remainder="stack")
     predicted = np.zeros_like(sample.words) if reference is None else sample.reference
     assert predicted is not None
     bits, plan, tables = _best_delta(sample.words, predicted, plan, 0.0, spec)
-    shift_bits, plan = _delta_shifts(words, reference, plan)
+    shift_bits, plan = _delta_shifts(sample.words, predicted, plan)
     return Choice(bits - shift_bits, plan, side_of(plan, tables, Scales()))
 
 
-def _delta_shifts(words: Words, reference: Words | None, plan: Plan) -> tuple[float, Plan]:
-    """Bits per word that block shifts save, when rows hold lower precision in both checkpoints."""
-    n_whole = len(words) // ROW * ROW
-    if n_whole == 0 or plan.dtype.word_bits == 8:
+def _delta_shifts(words: Words, predicted: Words, plan: Plan) -> tuple[float, Plan]:
+    """Bits per word that block shifts save, when rows hold lower precision in both checkpoints. On the sample."""
+    if words.shape[1] < ROW or plan.dtype.word_bits == 8:
         return 0.0, plan
-    joined = words[:n_whole] if reference is None else words[:n_whole] | reference[:n_whole]
-    saved = float(trailing_zeros(np.bitwise_or.reduce(joined.reshape(-1, ROW), axis=1)).clip(max=32).mean()) - 8 / ROW
+    size, _ = difference(words, predicted, plan.dtype)
+    n_low = np.maximum(bit_length(size).astype(np.int64) - 1 - plan.mantissa_bits, 0)
+    shifts = trailing_zeros(np.bitwise_or.reduce(words | predicted, axis=1)).astype(np.int64)
+    # No word saves more bits than its remainder has: one that did not change saves none.
+    saved = float(np.minimum(n_low, shifts[:, None]).mean()) - 8 / ROW
     if saved < 0.5:
         return 0.0, plan
     return saved * 0.9, replace(plan, has_block_shifts=True)
