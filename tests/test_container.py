@@ -273,7 +273,7 @@ def test_what_cannot_be_saved_leaves_no_file(path, tmp_path, tree, error, text):
 def test_metadata_is_plain_values(path):
     with pytest.raises(InvalidArgument, match="metadata: expected a dict of plain values, got list"):
         tricomp.save(path, 1, metadata=[1])  # type: ignore[arg-type]
-    with pytest.raises(UnsupportedNode, match="metadata 'a': an array cannot be stored here. Put it in the tree"):
+    with pytest.raises(UnsupportedNode, match="'metadata/a': an array cannot be stored here. Put it in the tree"):
         tricomp.save(path, 1, metadata={"a": np.array(1)})
 
 
@@ -728,6 +728,19 @@ def tables_of(maps):
     table = msgpack.unpackb(bounds.unpack_table(header["leaves"], Limits(), ""))
     leaves = container._leaves(table, tricomp.tree.paths_of(structure), Limits(), "")
     return structure, leaves, container._u64s(index["digests"], len(leaves), "")
+
+
+def test_a_wrong_path_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path, shown in (({"w": 1}, "a dict"), (3, "a int"), (b"x.tri", "b'x.tri'"), ("", "''"), ("a\0b", r"'a\\x00b'")):
+        with pytest.raises(InvalidArgument, match=rf"expected a path, as in tricomp.save\(path, tree\), got {shown}"):
+            tricomp.save(path, "x.tri")  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_object_in_metadata_is_refused_by_its_place(tmp_path):
+    with pytest.raises(UnsupportedNode, match="node 'metadata/run/at': builtins.object cannot be stored"):
+        tricomp.save(tmp_path / "a.tri", 1, metadata={"run": {"at": object()}})
 
 
 def test_a_spec_of_another_type_or_form_is_refused(tmp_path):

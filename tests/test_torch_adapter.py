@@ -349,3 +349,8 @@ def test_tricomp_jax_imports_without_jax_and_says_what_it_lacks():
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "AttributeError: tricomp_jax has no 'save': JAX support is not in this version of tricomp." in ran.stderr
+
+
+def test_save_with_its_arguments_swapped_says_the_order(tmp_path):
+    with pytest.raises(InvalidArgument, match=r"expected a path, as in tricomp_torch.save\(obj, path\), got a dict"):
+        tricomp_torch.save(str(tmp_path / "a.tri"), {"w": torch.ones(3)})  # type: ignore[arg-type]

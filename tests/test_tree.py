@@ -239,7 +239,7 @@ def test_random_bytes_are_a_tree_or_an_error(structure):
 
 
 def test_metadata_takes_no_arrays():
-    with pytest.raises(UnsupportedNode, match="metadata 'a/b': an array cannot be stored here"):
+    with pytest.raises(UnsupportedNode, match="'metadata/a/b': an array cannot be stored here"):
         tree.plain({"a": {"b": np.array(1)}})
     value = {"a": (1, 2), 3: [None, 2.5]}
     assert same(tree.from_plain(msgpack.unpackb(pack(tree.plain(value)), strict_map_key=False)), value)

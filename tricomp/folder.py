@@ -224,6 +224,9 @@ class Folder:
 
 def split(path: str | os.PathLike[str]) -> tuple[Folder, str]:
     """The folder and name to put a file at path, links followed. Raises InvalidArgument, StorageError."""
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path) or "\0" in str(os.fspath(path)):
+        shown = repr(path) if isinstance(path, str | bytes) else f"a {type(path).__name__}"
+        raise InvalidArgument(f"save: expected a path, as in tricomp.save(path, tree), got {shown}.")
     real = os.path.realpath(os.fspath(path))
     if os.path.lexists(real) and not os.path.isfile(real):
         raise InvalidArgument(

@@ -91,9 +91,9 @@ def paths_of(structure: bytes, limits: Limits = bounds.DEFAULTS, what: str = "tr
 def plain(values: Tree, what: str = "metadata", limits: Limits = bounds.DEFAULTS) -> Any:
     """A tree without leaves as a msgpack-able object, for a file's header. Raises UnsupportedNode on an array."""
     paths: list[str] = []
-    packed = _to_plain(values, None, 0, paths, [], limits)
+    packed = _to_plain(values, what, 0, paths, [], limits)
     if paths:
-        raise UnsupportedNode(f"{what} {paths[0]!r}: an array cannot be stored here. Put it in the tree.")
+        raise UnsupportedNode(f"{paths[0]!r}: an array cannot be stored here. Put it in the tree.")
     return packed
 
 

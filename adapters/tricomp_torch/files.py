@@ -32,6 +32,9 @@ def save(
 
     >>> tricomp_torch.save({"model": model.state_dict(), "step": 7}, "step7.tri")  # doctest: +SKIP
     """
+    if not isinstance(path, str | os.PathLike):
+        kind = type(path).__name__
+        raise InvalidArgument(f"save: expected a path, as in tricomp_torch.save(obj, path), got a {kind}.")
     flat = flatten(obj)
     metadata = with_notes(metadata, flat.notes)
     return tricomp.save(os.fspath(path), flat.tree, reference=_reference(reference), spec=spec, metadata=metadata)
