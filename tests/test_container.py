@@ -738,6 +738,12 @@ def test_a_wrong_path_is_refused_by_name(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_damage_names_a_way_to_find_what_is_intact(tmp_path):
+    (tmp_path / "a.tri").write_bytes(b"")
+    with pytest.raises(CorruptFile, match=r"list intact steps with tricomp.Store\(folder\).verify\(\)"):
+        tricomp.load(tmp_path / "a.tri")
+
+
 def test_an_object_in_metadata_is_refused_by_its_place(tmp_path):
     with pytest.raises(UnsupportedNode, match="node 'metadata/run/at': builtins.object cannot be stored"):
         tricomp.save(tmp_path / "a.tri", 1, metadata={"run": {"at": object()}})

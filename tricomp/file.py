@@ -355,7 +355,7 @@ class File(Mapping[str, Array]):
                 raise CorruptFrame(
                     f"{self.name}: leaf {self._contents.leaves[number].path!r}: digest {stored:016x} stored, "
                     f"{computed:016x} computed. Restore the file from another copy, "
-                    f'or run "tricomp verify" on its folder to list intact steps.'
+                    f"or list intact steps with tricomp.Store(folder).verify()."
                 )
 
     def _parent_words(self, leaves: Sequence[Leaf], above: Mapping[str, tuple[Leaf, Words]]) -> Words:

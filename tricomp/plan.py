@@ -192,7 +192,7 @@ class Plan:
         return plan
 
 
-_ADVICE = 'The file is damaged: restore it from another copy, or run "tricomp verify" to list intact steps.'
+_ADVICE = "The file is damaged: restore it from another copy, or list intact steps with tricomp.Store(folder).verify()."
 
 
 def _field_from_wire(spec: Any, value: Any, leaf: str) -> Any:
