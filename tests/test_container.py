@@ -744,6 +744,17 @@ def test_damage_names_a_way_to_find_what_is_intact(tmp_path):
         tricomp.load(tmp_path / "a.tri")
 
 
+def test_damage_of_a_frame_names_the_file_once(tmp_path):
+    path = tmp_path / "a.tri"
+    tricomp.save(path, {"w": np.random.default_rng(0).normal(size=(60, 70)).astype(np.float32)})
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(CorruptFrame, match="frame of leaf 'w': checksum") as caught:
+        tricomp.load(path)
+    assert str(caught.value).count("a.tri") == 1
+
+
 def test_an_object_in_metadata_is_refused_by_its_place(tmp_path):
     with pytest.raises(UnsupportedNode, match="node 'metadata/run/at': builtins.object cannot be stored"):
         tricomp.save(tmp_path / "a.tri", 1, metadata={"run": {"at": object()}})

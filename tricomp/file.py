@@ -328,6 +328,8 @@ class File(Mapping[str, Array]):
             n_bytes = sum(self._contents.leaves[number].n_bytes for entry in waiting for number in entry.leaves)
             raise LimitExceeded(f"{self.name}: no memory to decode {n_bytes} bytes.") from None
         except CorruptFrame as error:
+            if str(error).startswith(f"{self.name}: "):
+                raise
             raise CorruptFrame(f"{self.name}: {error}") from error
         for entry, words in zip(waiting, found, strict=True):
             self._compare(entry, words)
