@@ -146,6 +146,15 @@ def test_zeros_cost_no_remainder_and_do_not_drag_the_scales():
     assert half < dense / 2 + 1.2
 
 
+def test_zeros_are_counted_in_the_phases_where_they_are():
+    """Blocks of zeros, and blocks of one number each with zeros between: their phases differ."""
+    rng = np.random.default_rng(0)
+    levels = np.repeat((np.arange(80) % 8 + 40) * (rng.random(80) > 0.5), 256)
+    levels[rng.random(levels.size) < 0.3] = 0
+    array = levels.astype(np.uint8).view(ml_dtypes.float8_e4m3)
+    assert bits_per_word(round_trip({"a": array})) < 0.9
+
+
 def test_scale_model_beats_plain_exponents():
     array = moments((600, 500))
     frames = round_trip({"a": array})
@@ -342,6 +351,8 @@ def test_scales_are_spread_over_the_asked_words_only():
         places = int(rng.integers(0, 60 * n_columns)) + np.arange(n_words)
         rows, columns = scales.table(n_columns, int(places[0]), n_words)
         assert np.array_equal(rows, scales.rows[places // n_columns])
+        assert columns is not None
+        assert scales.columns is not None
         assert np.array_equal(columns, scales.columns[places % n_columns])
     n_columns = 1 << 24  # a flat leaf is one row
     tracemalloc.start()

@@ -85,13 +85,14 @@ def _best_full(
     low, width = int(finest.min()), int(finest.max()) - int(finest.min()) + 1
     places = (phase * width + (finest - low))[~is_zero]
     grid = np.bincount(places, minlength=8 * width).reshape(8, width)
-    n_zeros = int(np.count_nonzero(is_zero))
+    zeros = np.bincount(phase[is_zero], minlength=8)
     best: tuple[float, int, int, _Window] | None = None
     for k in range(k_most + 1):
         coarse, base = _coarsen(grid, low, k_most - k)
         for phase_bits in range(phase_most + 1):
             merged = coarse.reshape(1 << phase_bits, 8 >> phase_bits, -1).sum(axis=1)
-            window = _window(merged, base, n_zeros, side_bits, plan, spec)
+            merged_zeros = zeros.reshape(1 << phase_bits, 8 >> phase_bits).sum(axis=1)
+            window = _window(merged, base, merged_zeros, side_bits, plan, spec)
             if best is None or window.bits - k < best[0]:
                 best = window.bits - k, k, 1 << phase_bits, window
     assert best is not None
@@ -110,17 +111,21 @@ def _coarsen(grid: Array, low: int, drop: int) -> tuple[Array, int]:
     return out, base
 
 
-def _window(counts: Array, base: int, n_zeros: int, side_bits: float, plan: Plan, spec: Spec) -> _Window:
-    """Fit the counted values into a window of symbols; what falls outside is patched. Symbol 0: the zero word."""
+def _window(counts: Array, base: int, zeros: Array, side_bits: float, plan: Plan, spec: Spec) -> _Window:
+    """Fit the counted values into a window of symbols; what falls outside is patched. Symbol 0: the zero word.
+
+    counts: int64[n_contexts, n_values] of the words that are not zero. zeros: int64[n_contexts].
+    """
     n_contexts = len(counts)
     total = counts.sum(axis=0)
     first, last = densest(total, min(MAX_SYMBOLS, MAX_TABLE_ENTRIES // n_contexts) - 1)
     table = np.zeros((n_contexts, last - first + 1), np.int64)
     table[:, 1:] = counts[:, first:last]
+    n_zeros = int(zeros.sum())
     n_sampled = int(total.sum()) + n_zeros
     share = 1 - (int(table.sum()) + n_zeros) / n_sampled
-    # A zero has a phase like any other word, but its count by phase is not kept: spread it evenly.
-    table[:, 0] = -(-n_zeros // n_contexts)
+    # Where there are zeros, a phase without one in the sample may meet one yet.
+    table[:, 0] = np.maximum(zeros, min(n_zeros, 1))
     bits, index_bits, tables = symbol_cost(table, side_bits, plan, spec)
     return _Window(bits + patch_bits(plan.dtype, share), index_bits, tables, base + first, last - first + 1)
 
