@@ -771,3 +771,8 @@ def test_a_spec_of_another_type_or_form_is_refused(tmp_path):
     with pytest.raises(InvalidArgument, match="Spec.chunk_log2: expected 10 to 16, got '12'"):
         tricomp.Spec(chunk_log2="12")  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_masked_array_is_no_leaf():
+    with pytest.raises(InvalidArgument, match="leaf 'array': it is a masked array. Store its data and its mask as two"):
+        tricomp.encode(np.ma.array([1.0, 2.0], mask=[False, True]))

@@ -34,7 +34,7 @@ def encode(array: Array, reference: Array | None = None, spec: Spec | None = Non
     if not isinstance(array, (np.ndarray, np.generic)):
         raise InvalidArgument(f"encode: expected a numpy array, got {type(array).__name__}. Use np.asarray.")
     check_spec(spec)
-    snapshot = snapshot_of(["array"], [np.asarray(array)])
+    snapshot = snapshot_of(["array"], [np.asanyarray(array)])
     leaf = snapshot.layout.leaves[0]
     base = None if reference is None else snapshot_of(["array"], [_fitting(reference, leaf)])
     (frame,) = codec.encode(snapshot, base, spec, threads)

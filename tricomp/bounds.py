@@ -51,7 +51,8 @@ class Limits:
         """Raise LimitExceeded when value is above the limit called name."""
         limit = getattr(self, name)
         if value > limit:
-            raise LimitExceeded(f"{what}: {value} exceeds the limit {name} = {limit}. Pass limits=Limits({name}=...).")
+            advice = f"Pass limits=Limits({name}=...) to open or decode."
+            raise LimitExceeded(f"{what}: {value} exceeds the limit {name} = {limit}. {advice}")
 
 
 DEFAULTS = Limits()

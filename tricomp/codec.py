@@ -6,8 +6,10 @@ frames must go to the backend in batches large enough to be fast, yet small enou
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from itertools import groupby
 from typing import Protocol
 
@@ -25,6 +27,8 @@ from tricomp.reference.planner import plan_frame
 from tricomp.reference.side import Side
 
 __all__ = ["Frame", "Reference", "bounded", "decode", "decode_many", "digest", "encode"]
+
+_log = logging.getLogger("tricomp")
 
 SMALL_WORDS = 16_384  # leaves below this share frames
 GROUP_WORDS = 65_536  # most words of a shared frame
@@ -65,6 +69,9 @@ def bounded(snapshot: Snapshot, spec: Spec) -> Snapshot:
     Raises InvalidArgument when a pattern matches a leaf that is no float.
     """
     kept = [spec.mantissa_bits_of(leaf.path) for leaf in snapshot.layout.leaves]
+    for pattern in spec.keep_mantissa_bits:
+        if not any(fnmatchcase(leaf.path, pattern) for leaf in snapshot.layout.leaves):
+            _log.warning("keep_mantissa_bits: no leaf matches %r, so it rounds nothing", pattern)
     if all(bits is None for bits in kept):
         return snapshot
     words = []

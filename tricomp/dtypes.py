@@ -112,6 +112,8 @@ def to_words(array: np.ndarray[Any, Any], leaf: str = "array") -> Words:
     """The bits of an array as a flat little-endian uint[n_words]; a view where the memory allows. Shape (), n = 1."""
     if not isinstance(array, np.ndarray):
         raise InvalidArgument(f"leaf {leaf!r}: expected a numpy array, got {type(array).__name__}. Use np.asarray.")
+    if isinstance(array, np.ma.MaskedArray):
+        raise InvalidArgument(f"leaf {leaf!r}: it is a masked array. Store its data and its mask as two leaves.")
     dtype = of(array, leaf)
     little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
     return little.reshape(-1).view(dtype.word_dtype)

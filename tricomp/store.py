@@ -106,7 +106,8 @@ class Store:
         exists = step in self.steps()
         if exists and not overwrite:
             raise InvalidArgument(
-                f"step {step} is already in {self.url}. Save a higher step, or pass overwrite=True to replace it."
+                f"step {step} is already in {self.url}. Save a higher step, or pass overwrite=True to replace it. "
+                "If the run went back to an earlier step, take the later ones away with Store.remove(*steps)."
             )
         content = content_of(tree)
         if exists:

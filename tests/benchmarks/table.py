@@ -30,6 +30,7 @@ README_STREAMS = (
     "w float32", "w bfloat16", "m", "v",
     "w float32, 1 apart", "w float32, 10 apart", "w float32, 100 apart",
     "w bfloat16, 1 apart", "w bfloat16, 10 apart", "w bfloat16, 100 apart",
+    "m, 1 apart", "m, 10 apart", "m, 100 apart",
     "v, 1 apart", "v, 10 apart", "v, 100 apart",
 )  # fmt: skip
 README_COLUMNS = tuple(column for column in COLUMNS if column != "bound_scales")
