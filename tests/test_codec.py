@@ -113,6 +113,18 @@ def test_remainders_that_are_all_zero():
     assert round_trip({"a": powers})[0].plan.plane_widths == ()
 
 
+def test_an_odd_end_is_seen():
+    array = np.full(1000, 7, np.int32)
+    array[::3] = 9
+    array[-100:] = np.arange(100) * 3
+    frames = round_trip({"a": array})
+    assert len(frames[0].data) < 600
+
+
+def test_a_split_into_pairs_is_not_tried():
+    assert not round_trip({"a": moments((40_000, 2))})[0].plan.has_column_scale
+
+
 def test_sparse_changes_and_sparse_zeros():
     old = weights((400, 400))
     new = old.copy()
@@ -211,6 +223,23 @@ def test_a_cast_with_exceptions_is_patched():
     half.reshape(-1)[::1009] += 1
     frames = round_trip({"master": master, "half": half})
     assert {frame.plan.predict for frame in frames} == {"full", "cast"}
+
+
+def test_leaves_that_only_look_like_casts_are_planned():
+    ones = np.ones((130, 130), np.float32)
+    ones[1:, 1:] = weights((129, 129))
+    half = np.ones((130, 130), ml_dtypes.bfloat16)
+    half[1:, 1:] = weights((129, 129), 7)
+    frames = round_trip({"a": ones, "b": half})
+    assert {frame.plan.predict for frame in frames} == {"full"}
+
+
+def test_many_leaves_of_one_shape_and_two_dtypes():
+    masters = {f"m{i}": weights((8, 16), i) for i in range(400)}
+    halves = {f"h{i}": masters[f"m{i}"].astype(ml_dtypes.bfloat16) for i in range(0, 400, 2)}
+    others = {f"o{i}": weights((8, 16), 1000 + i).astype(ml_dtypes.bfloat16) for i in range(200)}
+    frames = round_trip({**masters, **halves, **others})
+    assert sum(frame.plan.predict == "cast" for frame in frames) == 200
 
 
 def test_references_of_another_shape_or_dtype_are_not_used():
@@ -376,7 +405,11 @@ def test_wrong_and_missing_references_are_named():
         codec.decode(snapshot_of(["w"], [new.view(np.int32)]).layout.leaves, frame.plan, frame.data, None, None)
 
 
-def test_unknown_backend_and_duplicate_paths():
+def test_unknown_backend_and_duplicate_paths(monkeypatch):
+    monkeypatch.setenv("TRICOMP_BACKEND", "triton")
+    with pytest.raises(InvalidArgument, match="TRICOMP_BACKEND: expected 'auto' or 'reference', got 'triton'"):
+        list(codec.encode(snapshot_of(["a"], [np.zeros(3)])))
+    assert list(codec.encode(snapshot_of(["a"], [np.zeros(3)]), backend="reference"))
     with pytest.raises(InvalidArgument, match="backend: expected"):
         list(codec.encode(snapshot_of(["a"], [np.zeros(3)]), backend="abacus"))
     with pytest.raises(InvalidArgument, match="leaf 'a' appears twice"):

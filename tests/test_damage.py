@@ -79,7 +79,7 @@ def test_messages_name_leaf_and_chunk():
     leaves, frame, reference, _ = FRAMES[0]
     data = bytearray(frame.data)
     data[-5] ^= 4
-    with pytest.raises(CorruptFrame, match=r"chunk 2 of 'leaf': checksum \w{16} stored, \w{16} computed\. Run"):
+    with pytest.raises(CorruptFrame, match=r"chunk 2 of 'leaf': checksum \w{16} stored, \w{16} computed\. Restore"):
         codec.decode(leaves, frame.plan, bytes(data), reference, None)
     data = bytearray(frame.data)
     data[0] ^= 4

@@ -7,7 +7,8 @@ frames must go to the backend in batches large enough to be fast, yet small enou
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import groupby
@@ -33,6 +34,7 @@ _log = logging.getLogger("tricomp")
 SMALL_WORDS = 16_384  # leaves below this share frames
 GROUP_WORDS = 65_536  # most words of a shared frame
 BATCH_WORDS = 8 << 20  # words encoded at a time; a larger leaf is a batch of its own
+_PROBES, _PROBE_WORDS = 4, 16  # samples of a leaf, and words in each, by which casts are recognised
 _CAST_PAIRS = {
     ("float32", "bfloat16"),
     ("float32", "float16"),
@@ -128,8 +130,10 @@ def encode(
 
 
 def _check_backend(backend: str | None) -> None:
-    if backend not in (None, "auto", "reference"):
-        raise InvalidArgument(f"backend: expected 'auto' or 'reference', got {backend!r}; this version has no other.")
+    chosen = backend or os.environ.get("TRICOMP_BACKEND") or "auto"
+    if chosen not in ("auto", "reference"):
+        where = "backend" if backend else "TRICOMP_BACKEND"
+        raise InvalidArgument(f"{where}: expected 'auto' or 'reference', got {chosen!r}; this version has no other.")
 
 
 def _flush(pending: list[tuple[_Task, _encoder.Job]], digests: list[int]) -> Iterator[Frame]:
@@ -199,29 +203,55 @@ def _siblings(snapshot: Snapshot, digests: list[int]) -> dict[int, int]:
             by_shape.setdefault(leaf.shape, []).append(i)
     sources: set[int] = set(found.values())
     for alike in by_shape.values():
-        for i in alike:
-            source = None if i in sources else _cast_source(snapshot, i, [j for j in alike if j not in found])
-            if source is not None:
-                found[i] = source
-                sources.add(source)
+        for i, source in _casts(snapshot, [i for i in alike if i not in found], sources).items():
+            found[i] = source
+            sources.add(source)
     return found
 
 
-def _cast_source(snapshot: Snapshot, i: int, candidates: Sequence[int]) -> int | None:
-    """A leaf of the same shape whose cast leaf i is, nearly everywhere; narrower dtypes are made from wider first."""
-    leaf, words = snapshot.layout.leaves[i], snapshot.words(i)
-    probe = slice(None, None, max(len(words) // 256, 1))
-    for j in candidates:
-        other = snapshot.layout.leaves[j]
-        if (other.dtype.name, leaf.dtype.name) not in _CAST_PAIRS or other.dtype.word_bits < leaf.dtype.word_bits:
+def _casts(snapshot: Snapshot, alike: Sequence[int], sources: Set[int]) -> dict[int, int]:
+    """Which of some leaves of one shape are casts of which others, nearly everywhere. No chains; wide before narrow.
+
+    A few words of every leaf, cast to every dtype present, are looked up: the time is linear in the leaves.
+    """
+    leaves = snapshot.layout.leaves
+    targets = {leaves[i].dtype for i in alike}
+    if len(targets) < 2:
+        return {}
+    n_words = leaves[alike[0]].n_words
+    probes = [np.arange(k, n_words, max(n_words // _PROBE_WORDS, 1))[:_PROBE_WORDS] for k in range(_PROBES)]
+    known: dict[tuple[str, int, bytes], int] = {}
+    for j in alike:
+        dtype = leaves[j].dtype
+        for target in targets:
+            if (dtype.name, target.name) in _CAST_PAIRS:
+                for k, probe in enumerate(probes):
+                    words = cast(snapshot.words(j)[probe], dtype, target)
+                    known.setdefault((target.name, k, words.tobytes()), j)
+    found: dict[int, int] = {}
+    taken = set(sources)
+    for i in sorted(alike, key=lambda i: leaves[i].dtype.word_bits):
+        words = snapshot.words(i)
+        if i in taken:
             continue
-        probed = cast(snapshot.words(j)[probe], other.dtype, leaf.dtype)
-        if np.count_nonzero(probed != words[probe]) > len(probed) // 64:
-            continue
-        if (words == 0).all():
-            return None
-        return j
-    return None
+        for k, probe in enumerate(probes):
+            source = known.get((leaves[i].dtype.name, k, words[probe].tobytes()))
+            if source is None or source in found or not words[probe].any():
+                continue
+            if _is_mostly_cast(snapshot, i, source):
+                found[i] = source
+                taken.add(source)
+                break
+    return found
+
+
+def _is_mostly_cast(snapshot: Snapshot, i: int, source: int) -> bool:
+    """Whether leaf i is the cast of leaf source in all but 1 % of some thousand words."""
+    words = snapshot.words(i)
+    some = slice(None, None, max(len(words) // 4096, 1))
+    dtypes = (snapshot.layout.leaves[source].dtype, snapshot.layout.leaves[i].dtype)
+    is_other = cast(snapshot.words(source)[some], *dtypes) != words[some]
+    return int(np.count_nonzero(is_other)) * 100 <= len(is_other)
 
 
 def _counterpart(leaf: Leaf, reference: Reference | None) -> Words | None:

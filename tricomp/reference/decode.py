@@ -36,6 +36,8 @@ from tricomp.reference.side import Side
 
 Array = np.ndarray[Any, Any]
 
+_ADVICE = "Restore the file from another copy, or list intact steps with tricomp.Store(folder).verify()."
+
 
 @dataclass(frozen=True)
 class Job:
@@ -73,9 +75,7 @@ class _Chunk:
     patch_words: Words = field(default_factory=lambda: np.zeros(0, np.uint8))
 
     def fault(self, text: object) -> CorruptFrame:
-        return CorruptFrame(
-            f'chunk {self.number} of {self.job.name!r}: {text}. Run "tricomp verify" to list intact steps.'
-        )
+        return CorruptFrame(f"chunk {self.number} of {self.job.name!r}: {text}. {_ADVICE}")
 
 
 def decode(jobs: Sequence[Job]) -> list[Words]:
@@ -129,10 +129,7 @@ def _parse(job: Job) -> Iterator[_Chunk]:
         return
     n_head = head_bytes(plan)
     if n_head > len(data) or xxhash.xxh3_64_intdigest(data[:n_head]) != plan.side_check:
-        raise CorruptFrame(
-            f"frame of {job.name!r}: its side section or directory is damaged. "
-            'Run "tricomp verify" to list intact steps.'
-        )
+        raise CorruptFrame(f"frame of {job.name!r}: its side section or directory is damaged. {_ADVICE}")
     try:
         tables = side.read(plan, data[: plan.side_bytes])
     except CorruptFrame as fault:
@@ -189,6 +186,8 @@ def _cut(chunk: _Chunk, row: list[int], octets: memoryview) -> None:
     if row[3] == RAW_FLAG:
         chunk.raw = payload.take(chunk.n_words * plan.dtype.word_bits // 8, plan.dtype.word_dtype)
         payload.finish()
+        if any(row[4:]):
+            raise chunk.fault("its row of the directory says more than that it is raw")
         return
     if plan.predict == "raw":
         raise chunk.fault("it is not raw as its plan says")
@@ -248,7 +247,7 @@ def _name(chunks: list[_Chunk], fault: CorruptFrame) -> CorruptFrame:
     if len(chunks) == 1:
         return chunks[0].fault(fault)
     names = dict.fromkeys(chunk.job.name for chunk in chunks)
-    return CorruptFrame(f'one of {", ".join(map(repr, names))}: {fault}. Run "tricomp verify" to list intact steps.')
+    return CorruptFrame(f"one of {', '.join(map(repr, names))}: {fault}. {_ADVICE}")
 
 
 def _contexts(chunk: _Chunk) -> Array | None:

@@ -49,15 +49,17 @@ class Sample:
 def sample_of(words: Words, reference: Words | None) -> Sample:
     """Rows at even distances, each shifted by a fixed scramble of its number, so that no column is preferred.
 
-    The rule is the same for every backend. The last partial row of a frame is never part of it, unless it is all.
+    The rule is the same for every backend. Of a long frame the last partial row is never part of it; of a short one
+    the last 128 words are, so that an odd end is not missed.
     """
     n_rows = len(words) // ROW
     if n_rows <= LEAST_SAMPLE_ROWS:
-        n_words = max(n_rows * ROW, min(len(words), ROW))
-        firsts = np.arange(0, n_words, ROW)
         width = min(len(words), ROW)
-        cut = None if reference is None else reference[:n_words].reshape(-1, width)
-        return Sample(firsts, words[:n_words].reshape(-1, width), cut)
+        firsts = np.arange(0, max(n_rows, 1) * ROW, ROW)
+        if len(words) > n_rows * ROW > 0:
+            firsts = np.append(firsts, len(words) - ROW)
+        places = firsts[:, None] + np.arange(width)
+        return Sample(firsts, words[places], None if reference is None else reference[places])
     n_sampled = min(max(n_rows // 4, LEAST_SAMPLE_ROWS), SAMPLE_ROWS)
     numbers = np.arange(n_sampled)
     starts = numbers * n_rows // n_sampled
@@ -75,7 +77,8 @@ def splits(shape: Sequence[int] | None, n_words: int) -> list[tuple[int, bool]]:
         for axis in range(1, len(shape)):
             n_columns = math.prod(shape[axis:])
             n_rows = n_words // max(n_columns, 1)
-            if n_columns > 1 and n_rows > 1 and (n_columns, True) not in cuts:
+            is_dear = (n_rows + n_columns) * 4 > n_words  # scales for every few words, and long to fit
+            if n_columns > 1 and n_rows > 1 and not is_dear and (n_columns, True) not in cuts:
                 cuts.append((n_columns, True))
     if n_words >= 4 * BLOCK_COLUMNS:
         cuts.append((BLOCK_COLUMNS, False))

@@ -21,6 +21,7 @@ from tricomp.reference.predict import Scales
 Array = np.ndarray[Any, Any]
 
 _VECTOR_PROB_BITS = 11
+_MOST_CODED_VALUES = 1 << 20  # of a vector in one rANS stream, which only 32 lanes decode
 _LEVEL_LIMIT = 1 << 14
 
 
@@ -131,7 +132,7 @@ def _write_vector(values: Array) -> bytes:
     head = bytes([width]) + step.to_bytes(2, "little") + least.to_bytes(4, "little", signed=True)
     is_set = offsets[:, None] >> np.arange(width) & 1
     packed = bytes([0]) + head + np.packbits(is_set.astype(np.uint8), bitorder="little").tobytes()
-    if width > 8 or len(packed) < 2 * STATE_BYTES:
+    if width > 8 or len(packed) < 2 * STATE_BYTES or len(numbers) > _MOST_CODED_VALUES:
         return packed
     counts = np.bincount(offsets, minlength=1 << width)
     tables = Tables(normalise(counts, _VECTOR_PROB_BITS)[None], _VECTOR_PROB_BITS)
@@ -182,7 +183,7 @@ class _Reader:
         kind, width = (int(x) for x in self.take(2))
         step = int.from_bytes(self.take(2).tobytes(), "little")
         least = int.from_bytes(self.take(4).tobytes(), "little", signed=True)
-        if kind > 1 or width > (8 if kind else 17):
+        if kind > 1 or width > (8 if kind else 17) or (kind and n_values > _MOST_CODED_VALUES):
             raise CorruptFrame("a vector of its side section is of an unknown kind")
         if kind == 0:
             packed = self.take(-(-n_values * width // 8))
