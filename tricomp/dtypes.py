@@ -43,10 +43,6 @@ class DType:
     def word_dtype(self) -> np.dtype[Any]:
         return np.dtype(f"<u{self.word_bits // 8}")
 
-    @property
-    def item_bytes(self) -> int:
-        return self.word_bits // 8 * self.words_per_element
-
 
 def _float8(name: str, number: int, exponent_bits: int, mantissa_bits: int) -> DType:
     return DType(name, number, np.dtype(getattr(ml_dtypes, name)), 8, exponent_bits, mantissa_bits)
