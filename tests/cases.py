@@ -85,3 +85,12 @@ def of_dtype(name: str, shape: tuple[int, ...], seed: int = 0) -> Array:
 def same_bits(a: Array, b: Array) -> bool:
     """Equal in dtype, shape and every bit."""
     return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(dtypes.to_words(a), dtypes.to_words(b))
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Trees of dicts, arrays and plain values, equal in bits."""
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    return type(a) is type(b) and bool(a == b)

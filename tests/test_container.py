@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tricomp
+from tests.cases import equal
 from tricomp import bounds, container
 from tricomp.bounds import DEFLATED, Limits
 from tricomp.container import MAGIC, TAIL_BYTES, bin_start, check_of
@@ -50,15 +51,6 @@ def nudged(tree, seed=1):
     rng = np.random.default_rng(seed)
     w = tree["w"] * (1 + rng.standard_normal(tree["w"].shape) * 1e-4)
     return {**tree, "w": w.astype(np.float32)}
-
-
-def equal(a, b):
-    """Trees of dicts, arrays and plain values, equal in bits."""
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, np.ndarray):
-        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-    return type(a) is type(b) and a == b
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 import tricomp
+from tests.cases import equal
 
 N_KILLS = 50
 
@@ -20,6 +21,7 @@ WRITERS = """
 import os, sys
 import numpy as np
 import tricomp
+from tests.cases import equal
 sys.path.insert(0, os.path.dirname(sys.argv[1]))
 from test_crash import state
 
@@ -64,14 +66,6 @@ def state(step):
     w *= 1 + np.random.default_rng(step).standard_normal(w.shape) * 1e-4
     moments = {i: {"v": (w[i::3] ** 2).astype(np.float32), "step": step} for i in range(3)}
     return {"w": w.astype(np.float32), "opt": moments, "few": np.arange(500) // 100 + step}
-
-
-def equal(a, b):
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, np.ndarray):
-        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-    return type(a) is type(b) and a == b
 
 
 class Killer:

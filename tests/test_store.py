@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tricomp
+from tests.cases import equal
 from tricomp import KeepEvery, KeepLast, KeyframeEvery, Store, codec
 from tricomp.errors import (
     CorruptFile,
@@ -41,14 +42,6 @@ def state(step, run=0):
     drift = np.random.default_rng((step, run)).standard_normal((20, 30)) * rows * 1e-4
     v = (np.abs(w) * 1e-3).astype(np.float32)
     return {"w": (w + drift).astype(np.float32), "opt": {0: {"v": v, "step": step}}, "zero": np.zeros(9)}
-
-
-def equal(a, b):
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, np.ndarray):
-        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-    return type(a) is type(b) and a == b
 
 
 def file_of(folder, step):

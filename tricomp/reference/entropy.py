@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tricomp.errors import CorruptFrame
-from tricomp.reference.lanes import LANES, active_lanes, batches, collect, from_steps, ranks, to_steps
+from tricomp.reference.lanes import LANES, WordQueue, active_lanes, batches, collect, from_steps, to_steps
 
 # Frozen since format 1.
 LOWEST_STATE = 1 << 15
@@ -178,11 +178,7 @@ def _or_zeros(contexts: Array | None, n_words: int) -> Array:
 
 def _decode_batch(streams: list[Coded], lengths: list[int], table: Array, rows: Array, prob_bits: int) -> Array:
     states = np.concatenate([stream.states for stream in streams]).astype(np.uint32)
-    n_words = np.array([len(stream.words) for stream in streams])
-    words = np.concatenate([stream.words for stream in streams] + [np.zeros(1, np.uint16)]).astype(np.uint32)
-    # One before the next word of each chunk: ranks count from one.
-    begins = np.cumsum(n_words) - n_words - 1
-    positions = begins.copy()
+    words = WordQueue([stream.words for stream in streams], np.uint32)
     active = active_lanes(lengths)
     symbols = np.zeros((len(active), len(states)), np.uint8)
     mask, twelve, twenty = np.uint32((1 << prob_bits) - 1), np.uint32(12), np.uint32(20)
@@ -201,16 +197,10 @@ def _decode_batch(streams: list[Coded], lengths: list[int], table: Array, rows: 
         np.multiply(state, rest, out=state)
         np.bitwise_and(entry, low, out=entry)
         np.add(state, entry, out=state)
-        is_short = state < lowest
-        position = positions[: n // LANES]
-        places = position[:, None] + ranks(is_short)
-        words.take(places.reshape(-1), out=word, mode="clip")
-        rest[:] = is_short
-        np.multiply(word, rest, out=word)
+        words.take(state < lowest, word, rest)
         np.left_shift(rest, four, out=rest)
         np.left_shift(state, rest, out=state)
         np.bitwise_or(state, word, out=state)
-        position[:] = places[:, -1]
-    if (states != lowest).any() or (positions - begins != n_words).any():
+    if (states != lowest).any() or not words.is_at_end:
         raise CorruptFrame("its symbols do not end where an encoder begins")
     return symbols

@@ -25,6 +25,8 @@ Array = np.ndarray[Any, Any]
 SAMPLE_ROWS = 1024  # most rows of 128 words in a sample
 LEAST_SAMPLE_ROWS = 256  # a frame of no more rows is its own sample; between them a quarter of the rows is taken
 BLOCK_COLUMNS = 256  # the split of frames without two dimensions: a scale for every 256 words
+FIT_COLUMNS = 128  # most columns that a row's scale or factor is measured on
+FIT_ROWS = 512  # most rows that a column's is measured on
 STATE_BITS = 1024 + 192  # of one stream, with its part of the directory
 
 
@@ -39,7 +41,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Sample:
-    """Rows of 128 words spread over a frame. first: position of each row; words, reference: uint[n_rows, 128]."""
+    """Rows of 128 words spread over a frame. firsts: position of each row; words, reference: uint[n_rows, 128]."""
 
     firsts: Array
     words: Words
@@ -159,6 +161,7 @@ def densest(counts: Array, widest: int) -> tuple[int, int]:
 
 
 def side_of(plan: Plan, tables: Array, scales: Scales, palette: Words | None = None) -> Side:
+    """The Side of a completed plan. tables: what `symbol_cost` gave, counts for rANS or a dictionary."""
     palette = np.zeros(0, plan.dtype.word_dtype) if palette is None else palette
     if plan.entropy == "index":
         return Side(dictionary=tables.astype(np.uint8), scales=scales, palette=palette)

@@ -72,6 +72,35 @@ def ranks(flags: Array) -> Array:
     return sums.view(np.uint8).reshape(-1, LANES)
 
 
+class WordQueue:
+    """The words of a batch of chunks, and how far each chunk has come in them. words: of each chunk, any uint."""
+
+    def __init__(self, chunks: Sequence[Array], dtype: Any) -> None:
+        n_words = np.array([len(chunk) for chunk in chunks])
+        self._words = np.concatenate([*chunks, np.zeros(1, dtype)]).astype(dtype)
+        # One before the next word of each chunk: ranks count from one.
+        self._positions = np.cumsum(n_words) - n_words - 1
+        self._ends = self._positions + n_words
+
+    def take(self, is_short: Array, word: Array, is_taken: Array) -> None:
+        """Give every short lane the next word of its chunk, lowest lane first, and the others 0.
+
+        is_short: bool[n_lanes], a prefix of all lanes. word, is_taken: scratch of n_lanes and the words' dtype; the
+        words, and 1 where one was taken. Reads stay inside the words whatever the lanes ask for.
+        """
+        position = self._positions[: len(is_short) // LANES]
+        places = position[:, None] + ranks(is_short)
+        self._words.take(places.reshape(-1), out=word, mode="clip")
+        is_taken[:] = is_short
+        np.multiply(word, is_taken, out=word)
+        position[:] = places[:, -1]
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether every word of every chunk was taken, and none beyond."""
+        return bool((self._positions == self._ends).all())
+
+
 def collect(words: Array, flags: Array) -> list[Array]:
     """The flagged words of each chunk, in the order in which a decoder takes them. Both [n_chunks, steps, 32]."""
     return [np.compress(is_word.reshape(-1), chunk.reshape(-1)) for is_word, chunk in zip(flags, words, strict=True)]

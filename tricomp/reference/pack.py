@@ -14,7 +14,7 @@ import numpy as np
 
 from tricomp.errors import CorruptFrame
 from tricomp.reference.bits import bit_length
-from tricomp.reference.lanes import LANES, ROW, active_lanes, batches, collect, from_steps, ranks, to_steps
+from tricomp.reference.lanes import LANES, ROW, WordQueue, active_lanes, batches, collect, from_steps, to_steps
 
 Array = np.ndarray[Any, Any]
 
@@ -159,16 +159,13 @@ def stack_decode(streams: Sequence[Stacked], lengths: Sequence[Array], word_bits
 def _unstack_batch(streams: list[Stacked], bits: Array, lengths: list[int], word_bits: int) -> Array:
     word_dtype, hold_dtype = (np.uint16, np.uint32) if word_bits == 16 else (np.uint32, np.uint64)
     heads = np.concatenate([stream.heads for stream in streams])
-    n_words = np.array([len(stream.words) for stream in streams])
-    words = np.concatenate([stream.words for stream in streams] + [np.zeros(1, word_dtype)]).astype(hold_dtype)
+    words = WordQueue([stream.words for stream in streams], hold_dtype)
     if (heads == 0).any():
         raise CorruptFrame("a lane of its remainders has no first word")
     one, width_log2 = hold_dtype(1), hold_dtype(word_bits.bit_length() - 1)
     n_helds: Array = (bit_length(heads) - np.uint8(1)).astype(hold_dtype)
     markers: Array = one << n_helds
     holds: Array = heads.astype(hold_dtype) - markers
-    begins = np.cumsum(n_words) - n_words - 1
-    positions = begins.copy()
     active = active_lanes(lengths)
     steps = np.zeros(bits.shape, word_dtype)
     scratch = np.empty((3, len(heads)), hold_dtype)
@@ -176,23 +173,17 @@ def _unstack_batch(streams: list[Stacked], bits: Array, lengths: list[int], word
         n = active[step]
         hold, n_held, length, rest, word = holds[:n], n_helds[:n], scratch[0, :n], scratch[1, :n], scratch[2, :n]
         length[:] = bits[step, :n]
-        is_short = n_held < length
-        position = positions[: n // LANES]
-        places = position[:, None] + ranks(is_short)
-        words.take(places.reshape(-1), out=word, mode="clip")
-        rest[:] = is_short
-        np.multiply(word, rest, out=word)
+        words.take(n_held < length, word, rest)
         np.left_shift(word, n_held, out=word)
         np.bitwise_or(hold, word, out=hold)
         np.left_shift(rest, width_log2, out=rest)
         np.add(n_held, rest, out=n_held)
-        position[:] = places[:, -1]
         np.left_shift(one, length, out=rest)
         np.subtract(rest, one, out=rest)
         np.bitwise_and(hold, rest, out=rest)
         steps[step, :n] = rest
         np.right_shift(hold, length, out=hold)
         np.subtract(n_held, length, out=n_held)
-    if holds.any() or n_helds.any() or (positions - begins != n_words).any():
+    if holds.any() or n_helds.any() or not words.is_at_end:
         raise CorruptFrame("its remainders do not end where an encoder begins")
     return steps

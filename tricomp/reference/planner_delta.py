@@ -18,6 +18,8 @@ from tricomp.dtypes import DType, Words
 from tricomp.plan import MAX_SYMBOLS, MAX_TABLE_ENTRIES, Plan, Spec
 from tricomp.reference.bits import bit_length, exponent, magnitude, trailing_zeros
 from tricomp.reference.estimate import (
+    FIT_COLUMNS,
+    FIT_ROWS,
     STATE_BITS,
     Choice,
     Sample,
@@ -35,8 +37,6 @@ from tricomp.reference.predict import FACTOR_BITS, Scales, difference, factors, 
 
 Array = np.ndarray[Any, Any]
 
-FIT_COLUMNS = 128  # most columns that a row's factor is measured on
-FIT_ROWS = 512  # most rows that a column's factor is measured on
 FIT_WORDS = 1 << 17  # most words that a vector of factors is measured on, if that leaves 16 a row or column
 MOST_EXPONENTS = 48  # that contexts are chosen among
 DELTA_K_MOST = 3  # most bits below the leading one that a delta's symbol may hold

@@ -17,6 +17,8 @@ from tricomp.plan import MAX_MANTISSA_BITS, MAX_PHASE_BITS, MAX_SYMBOLS, MAX_TAB
 from tricomp.reference.bits import magnitude, trailing_zeros
 from tricomp.reference.entropy import Tables, normalise
 from tricomp.reference.estimate import (
+    FIT_COLUMNS,
+    FIT_ROWS,
     STATE_BITS,
     Choice,
     Sample,
@@ -34,10 +36,6 @@ from tricomp.reference.lanes import ROW
 from tricomp.reference.predict import Scales
 
 Array = np.ndarray[Any, Any]
-
-FIT_COLUMNS = 128  # most columns that a row's scale is measured on
-FIT_ROWS = 512  # most rows that a column's scale is measured on
-PROB_BITS = 11
 
 
 def full_choice(words: Words, sample: Sample, blank: Plan, shape: Sequence[int] | None, spec: Spec) -> Choice:
@@ -205,7 +203,7 @@ def _packing(
         entropy = entropy_bits(counts[None]) / octets.size + table_bits(counts) / plan.n_words + states
         if spec.tier == "dense" and entropy < width - 0.03:
             # One count for all, so that a byte which the sample missed can still be coded.
-            plane_tables[plane] = Tables(normalise(counts * 4 + 1, PROB_BITS)[None], PROB_BITS)
+            plane_tables[plane] = Tables(normalise(counts * 4 + 1, plan.prob_bits)[None], plan.prob_bits)
             entropy += 0.01
             planes = replace(planes, coded_planes=planes.coded_planes | 1 << plane)
         plane_bits += min(entropy, width) if plane in plane_tables else width
