@@ -1,0 +1,129 @@
+"""The `tricomp` command: the parser of all subcommands, and what becomes of their errors and of signals.
+
+Each module of this package holds subcommands: its add(commands, common) adds their parsers, whose default `run` takes
+the parsed arguments and returns the exit code. Modules import what they need when they run, so that the command starts
+quickly. The hard thing: however a subcommand ends, the shell gets one line and a number, and no half-written file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+from tricomp.cli import console
+from tricomp.container import VERSION
+from tricomp.errors import TricompError
+
+_MODULES = ("compress", "inspection", "stores", "completion", "demo")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line argv (None: of this process).
+
+    Returns 0, 1 after an error, which goes to stderr in one line, or 128 + the number of the signal that stopped it.
+    Exits with 2 on wrong use.
+    """
+    options = parser().parse_args(argv)
+    try:
+        with _stoppable(), _logging(options):
+            code: int = options.run(options)
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would complain at exit
+        return console.FAILED
+    except (TricompError, OSError, MemoryError) as error:
+        console.complain(options, error)
+        return console.FAILED
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
+        print(f"tricomp: {'interrupted' if number == signal.SIGINT else 'terminated'}", file=sys.stderr)
+        return 128 + number
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command."""
+    from importlib import import_module
+
+    made = argparse.ArgumentParser(prog="tricomp", description="Lossless compression of training checkpoints.")
+    made.add_argument("--version", action=_Version, help="show the version and the backends that are live")
+    commands = made.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in _MODULES:
+        try:
+            module = import_module(f"tricomp.cli.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"tricomp.cli.{name}":
+                raise
+            continue
+        module.add(commands, [console.common()])
+    return made
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the process to end. number: of the signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+class _Version(argparse.Action):
+    """Prints the version and ends; looks for backends only then."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from tricomp import backends
+
+        print(f"tricomp {VERSION}")
+        print("backends: " + "; ".join(f"{name}: {state}" for name, state in backends.live().items()))
+        parser.exit()
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let the signals that end a process raise Stopped, so that whatever is being written is cleaned up."""
+    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+
+    def stop(number: int, _: FrameType | None) -> NoReturn:
+        raise Stopped(number)
+
+    before = {}
+    try:
+        for number in numbers:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                before[number] = signal.signal(number, stop)
+    except ValueError:  # not in the main thread: signals go elsewhere
+        pass
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _logging(options: argparse.Namespace) -> Iterator[None]:
+    """Show the library's log on stderr: warnings, with -v what is done, with -vv more, with -q errors only."""
+    log, before = logging.getLogger("tricomp"), logging.getLogger("tricomp").level
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("tricomp: %(message)s"))
+    if console.is_quiet(options):
+        log.setLevel(logging.ERROR)
+    else:
+        log.setLevel({0: logging.WARNING, 1: logging.INFO}.get(console.verbosity(options), logging.DEBUG))
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
