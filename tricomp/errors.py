@@ -21,6 +21,10 @@ class UnsupportedNode(InvalidArgument, TypeError):
     """A tree holds an object that is neither a leaf nor a plain value."""
 
 
+class UnsupportedFormat(InvalidArgument):
+    """A file is of no format that tensors are read from, or a format of that name is not known."""
+
+
 class MissingLeaf(TricompError, KeyError):
     """A leaf was asked for that is not there."""
 
