@@ -9,13 +9,22 @@ from __future__ import annotations
 import os
 import zlib
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import msgpack
 
 from tricomp.errors import CorruptFile, LimitExceeded
 
 Bytes = bytes | memoryview
+
+
+class Cut(Protocol):
+    """Bytes that are read when a slice of them is taken: [start:stop], step 1."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> Bytes: ...
+
 
 # Frozen since format 1. Extension codes of msgpack objects; 1..3 belong to Flax.
 LEAF, BIG_INT, TUPLE, NAMED_TUPLE, REGISTERED, DEFLATED = range(32, 38)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from tricomp import bounds, codec, folder
@@ -86,15 +86,28 @@ def put(
     spec: Spec | None = None,
     metadata: dict[str, Any] | None = None,
     since_keyframe: int = 0,
+    threads: int | None = None,
+    on_progress: Callable[[int], None] | None = None,
 ) -> Report:
-    """Encode content into one file of a storage, frame by frame as they come."""
+    """Encode content into one file of a storage, frame by frame as they come.
+
+    on_progress: told the raw bytes of each frame when it is written.
+    """
     if metadata is not None and not isinstance(metadata, dict):
         raise InvalidArgument(f"metadata: expected a dict of plain values, got {type(metadata).__name__}.")
     check_spec(spec)
     began = time.perf_counter()
     parent = None if base is None else bytes.fromhex(base.content_id)
-    written = Writing(content.structure, content.snapshot.layout.leaves, parent, since_keyframe, metadata)
-    where.put(name, written.pieces(codec.encode(content.snapshot, base, spec)))
+    leaves = content.snapshot.layout.leaves
+    written = Writing(content.structure, leaves, parent, since_keyframe, metadata)
+
+    def frames() -> Iterator[codec.Frame]:
+        for frame in codec.encode(content.snapshot, base, spec, threads):
+            yield frame
+            if on_progress is not None:
+                on_progress(sum(leaves[number].n_bytes for number in frame.leaves))
+
+    where.put(name, written.pieces(frames()))
     return report_of(os.path.join(where.url, name), written, time.perf_counter() - began)
 
 

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
+from tricomp.bounds import Bytes, Cut
 from tricomp.dtypes import Words
 from tricomp.errors import CorruptFrame, InvalidArgument, WrongReference
 from tricomp.layout import Leaf, Snapshot
@@ -23,11 +24,25 @@ from tricomp.plan import Plan, Spec
 from tricomp.reference import decode as _decoder
 from tricomp.reference import encode as _encoder
 from tricomp.reference.bits import cast, round_mantissa
-from tricomp.reference.digest import digest
+from tricomp.reference.digest import BLOCK_BYTES as DIGEST_BYTES
+from tricomp.reference.digest import Digester, digest
+from tricomp.reference.frame import anatomy, head_bytes
 from tricomp.reference.planner import plan_frame
 from tricomp.reference.side import Side
 
-__all__ = ["Frame", "Reference", "bounded", "decode", "decode_many", "digest", "encode"]
+__all__ = [
+    "DIGEST_BYTES",
+    "Digester",
+    "Frame",
+    "Reference",
+    "bounded",
+    "breakdown",
+    "decode",
+    "decode_many",
+    "decode_part",
+    "digest",
+    "encode",
+]
 
 _log = logging.getLogger("tricomp")
 
@@ -326,12 +341,40 @@ def decode_many(
     return out
 
 
+def decode_part(
+    leaves: Sequence[Leaf],
+    plan: Plan,
+    data: Bytes | Cut,
+    words: range,
+    parent: Words | None,
+    sibling: tuple[Leaf, Words] | None,
+    threads: int | None = None,
+    backend: str | None = None,
+) -> Words:
+    """Some words of a frame: those of `words`, which begins at a chunk and ends at one or at the frame's end.
+
+    data: of the whole frame; only its head and the chunks asked for are read. parent, sibling: as in decode_many, but
+    of these words alone. Raises what decode_many raises.
+    """
+    _check_backend(backend)
+    return _decoder.decode([_decode_job(leaves, plan, data, parent, sibling, words)])[0]
+
+
+def breakdown(plan: Plan, data: Bytes | Cut) -> dict[str, int]:
+    """Bytes of a frame by purpose (see report.Breakdown), told from its head. Raises CorruptFrame."""
+    head = data[: head_bytes(plan)]
+    if len(head) < head_bytes(plan):
+        raise CorruptFrame(f"its head should have {head_bytes(plan)} bytes, found {len(head)}")
+    return anatomy(plan, head)
+
+
 def _decode_job(
     leaves: Sequence[Leaf],
     plan: Plan,
-    data: bytes | memoryview,
+    data: Bytes | Cut,
     parent: Words | None,
     sibling: tuple[Leaf, Words] | None,
+    part: range | None = None,
 ) -> _decoder.Job:
     name = leaves[0].path if leaves else "array"
     n_words = sum(leaf.n_words for leaf in leaves)
@@ -340,18 +383,19 @@ def _decode_job(
             f"frame of {name!r}: its plan is for {plan.n_words} words of {plan.dtype.name}, its leaves have {n_words}"
             f" of {leaves[0].dtype.name if leaves else 'no dtype'}."
         )
+    part = range(plan.n_words) if part is None else part
     if plan.reference == "none":
-        return _decoder.Job(plan, data, name=name)
+        return _decoder.Job(plan, data, name=name, start=part.start, stop=part.stop)
     words, source = (parent, plan.dtype) if plan.reference == "parent" else (None, plan.dtype)
     if plan.reference == "sibling" and sibling is not None:
         words, source = sibling[1], sibling[0].dtype
-    if words is None or len(words) != plan.n_words:
+    if words is None or len(words) != len(part):
         came = "none was given" if words is None else f"{len(words)} came"
         raise WrongReference(
-            f"leaf {name!r}: it was encoded against a reference of {plan.n_words} words, {came}. "
+            f"leaf {name!r}: it was encoded against a reference of {len(part)} words, {came}. "
             "Pass the checkpoint that it was saved against."
         )
     pair = (source.name, plan.dtype.name)
     if (pair not in _CAST_PAIRS) if plan.predict == "cast" else (source != plan.dtype):
         raise CorruptFrame(f"frame of {name!r}: its reference of {pair[0]} does not fit a leaf of {pair[1]}.")
-    return _decoder.Job(plan, data, words, source, name)
+    return _decoder.Job(plan, data, words, source, name, part.start, part.stop)

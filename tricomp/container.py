@@ -264,6 +264,32 @@ def read_frame(source: Source, entry: Entry, leaf: str) -> Bytes:
     return data
 
 
+class FrameBytes:
+    """The bytes of one frame, read as slices of them are taken; nothing is compared with the frame's checksum."""
+
+    def __init__(self, source: Source, entry: Entry) -> None:
+        self._source = source
+        self._bins: list[tuple[int, int, int]] = []  # first byte in the frame, in the file, size
+        first, offset = 0, entry.offset
+        for size in entry.sizes:
+            offset += len(bin_start(size))
+            self._bins.append((first, offset, size))
+            first, offset = first + size, offset + size
+        self._n_bytes = first
+
+    def __len__(self) -> int:
+        return self._n_bytes
+
+    def __getitem__(self, part: slice, /) -> Bytes:
+        start, stop, _ = part.indices(self._n_bytes)
+        parts: list[Bytes] = []
+        for first, offset, size in self._bins:
+            low, high = max(start - first, 0), min(stop - first, size)
+            if low < high:
+                parts.append(self._source.read(offset + low, high - low))
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
 def _check_start(source: Source) -> None:
     """Raise unless the file begins as a file of format 1, or as the beginning of one."""
     name, head = source.name, bytes(source.read(0, min(source.n_bytes, 10)))

@@ -28,6 +28,7 @@ from tricomp.errors import (
 )
 from tricomp.layout import Leaf, snapshot_of
 from tricomp.plan import Plan
+from tricomp.report import Breakdown
 from tricomp.storage import Source
 
 Array = np.ndarray[Any, Any]
@@ -147,6 +148,55 @@ class File(Mapping[str, Array]):
         words = self._decode_all(range(len(self)))
         arrays = [self._array(number, words[number]) for number in range(len(self))]
         return Content(self.structure, snapshot_of(list(self), arrays))
+
+    def elements(self, path: str, start: int, stop: int) -> Array:
+        """Elements [start, stop) of a leaf in C order, one-dimensional: decodes the chunks that hold them, no others.
+
+        The checksums of these chunks are compared, the leaf's digest is not. Raises MissingLeaf, InvalidArgument, and
+        what decoding raises.
+        """
+        number = self._number(path)
+        leaf = self._contents.leaves[number]
+        n_each = leaf.dtype.words_per_element
+        if not 0 <= start <= stop <= leaf.n_words // n_each:
+            raise InvalidArgument(
+                f"leaf {path!r}: elements {start} to {stop} of {leaf.n_words // n_each}. Ask for elements inside it."
+            )
+        words = self._part(number, range(start * n_each, stop * n_each))
+        return from_words(words, leaf.dtype, (stop - start,))
+
+    def pieces(self, path: str, n_elements: int = 1 << 22) -> Iterator[Array]:
+        """A whole leaf in order, as one-dimensional arrays of about n_elements each: however large, in little memory.
+
+        The digest of the leaf is compared at the end: until then what came may be wrong. Raises MissingLeaf, and what
+        decoding raises.
+        """
+        number = self._number(path)
+        leaf = self._contents.leaves[number]
+        size = max(-(-n_elements // codec.DIGEST_BYTES), 1) * codec.DIGEST_BYTES * leaf.dtype.words_per_element
+        if leaf.n_words <= size:
+            yield self[path].reshape(-1)
+            return
+        found = codec.Digester()
+        for start in range(0, leaf.n_words, size):
+            words = self._part(number, range(start, min(start + size, leaf.n_words)))
+            found.update(words)
+            yield from_words(words, leaf.dtype, (len(words) // leaf.dtype.words_per_element,))
+        self._compare(number, found.digest())
+
+    def breakdown(self, path: str) -> Breakdown:
+        """What the bytes of a leaf's frame are for; reads the frame's head only. Raises MissingLeaf, CorruptFrame."""
+        entry = self._frame_of[self._number(path)]
+        try:
+            found = codec.breakdown(self._plan(entry), container.FrameBytes(self._source, entry))
+        except CorruptFrame as error:
+            raise CorruptFrame(f"{self.name}: frame of leaf {path!r}: {error}.") from None
+        return Breakdown(**found)
+
+    def frame_leaves(self, path: str) -> tuple[str, ...]:
+        """Paths of the leaves that share the frame of a leaf, in their order. Raises MissingLeaf."""
+        entry = self._frame_of[self._number(path)]
+        return tuple(self._contents.leaves[number].path for number in entry.leaves)
 
     def check(self) -> None:
         """Compare the checksum of every frame, decoding nothing and needing no reference. Raises CorruptFrame."""
@@ -288,13 +338,72 @@ class File(Mapping[str, Array]):
             plan = self._plan(entry)
             if plan.reference != "sibling" or plan.sibling in known:
                 continue
-            if plan.sibling not in self._frame_of:
-                raise CorruptFrame(f"{self.name}: leaf number {entry.leaves[0]} has a sibling that does not exist.")
-            other = self._frame_of[plan.sibling]
-            if self._plan(other).reference == "sibling":
-                raise CorruptFrame(f"{self.name}: leaf number {entry.leaves[0]} has a sibling that has a sibling.")
+            other = self._frame_of[self._sibling(entry)]
             wanted[other.leaves[0]] = other
         return list(wanted.values())
+
+    def _part(self, number: int, wanted: range) -> Words:
+        """Words of a leaf, from the chunks that hold them alone, in this file and down its chain."""
+        self._limits.check("max_decoded_bytes", len(wanted), f"{self.name}: words to decode")
+        steps: list[tuple[File, int, range, range]] = []
+        file = self
+        words: Words | None = None
+        source: Leaf | None = None
+        while words is None:
+            entry = file._frame_of[number]
+            plan, leaf = file._plan(entry), file._contents.leaves[number]
+            if len(entry.leaves) > 1:
+                words, source = file._decode([number])[number][wanted.start : wanted.stop].copy(), leaf
+                break
+            size = 1 << plan.chunk_log2 if plan.n_chunks else 1
+            around = range(wanted.start // size * size, min(-(-wanted.stop // size) * size, leaf.n_words))
+            steps.append((file, number, wanted, around))
+            wanted = around
+            if plan.reference == "none":
+                break
+            if plan.reference == "sibling":
+                number = file._sibling(entry)
+                continue
+            above = file._parent_for(leaf.path)
+            if isinstance(above, Content):
+                found = above.find(leaf.path)
+                words = file._parent_words([leaf], {leaf.path: found} if found else {})[around.start : around.stop]
+            else:
+                other = above._index.get(leaf.path)
+                file._require_parent(leaf, None if other is None else above._contents.leaves[other])
+                assert other is not None
+                file, number = above, other
+        for file, number, wanted, around in reversed(steps):
+            words = file._decode_part(number, around, words, source)
+            words = words[wanted.start - around.start : wanted.stop - around.start]
+            source = file._contents.leaves[number]
+        assert words is not None  # there is at least one step, or a shared frame
+        return words
+
+    def _decode_part(self, number: int, part: range, reference: Words | None, source: Leaf | None) -> Words:
+        """Some words of a leaf that has a frame of its own. reference: these words of its parent or its sibling."""
+        entry, leaf = self._frame_of[number], self._contents.leaves[number]
+        plan = self._plan(entry)
+        sibling = None
+        if plan.reference == "sibling" and reference is not None and source is not None:
+            sibling = source, reference
+        parent = reference if plan.reference == "parent" else None
+        data = container.FrameBytes(self._source, entry)
+        try:
+            return codec.decode_part([leaf], plan, data, part, parent, sibling)
+        except MemoryError:
+            raise LimitExceeded(f"{self.name}: no memory to decode {len(part)} words of {leaf.path!r}.") from None
+        except CorruptFrame as error:
+            raise CorruptFrame(f"{self.name}: {error}") from error
+
+    def _sibling(self, entry: Entry) -> int:
+        """Number of the leaf that a frame was coded against. Raises CorruptFrame if it cannot be."""
+        plan = self._plan(entry)
+        if plan.sibling not in self._frame_of:
+            raise CorruptFrame(f"{self.name}: leaf number {entry.leaves[0]} has a sibling that does not exist.")
+        if self._plan(self._frame_of[plan.sibling]).reference == "sibling":
+            raise CorruptFrame(f"{self.name}: leaf number {entry.leaves[0]} has a sibling that has a sibling.")
+        return plan.sibling
 
     def _parent_for(self, path: str) -> File | Content:
         if self._reference is None:
@@ -332,7 +441,8 @@ class File(Mapping[str, Array]):
                 raise
             raise CorruptFrame(f"{self.name}: {error}") from error
         for entry, words in zip(waiting, found, strict=True):
-            self._compare(entry, words)
+            for number, leaf_words in zip(entry.leaves, words, strict=True):
+                self._compare(number, codec.digest(leaf_words))
             decoded.update(zip(entry.leaves, words, strict=True))
             if len(words) > 1 and is_asked:
                 self._cache[entry.leaves[0]] = words
@@ -349,27 +459,31 @@ class File(Mapping[str, Array]):
             sibling = self._contents.leaves[plan.sibling], decoded[plan.sibling]
         return leaves, plan, container.read_frame(self._source, entry, leaves[0].path), parent, sibling
 
-    def _compare(self, entry: Entry, words: Sequence[Words]) -> None:
-        """Raise CorruptFrame unless decoded words have the digests that were stored."""
-        for number, found in zip(entry.leaves, words, strict=True):
-            stored, computed = self._contents.digests[number], codec.digest(found)
-            if stored != computed:
-                raise CorruptFrame(
-                    f"{self.name}: leaf {self._contents.leaves[number].path!r}: digest {stored:016x} stored, "
-                    f"{computed:016x} computed. Restore the file from another copy, "
-                    f"or list intact steps with tricomp.Store(folder).verify()."
-                )
+    def _compare(self, number: int, computed: int) -> None:
+        """Raise CorruptFrame unless a decoded leaf has the digest that was stored."""
+        stored = self._contents.digests[number]
+        if stored != computed:
+            raise CorruptFrame(
+                f"{self.name}: leaf {self._contents.leaves[number].path!r}: digest {stored:016x} stored, "
+                f"{computed:016x} computed. Restore the file from another copy, "
+                f"or list intact steps with tricomp.Store(folder).verify()."
+            )
 
     def _parent_words(self, leaves: Sequence[Leaf], above: Mapping[str, tuple[Leaf, Words]]) -> Words:
         """The reference words of a frame's leaves, one after the other. Raises CorruptFile if they do not fit."""
         parts: list[Words] = []
         for leaf in leaves:
             found = above.get(leaf.path)
-            if found is None or found[0].dtype != leaf.dtype or found[0].shape != leaf.shape:
-                raise CorruptFile(
-                    f"{self.name}: leaf {leaf.path!r}: its parent has "
-                    f"{'no such leaf' if found is None else f'{found[0].dtype.name}{list(found[0].shape)} there'}, "
-                    f"expected {leaf.dtype.name}{list(leaf.shape)}."
-                )
+            self._require_parent(leaf, None if found is None else found[0])
+            assert found is not None
             parts.append(found[1])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _require_parent(self, leaf: Leaf, found: Leaf | None) -> None:
+        """Raise CorruptFile unless the parent's leaf has the dtype and shape of this one."""
+        if found is None or found.dtype != leaf.dtype or found.shape != leaf.shape:
+            raise CorruptFile(
+                f"{self.name}: leaf {leaf.path!r}: its parent has "
+                f"{'no such leaf' if found is None else f'{found.dtype.name}{list(found.shape)} there'}, "
+                f"expected {leaf.dtype.name}{list(leaf.shape)}."
+            )

@@ -24,6 +24,28 @@ class LeafReport:
 
 
 @dataclass(frozen=True)
+class Breakdown:
+    """What the bytes of a frame are for.
+
+    side: frequency tables, scales, palettes. directory: where chunks begin, their checksums, and padding. symbols:
+    the entropy-coded or indexed high parts. remainder: the low bits. patches: words that did not fit. raw: chunks
+    stored as they are.
+    """
+
+    side: int = 0
+    directory: int = 0
+    symbols: int = 0
+    remainder: int = 0
+    patches: int = 0
+    raw: int = 0
+
+    @property
+    def total(self) -> int:
+        """All bytes of the frame."""
+        return self.side + self.directory + self.symbols + self.remainder + self.patches + self.raw
+
+
+@dataclass(frozen=True)
 class Report:
     """What a save wrote. content_id, parent: 32 hex digits; parent None: the file stands alone. seconds: wall clock."""
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from tricomp.bounds import Cut
 from tricomp.dtypes import DType, Words
 from tricomp.errors import CorruptFrame
 from tricomp.plan import Plan
@@ -24,10 +25,10 @@ from tricomp.reference.frame import (
     PLANE_RANS,
     PLANE_RAW,
     RAW_FLAG,
-    aligned,
     base_words,
-    directory_shape,
+    directory,
     head_bytes,
+    places,
 )
 from tricomp.reference.lanes import BATCH_CHUNKS, LANES, ROW, padded
 from tricomp.reference.pack import Stacked, packed_bytes, stack_decode, stack_word_bits, unpack_bits
@@ -41,16 +42,28 @@ _ADVICE = "Restore the file from another copy, or list intact steps with tricomp
 
 @dataclass(frozen=True)
 class Job:
-    """One frame to decode. reference: uint[n_words] as the plan asks. For `cast`: source is the reference's dtype.
+    """One frame to decode, or the words [start, stop) of it. For `cast`: source is the reference's dtype.
 
+    reference: uint[stop - start] as the plan asks. start: of a chunk; stop: of one, or the frame's end; None: the end.
     name: what errors call the frame, a leaf's path.
     """
 
     plan: Plan
-    data: bytes | memoryview
+    data: bytes | memoryview | Cut
     reference: Words | None = None
     source: DType | None = None
     name: str = "array"
+    start: int = 0
+    stop: int | None = None
+
+    @property
+    def end(self) -> int:
+        return self.plan.n_words if self.stop is None else self.stop
+
+    @property
+    def cut(self) -> memoryview | Cut:
+        """The frame's bytes, to be sliced."""
+        return memoryview(self.data).cast("B") if isinstance(self.data, bytes | memoryview) else self.data
 
 
 @dataclass
@@ -79,7 +92,7 @@ class _Chunk:
 
 
 def decode(jobs: Sequence[Job]) -> list[Words]:
-    """The words of each frame. Raises CorruptFrame, naming chunk and frame."""
+    """The words that each job asks for. Raises CorruptFrame, naming chunk and frame."""
     out = [_allocate(job) for job in jobs]
     pending: list[tuple[Words, _Chunk]] = []
     for job, words in zip(jobs, out, strict=True):
@@ -96,13 +109,13 @@ def _allocate(job: Job) -> Words:
     """The frame's words where the plan alone gives them, else room for them, earned by its directory."""
     plan = job.plan
     if plan.predict == "constant":
-        return np.full(plan.n_words, plan.word, plan.dtype.word_dtype)
+        return np.full(job.end - job.start, plan.word, plan.dtype.word_dtype)
     if plan.predict == "copy":
         assert job.reference is not None
         return job.reference.copy()
-    if head_bytes(plan) > len(memoryview(job.data).cast("B")):
+    if head_bytes(plan) > len(job.cut):
         raise CorruptFrame(f"frame of {job.name!r}: {plan.n_words} words need a longer chunk directory than it has.")
-    return np.empty(plan.n_words, plan.dtype.word_dtype)
+    return np.empty(job.end - job.start, plan.dtype.word_dtype)
 
 
 def _flush(pending: list[tuple[Words, _Chunk]]) -> None:
@@ -115,42 +128,44 @@ def _flush(pending: list[tuple[Words, _Chunk]]) -> None:
     _decode_planes([chunk for chunk in coded if chunk.planes])
     _decode_stacks([chunk for chunk in coded if chunk.stacked is not None])
     for words, chunk in pending:
-        first = chunk.number << chunk.job.plan.chunk_log2
+        first = (chunk.number << chunk.job.plan.chunk_log2) - chunk.job.start
         words[first : first + chunk.n_words] = _words(chunk)
 
 
 def _parse(job: Job) -> Iterator[_Chunk]:
-    """Check the head and every payload's checksum, and cut the payloads up."""
-    plan = job.plan
-    data = memoryview(job.data).cast("B")
+    """Check the head and the checksum of every payload asked for, and cut the payloads up."""
+    plan, data = job.plan, job.cut
     if plan.n_chunks == 0:
         if len(data):
             raise CorruptFrame(f"frame of {job.name!r}: {len(data)} bytes where its plan leaves none.")
         return
-    n_head = head_bytes(plan)
-    if n_head > len(data) or xxhash.xxh3_64_intdigest(data[:n_head]) != plan.side_check:
+    head = data[: head_bytes(plan)]
+    if len(head) < head_bytes(plan) or xxhash.xxh3_64_intdigest(head) != plan.side_check:
         raise CorruptFrame(f"frame of {job.name!r}: its side section or directory is damaged. {_ADVICE}")
     try:
-        tables = side.read(plan, data[: plan.side_bytes])
+        tables = side.read(plan, memoryview(head)[: plan.side_bytes])
     except CorruptFrame as fault:
         raise CorruptFrame(f"frame of {job.name!r}: {fault}.") from None
-    n_chunks, n_fields = directory_shape(plan)
-    rows = np.frombuffer(data, "<u4", n_chunks * n_fields, plan.side_bytes).reshape(n_chunks, n_fields)
-    at = n_head
-    for number, row in enumerate(rows.tolist()):
+    rows = directory(plan, head)
+    begins, end = places(plan, rows)
+    if end != len(data):
+        raise CorruptFrame(f"frame of {job.name!r}: its chunks end at byte {end} of {len(data)}. {_ADVICE}")
+    numbers = range(job.start >> plan.chunk_log2, -(-job.end >> plan.chunk_log2))
+    if not numbers:
+        return
+    at = int(begins[numbers[0]])
+    payloads = memoryview(data[at : int(begins[numbers[-1]]) + int(rows[numbers[-1], 2])])
+    for number in numbers:
+        row = rows[number].tolist()
         n_words = min(1 << plan.chunk_log2, plan.n_words - (number << plan.chunk_log2))
         chunk = _Chunk(job, tables, number, n_words, padded(n_words))
-        payload = data[at : at + row[2]]
-        if len(payload) < row[2]:
-            raise chunk.fault(f"{row[2]} bytes expected, {len(payload)} left")
+        first = int(begins[number]) - at
+        payload = payloads[first : first + row[2]]
         checksum = xxhash.xxh3_64_intdigest(payload)
         if checksum != row[0] | row[1] << 32:
             raise chunk.fault(f"checksum {row[0] | row[1] << 32:016x} stored, {checksum:016x} computed")
         _cut(chunk, row, payload)
         yield chunk
-        at = aligned(at + row[2]) if number + 1 < n_chunks else at + row[2]
-    if at != len(data):
-        raise CorruptFrame(f"frame of {job.name!r}: {len(data) - at} bytes left over after its last chunk.")
 
 
 class _Payload:
@@ -263,7 +278,7 @@ def _contexts(chunk: _Chunk) -> Array | None:
 
 
 def _reference(chunk: _Chunk) -> Words | None:
-    first = chunk.number << chunk.job.plan.chunk_log2
+    first = (chunk.number << chunk.job.plan.chunk_log2) - chunk.job.start
     reference = chunk.job.reference
     return None if reference is None else reference[first : first + chunk.n_words]
 

@@ -14,23 +14,44 @@ import numpy as np
 # Frozen since format 1.
 _COLUMNS = 128
 _ROWS = 4096
-_BLOCK_BYTES = 4 * _COLUMNS * _ROWS
 _M64 = (1 << 64) - 1
 
 Array = np.ndarray[Any, Any]
 
 
+BLOCK_BYTES = 4 * _COLUMNS * _ROWS  # 2 MiB
+
+
+class Digester:
+    """The digest of a leaf that comes in parts; each but the last must hold a multiple of BLOCK_BYTES."""
+
+    def __init__(self) -> None:
+        self._sum = 0
+        self._n_bytes = 0
+
+    def update(self, words: Array) -> None:
+        """Take the next words. words: uint[n]."""
+        octets = np.ascontiguousarray(words).reshape(-1).view(np.uint8)
+        assert self._n_bytes % BLOCK_BYTES == 0 or not len(octets)
+        for first in range(0, len(octets), BLOCK_BYTES):
+            block = octets[first : first + BLOCK_BYTES]
+            if len(block) % 4:
+                block = np.append(block, np.zeros(-len(block) % 4, np.uint8))
+            pieces = block.view("<u4").astype(np.uint64)
+            number = (self._n_bytes + first) // BLOCK_BYTES
+            self._sum += int(np.dot(pieces, _keys()[: len(pieces)])) * (_mix64(number) | 1)
+        self._n_bytes += len(octets)
+
+    def digest(self) -> int:
+        """0 to 2^64 - 1. FORMAT.md, "Digest"."""
+        return _mix64(self._sum + self._n_bytes * 0x9E3779B97F4A7C15 & _M64)
+
+
 def digest(words: Array) -> int:
     """The digest of a leaf. words: uint[n]. Returns 0 to 2^64 - 1. FORMAT.md, "Digest"."""
-    octets = np.ascontiguousarray(words).reshape(-1).view(np.uint8)
-    total = len(octets) * 0x9E3779B97F4A7C15
-    for number, first in enumerate(range(0, len(octets), _BLOCK_BYTES)):
-        block = octets[first : first + _BLOCK_BYTES]
-        if len(block) % 4:
-            block = np.append(block, np.zeros(-len(block) % 4, np.uint8))
-        pieces = block.view("<u4").astype(np.uint64)
-        total += int(np.dot(pieces, _keys()[: len(pieces)])) * (_mix64(number) | 1)
-    return _mix64(total & _M64)
+    whole = Digester()
+    whole.update(words)
+    return whole.digest()
 
 
 @lru_cache(maxsize=1)

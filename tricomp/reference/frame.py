@@ -1,6 +1,6 @@
 """What encoder and decoder of a frame share: the directory's fields, plane modes, the base that patches apply to.
 
-Imports numpy, dtypes, plan and the stages. A frame is the side section, the chunk directory, then the chunks.
+Imports numpy, errors, dtypes, plan and the stages. A frame is the side section, the chunk directory, then the chunks.
 """
 
 from __future__ import annotations
@@ -9,9 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from tricomp.bounds import Bytes
 from tricomp.dtypes import DType, Words
+from tricomp.errors import CorruptFrame
 from tricomp.plan import Plan
 from tricomp.reference.bits import cast
+from tricomp.reference.lanes import LANES, padded
+from tricomp.reference.pack import packed_bytes
 
 Array = np.ndarray[Any, Any]
 
@@ -38,6 +42,53 @@ def head_bytes(plan: Plan) -> int:
     """Bytes before the first chunk: side section and directory."""
     n_chunks, n_fields = directory_shape(plan)
     return plan.side_bytes + aligned(4 * n_chunks * n_fields)
+
+
+def directory(plan: Plan, head: Bytes) -> Array:
+    """The chunk directory in a frame's head: uint32[n_chunks, fields], as stored."""
+    n_chunks, n_fields = directory_shape(plan)
+    return np.frombuffer(head, "<u4", n_chunks * n_fields, plan.side_bytes).reshape(n_chunks, n_fields)
+
+
+def places(plan: Plan, rows: Array) -> tuple[Array, int]:
+    """The byte at which each chunk begins, int64[n_chunks], and the byte after the last one."""
+    sizes = rows[:, 2].astype(np.int64)
+    ends = head_bytes(plan) + np.cumsum(-(-sizes // ALIGN) * ALIGN)
+    begins = ends - (-(-sizes // ALIGN) * ALIGN)
+    return begins, int(begins[-1] + sizes[-1])
+
+
+def anatomy(plan: Plan, head: Bytes) -> dict[str, int]:
+    """Bytes of a frame by what they are for, from its head alone; they add up to the frame.
+
+    Keys: those of report.Breakdown.
+    """
+    if plan.n_chunks == 0:
+        return {}
+    rows = directory(plan, head).astype(np.int64)
+    is_raw = rows[:, 3] == RAW_FLAG
+    coded = rows[~is_raw]
+    sizes = np.minimum(plan.n_words - (np.flatnonzero(~is_raw) << plan.chunk_log2), 1 << plan.chunk_log2)
+    n_patches = int(coded[:, 3].sum())
+    patches = n_patches * (2 + plan.dtype.word_bits // 8)
+    symbols = 0
+    if plan.entropy == "rans":
+        symbols = int((4 * LANES + -(-2 * coded[:, 4] // ALIGN) * ALIGN).sum())
+    elif plan.entropy == "index":
+        symbols = sum(packed_bytes(padded(size), plan.index_bits) for size in sizes.tolist())
+    begins, end = places(plan, rows)
+    payloads, raw = int(coded[:, 2].sum()), int(rows[is_raw, 2].sum())
+    found = {
+        "side": plan.side_bytes,
+        "directory": head_bytes(plan) - plan.side_bytes + end - int(begins[0]) - payloads - raw,
+        "symbols": symbols,
+        "remainder": payloads - symbols - patches,
+        "patches": patches,
+        "raw": raw,
+    }
+    if min(found.values()) < 0:
+        raise CorruptFrame(f"its chunk directory contradicts itself: {found}")
+    return found
 
 
 def base_words(plan: Plan, n_words: int, reference: Words | None, source: DType | None) -> Words:
