@@ -81,6 +81,11 @@ class File(Mapping[str, Array]):
         return self._contents.summary.writer
 
     @property
+    def format(self) -> int:
+        """Number of the format that the file is in."""
+        return bytes(self._source.read(len(container.START) + 1, 1))[0]
+
+    @property
     def since_keyframe(self) -> int:
         """Checkpoints saved since the last one that stands alone; 0 if this one does."""
         return self._contents.summary.since_keyframe
@@ -118,6 +123,10 @@ class File(Mapping[str, Array]):
     def plan(self, path: str) -> Plan:
         """How the frame of a leaf was coded. Raises MissingLeaf, CorruptFrame."""
         return self._plan(self._frame_of[self._number(path)])
+
+    def digest(self, path: str) -> int:
+        """Digest of the decoded leaf, as stored. Raises MissingLeaf."""
+        return self._contents.digests[self._number(path)]
 
     def coded_bytes(self, path: str) -> int:
         """Bytes of the frame of a leaf, which small leaves share. Raises MissingLeaf."""
