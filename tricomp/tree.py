@@ -88,6 +88,11 @@ def paths_of(structure: bytes, limits: Limits = bounds.DEFAULTS, what: str = "tr
     return tuple(_paths(bounds.unpack(structure, what), None, 0, limits, what))
 
 
+def values_of(structure: bytes, limits: Limits = bounds.DEFAULTS, what: str = "tree") -> list[tuple[str, Any]]:
+    """The plain values of a structure with their paths, empty dicts, lists and tuples too; needs no registered type."""
+    return list(_values(bounds.unpack(structure, what), None, 0, limits, what))
+
+
 def plain(values: Tree, what: str = "metadata", limits: Limits = bounds.DEFAULTS) -> Any:
     """A tree without leaves as a msgpack-able object, for a file's header. Raises UnsupportedNode on an array."""
     paths: list[str] = []
@@ -207,6 +212,16 @@ def _paths(node: Any, path: str | None, depth: int, limits: Limits, what: str) -
         for child_path, child in _children(node, path, what):
             if isinstance(child, (dict, list, msgpack.ExtType)):
                 yield from _paths(child, child_path, depth + 1, limits, what)
+
+
+def _values(node: Any, path: str | None, depth: int, limits: Limits, what: str) -> Iterator[tuple[str, Any]]:
+    limits.check("max_depth", depth, f"{what}: depth")
+    is_leaf = isinstance(node, msgpack.ExtType) and node.code == LEAF
+    children = list(_children(node, path, what))
+    if not children and not is_leaf:
+        yield "" if path is None else path, _from_plain(node, path, depth, iter(()), limits, what)
+    for child_path, child in children:
+        yield from _values(child, child_path, depth + 1, limits, what)
 
 
 def _from_plain(node: Any, path: str | None, depth: int, leaves: Iterator[Any], limits: Limits, what: str) -> Tree:
