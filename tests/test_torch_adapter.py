@@ -279,14 +279,15 @@ REFUSED = {
     "quantized": (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "it is quantized. Store"),
     "nested": (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "it is a nested tensor"),
     "subclass": (lambda: torch.ones(2).as_subclass(Named), "expected a torch.Tensor, got its subclass Named"),
-    "lazy": (lambda: torch.nn.LazyLinear(3).weight, "got its subclass UninitializedParameter"),
+    "lazy": (lambda: torch.nn.LazyLinear(3).weight, "subclass UninitializedParameter, which has no data yet. Run the"),
     "complex32": (lambda: torch.ones(2, dtype=torch.complex32), "torch.complex32 is not one of float64, float32"),
     "module": (lambda: torch.nn.Linear(2, 2), r"expected plain data, got a Linear. Store its state_dict\(\)"),
-    "dtype": (lambda: torch.float32, "a torch.float32 is not data. Store its name"),
     "generator": (lambda: torch.Generator(), r"expected plain data, got a Generator. Store its get_state\(\)"),
     "default": (lambda: collections.defaultdict(int), "expected a dict, got its subclass defaultdict"),
     "object": (lambda: object(), "object"),
-    "set": (lambda: {1, 2}, "set"),
+    "set": (lambda: {1, (2, 3)}, "set"),
+    "frozenset": (lambda: frozenset(), "frozenset"),
+    "partial": (lambda: torch.nn.functional.relu, "function"),
     "masked": (lambda: np.ma.masked_array(np.zeros(2), [False, True]), "MaskedArray"),
 }
 

@@ -14,8 +14,10 @@ from torch.nn.parameter import is_lazy
 
 from tricomp.tree import join
 from tricomp_torch.objects import Pair, States, parameters_in_order
+from tricomp_torch.subclasses import parts_of
 from tricomp_torch.tensors import to_array
 from tricomp_torch.ties import TieFinder, is_same
+from tricomp_torch.trees import plain_leaves
 
 _N_SHOWN = 8
 
@@ -61,6 +63,7 @@ def _module_problems(pair: Pair, strict: bool) -> Iterator[str]:
     if strict and unexpected:
         yield f"{pair.path}: in the checkpoint but not in the module: {_shown(unexpected)}"
     ties = TieFinder()
+    leaves: dict[str, torch.Tensor] = {}
     for key, held in live.items():
         stored = pair.state.get(key)
         if not isinstance(held, torch.Tensor) or key not in pair.state:
@@ -76,11 +79,17 @@ def _module_problems(pair: Pair, strict: bool) -> Iterator[str]:
             yield f"{where}: the module's tensor is on the meta device and takes no data. Call module.to_empty() first"
         elif strict and stored.dtype != held.dtype:
             yield f"{where}: the checkpoint holds {stored.dtype}, the module {held.dtype}; loading would round"
+        elif parts_of(stored, where) != parts_of(held, where):
+            kinds = type(stored).__name__, type(held).__name__
+            what = "{} of other parts" if kinds[0] == kinds[1] else "{}"
+            yield f"{where}: the checkpoint holds a {kinds[0]}, the module a {what.format(kinds[1])}; they do not fit"
         else:
-            ties.add(key, held)
+            for (path, leaf), (_, taken) in zip(plain_leaves(held, key), plain_leaves(stored, key), strict=True):
+                ties.add(path, leaf)
+                leaves[path] = taken
     if strict:
         for key, first in ties.ties.items():
-            if not is_same(to_array(pair.state[key], key), to_array(pair.state[first], first)):
+            if not is_same(to_array(leaves[key], key), to_array(leaves[first], first)):
                 yield (
                     f"{join(pair.path, key)}: one tensor with {first!r} in the module, "
                     "but the two differ in the checkpoint"

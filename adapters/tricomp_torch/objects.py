@@ -113,10 +113,12 @@ def give(pair: Pair, strict: bool) -> None:
         target.bit_generator.state = state
     elif isinstance(target, torch.nn.Module):
         target.load_state_dict(state, strict=strict)
+    elif isinstance(target, torch.optim.Optimizer):
+        devices = _devices(target)
+        target.load_state_dict(state)
+        _put_bits_back(target, state, devices)
     else:
         target.load_state_dict(state)
-        if isinstance(target, torch.optim.Optimizer):
-            _put_bits_back(target, state)
 
 
 def parameter_names(model: Any) -> dict[int, str]:
@@ -148,11 +150,36 @@ def _state_of(value: Any) -> Any:
     return value.state_dict()
 
 
-def _put_bits_back(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+def _devices(optimizer: torch.optim.Optimizer) -> list[dict[str, torch.device]]:
+    """Where the tensors among each group's options are, a learning rate say."""
+    return [
+        {key: value.device for key, value in group.items() if isinstance(value, torch.Tensor)}
+        for group in optimizer.param_groups
+    ]
+
+
+def _put_bits_back(
+    optimizer: torch.optim.Optimizer, state: Mapping[str, Any], devices: list[dict[str, torch.device]]
+) -> None:
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, parameter in zip(numbers, parameters, strict=True):
         for key, stored in state["state"].get(number, {}).items():
-            held = optimizer.state[parameter].get(key)
-            if isinstance(stored, torch.Tensor) and isinstance(held, torch.Tensor) and held.dtype != stored.dtype:
-                optimizer.state[parameter][key] = stored.to(held.device)
+            if key in optimizer.state[parameter]:
+                optimizer.state[parameter][key] = _exact(optimizer.state[parameter][key], stored)
+    for group, device_of in zip(optimizer.param_groups, devices, strict=True):
+        for key, device in device_of.items():  # a file keeps no devices, and load_state_dict moves no options
+            if isinstance(group.get(key), torch.Tensor):
+                group[key] = group[key].to(device)
+
+
+def _exact(held: Any, stored: Any) -> Any:
+    """What the optimizer holds after its load_state_dict, with the tensors that were cast made those stored."""
+    if isinstance(stored, torch.Tensor) and isinstance(held, torch.Tensor):
+        is_cast = held.dtype != stored.dtype or type(held) is not type(stored)
+        return stored.to(held.device) if is_cast and held.shape == stored.shape else held
+    if type(stored) in (list, tuple) and type(held) is type(stored) and len(held) == len(stored):
+        return type(held)(_exact(*entries) for entries in zip(held, stored, strict=True))
+    if type(stored) is dict and type(held) is dict and held.keys() == stored.keys():
+        return {key: _exact(held[key], stored[key]) for key in held}
+    return held

@@ -7,6 +7,7 @@ first copied to host memory, once, by `.to("cpu")`: compressing it where it live
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ Array = np.ndarray[Any, Any]
 # Names are the same on both sides, except that numpy has no 4-byte complex and torch no float8_e3m4 and its like.
 _TORCH_BY_NAME = {name: getattr(torch, name) for name in dtypes.NAMES if hasattr(torch, name)}
 _NAME_BY_TORCH = {dtype: name for name, dtype in _TORCH_BY_NAME.items()}
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""The types of tensors that are leaves; all others are subclasses, made of such."""
 _CARRIER_BY_ITEM_BYTES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -41,24 +44,63 @@ def to_array(tensor: torch.Tensor, path: str) -> Array:
     return plain.view(_CARRIER_BY_ITEM_BYTES[plain.element_size()]).numpy().view(dtypes.by_name(name).numpy)
 
 
-def to_tensor(array: Array, path: str, device: torch.device | None = None) -> torch.Tensor:
+def to_tensor(
+    array: Array, path: str, device: torch.device | None = None, strides: Sequence[int] | None = None
+) -> torch.Tensor:
     """The tensor of an array's bits, on device (None: the CPU), always in memory that torch allocated.
 
     numpy aligns memory less strictly than torch does, and BLAS may round differently on it: a run resumed on numpy's
-    memory could drift from an uninterrupted one. Raises UnsupportedDtype, naming the path, for dtypes torch lacks.
+    memory could drift from an uninterrupted one. strides: the tensor's, in elements, which must fill its memory.
+    Raises UnsupportedDtype, naming the path, for dtypes torch lacks.
     """
-    name = array.dtype.name
-    dtype = _TORCH_BY_NAME.get(name)
-    if dtype is None:
-        raise UnsupportedDtype(f"leaf {path!r}: torch has no dtype {name!r}. Load this file with tricomp.load.")
-    if dtype.is_complex:
-        tensor = torch.empty(array.shape, dtype=dtype)
-        tensor.numpy()[...] = array
+    dtype = dtype_of(array, path)
+    held = dtype if dtype.is_complex else _CARRIER_BY_ITEM_BYTES[array.dtype.itemsize]
+    if strides is None:
+        tensor = torch.empty(array.shape, dtype=held)
     else:
-        carrier = torch.empty(array.shape, dtype=_CARRIER_BY_ITEM_BYTES[array.dtype.itemsize])
-        carrier.numpy()[...] = array.view(f"i{array.dtype.itemsize}")
-        tensor = carrier.view(dtype)
+        tensor = torch.empty_strided(array.shape, tuple(strides), dtype=held)
+    tensor.numpy()[...] = array if dtype.is_complex else array.view(f"i{array.dtype.itemsize}")
+    tensor = tensor.view(dtype)
     return tensor if device is None else tensor.to(device)
+
+
+def view_as_tensor(array: Array, path: str) -> torch.Tensor:
+    """The tensor that shares the memory of a contiguous, writable array. Raises UnsupportedDtype, naming the path."""
+    dtype = dtype_of(array, path)
+    if dtype.is_complex:
+        return torch.from_numpy(array)
+    return torch.from_numpy(array.view(f"i{array.dtype.itemsize}")).view(dtype)
+
+
+def dtype_of(array: Array, path: str) -> torch.dtype:
+    """torch's dtype for an array's bits. Raises UnsupportedDtype, naming the path, for dtypes torch lacks."""
+    name = array.dtype.name
+    if name not in _TORCH_BY_NAME:
+        raise UnsupportedDtype(f"leaf {path!r}: torch has no dtype {name!r}. Load this file with tricomp.load.")
+    return _TORCH_BY_NAME[name]
+
+
+def unusual_strides(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """Strides, in elements, of a tensor that fills its memory in another order than the last axis fastest, such as
+    channels_last; None for all others. Convolutions may round differently on other strides, so a resumed run needs
+    them.
+    """
+    shape, strides = tuple(tensor.shape), tensor.stride()
+    usual, step = [0] * len(shape), 1
+    for axis in reversed(range(len(shape))):
+        usual[axis] = step
+        step *= max(1, shape[axis])
+    return None if strides == tuple(usual) or not fills_memory(shape, strides) else strides
+
+
+def fills_memory(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether a tensor of that shape and those strides is not empty and uses each element of its memory once."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(strides, shape, strict=True) if size != 1):
+        if stride != expected or size == 0:
+            return False
+        expected *= size
+    return True
 
 
 def device_of(map_location: str | torch.device | None) -> torch.device | None:
@@ -74,10 +116,10 @@ def device_of(map_location: str | torch.device | None) -> torch.device | None:
 
 
 def _require_plain(tensor: torch.Tensor, path: str) -> None:
-    kind = type(tensor).__name__
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+    if type(tensor) not in PLAIN:
         raise UnsupportedNode(
-            f"leaf {path!r}: expected a torch.Tensor, got its subclass {kind}. Store the plain tensors it is made of."
+            f"leaf {path!r}: expected a torch.Tensor, got its subclass {type(tensor).__name__}. "
+            "Store the plain tensors it is made of."
         )
     if tensor.is_quantized:
         raise UnsupportedNode(f"leaf {path!r}: it is quantized. Store its int_repr(), scale and zero point.")

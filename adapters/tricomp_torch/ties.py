@@ -7,14 +7,14 @@ addresses mean nothing.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 import torch
 
 from tricomp.dtypes import to_words
 from tricomp.errors import CorruptFile
-from tricomp_torch.tensors import Array, to_tensor
+from tricomp_torch.tensors import Array, fills_memory, to_tensor
 
 
 class TieFinder:
@@ -37,14 +37,14 @@ class TieFinder:
 class TieMaker:
     """Makes tensors of arrays so that tied paths share storage."""
 
-    def __init__(self, ties: Mapping[str, str]) -> None:
-        self._ties = ties
+    def __init__(self, ties: Mapping[str, str], strides: Mapping[str, Sequence[int]] | None = None) -> None:
+        self._ties, self._strides = ties, strides or {}
         self._made: dict[str, tuple[Array, torch.Tensor]] = {}
 
     def tensor(self, path: str, array: Array, device: torch.device | None) -> torch.Tensor:
         """The tensor of path, or a view of the tensor it is tied to.
 
-        Raises CorruptFile if the two arrays of a tie differ, which no writer of ties produces.
+        Raises CorruptFile if the two arrays of a tie differ, or strides do not fit, which no writer of them produces.
         """
         first = self._ties.get(path, path)
         if first in self._made:
@@ -55,7 +55,13 @@ class TieMaker:
                     "Read the file with tricomp.load, which does not tie, and save it again."
                 )
             return made.detach()
-        made = to_tensor(array, path, device)
+        strides = self._strides.get(path)
+        if strides is not None and not (len(strides) == array.ndim and fills_memory(array.shape, strides)):
+            raise CorruptFile(
+                f"leaf {path!r} is noted to have the strides {list(strides)}, which do not fit its shape "
+                f"{list(array.shape)}. Read the file with tricomp.load, which does not use them, and save it again."
+            )
+        made = to_tensor(array, path, device, strides)
         self._made[first] = (array, made)
         return made
 

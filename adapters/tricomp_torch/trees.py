@@ -1,15 +1,16 @@
 """flatten and unflatten: a tree of torch tensors to the core's tree of numpy arrays, and back. Imports no file code.
 
 The core's tree keeps dict, list, tuple, named tuple, OrderedDict and plain values. What a torch checkpoint holds beyond
-that (which entries are tied, module versions, Counters, which arrays were numpy's) goes into *notes*, a small plain
-map kept in the file's metadata. So the tree itself stays readable by everybody, and a file without notes loads too.
-The hard thing: notes come back from a file and are not to be trusted; each is checked before it is used.
+that (which entries are tied, strides, what tensor subclasses are made of, module versions, Counters, dtypes, which
+arrays were numpy's) goes into *notes*, a small plain map kept in the file's metadata. So the tree itself stays readable
+by everybody, and a file without notes loads too. The hard thing: notes come back from a file and are not to be trusted;
+each is checked before it is used.
 """
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,16 +19,30 @@ import torch
 
 from tricomp.errors import CorruptFile, UnsupportedNode
 from tricomp.tree import join
-from tricomp_torch.tensors import Array, to_array
+from tricomp_torch import subclasses
+from tricomp_torch.tensors import PLAIN, Array, to_array, unusual_strides
 from tricomp_torch.ties import TieFinder, TieMaker
 
 NOTES_KEY = "tricomp_torch"
 """The key in a file's metadata under which the notes stand."""
 
-# Node kinds noted by path, and how each is made again from the plain node that stands for it in the tree.
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"torch.{name} is no dtype")
+    return dtype
+
+
+# Node kinds noted by path: the type of the plain node that stands for each in the tree, and how it is made again.
 _MAKE_NODE: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "Counter": (dict, Counter),
     "Size": (tuple, torch.Size),
+    "set": (list, set),
+    "bytearray": (bytes, bytearray),
+    "complex": (tuple, lambda parts: complex(*parts)),
+    "device": (str, torch.device),
+    "dtype": (str, _dtype),
 }
 _ORDERED_DICT_META = "_metadata"  # torch's name for the module versions that a state_dict carries
 
@@ -49,13 +64,24 @@ def flatten(tree: Any) -> Flat:
     ties = TieFinder()
     kinds: dict[str, str] = {}
     modules: dict[str, Any] = {}
+    strides: dict[str, list[int]] = {}
+    parts: dict[str, Any] = {}
+
+    def leaf(tensor: torch.Tensor, path: str) -> Array:
+        array = to_array(tensor, path)
+        ties.add(path, tensor)
+        unusual = unusual_strides(tensor)
+        if unusual is not None:
+            strides[path] = list(unusual)
+        return array
 
     def walk(node: Any, path: str | None) -> Any:
         name = path or ""
         if isinstance(node, torch.Tensor):
-            array = to_array(node, name)
-            ties.add(name, node)
-            return array
+            if type(node) in PLAIN:
+                return leaf(node, name)
+            inner, parts[name] = subclasses.take_apart(node, name)
+            return {key: walk(value, join(path, key)) for key, value in inner.items()}
         if type(node) is np.ndarray or isinstance(node, np.generic):  # subclasses, masked arrays say, are refused
             kinds[name] = "ndarray" if isinstance(node, np.ndarray) else "generic"
             return np.asarray(node)
@@ -76,21 +102,31 @@ def flatten(tree: Any) -> Flat:
             return tuple(node)
         if type(node) is tuple or (isinstance(node, tuple) and hasattr(node, "_fields")):
             return _map_tuple(node, path, walk)
+        kind, plain = _plain(node)
+        if kind:
+            kinds[name] = kind
+            return plain
         _refuse_known(node, name)
         return node
 
     flat = walk(tree, None)
-    notes = {"ties": ties.ties, "kinds": kinds, "modules": modules}
+    notes = {"ties": ties.ties, "kinds": kinds, "modules": modules, "strides": strides, "subclasses": parts}
     return Flat(flat, {key: value for key, value in notes.items() if value})
 
 
-def unflatten(flat: Flat, device: torch.device | None = None) -> Any:
+MakeTensor = Callable[[str, Array, torch.device | None], torch.Tensor]
+
+
+def unflatten(flat: Flat, device: torch.device | None = None, make: MakeTensor | None = None) -> Any:
     """The tree of tensors that `flatten` was given, on device (None: the CPU), sharing no memory with the arrays.
 
-    Raises CorruptFile if the notes do not fit the tree, UnsupportedDtype if torch lacks a leaf's dtype.
+    make: how a leaf's tensor is made of path, array and device, if otherwise. Raises CorruptFile if the notes do not
+    fit the tree, UnsupportedDtype if torch lacks a leaf's dtype, UnsupportedNode for tensor subclasses not known here.
     """
     kinds, modules = _table(flat.notes, "kinds"), _table(flat.notes, "modules")
-    maker = TieMaker(_table(flat.notes, "ties"))
+    make = make or maker_of(flat.notes).tensor
+    parts = _table(flat.notes, "subclasses")
+    subclasses.require_notes(parts)
     _require_maps(modules)
 
     def walk(node: Any, path: str | None) -> Any:
@@ -101,7 +137,7 @@ def unflatten(flat: Flat, device: torch.device | None = None) -> Any:
                 return node
             if kind == "generic" and node.shape == ():
                 return node[()]
-            return maker.tensor(name, node, device)
+            return make(name, node, device)
         made: Any = node
         if isinstance(node, dict):
             made = type(node)((key, walk(value, join(path, key))) for key, value in node.items())
@@ -110,26 +146,48 @@ def unflatten(flat: Flat, device: torch.device | None = None) -> Any:
         elif isinstance(node, list):
             made = [walk(value, join(path, i)) for i, value in enumerate(node)]
         if kind in _MAKE_NODE:
-            plain, make = _MAKE_NODE[kind]
-            if type(node) is not plain:
-                raise CorruptFile(f"{name!r} is noted as {kind}, but is a {type(node).__name__}. Use tricomp.load.")
-            made = make(made)
+            plain, make_node = _MAKE_NODE[kind]
+            try:
+                made = make_node(made) if type(node) is plain else None
+            except (AttributeError, RuntimeError, TypeError, ValueError):
+                made = None
+            if made is None:
+                what = f"is {node!r}" if isinstance(node, str) else f"is a {type(node).__name__}"
+                raise CorruptFile(f"{name!r} is noted as {kind}, but {what}. Use tricomp.load.")
         if isinstance(made, OrderedDict) and name in modules:
             setattr(made, _ORDERED_DICT_META, OrderedDict(modules[name]))
+        if isinstance(made, dict) and name in parts:
+            made = subclasses.put_together(made, parts[name], name)
         return made
 
     return walk(flat.tree, None)
 
 
 def unflatten_leaves(leaves: Mapping[str, Array], notes: Mapping[str, Any], device: torch.device | None) -> Any:
-    """Tensors of some leaves of a tree, by path. Ties among them are kept."""
+    """Tensors of some leaves of a tree, by path. Ties among them are kept; inner tensors of a tensor subclass stand by
+    themselves, at paths of their own."""
     kinds = _table(notes, "kinds")
-    maker = TieMaker(_table(notes, "ties"))
+    maker = maker_of(notes)
     made: dict[str, Any] = {}
     for path, array in leaves.items():
         is_numpy = kinds.get(path) in ("ndarray", "generic")
         made[path] = array if is_numpy else maker.tensor(path, array, device)
     return made
+
+
+def maker_of(notes: Mapping[str, Any]) -> TieMaker:
+    """What makes the tensors of leaves. Raises CorruptFile if the notes on ties and strides are damaged."""
+    return TieMaker(_table(notes, "ties"), _table(notes, "strides"))
+
+
+def plain_leaves(tensor: torch.Tensor, path: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """A tensor that is a leaf, with its path; of a subclass, the leaves that it is made of."""
+    if type(tensor) in PLAIN:
+        yield path, tensor
+        return
+    inner, _ = subclasses.take_apart(tensor, path)
+    for key, value in inner.items():
+        yield from plain_leaves(value, join(path, key))
 
 
 def _map_tuple(node: tuple[Any, ...], path: str | None, walk: Callable[[Any, str], Any]) -> tuple[Any, ...]:
@@ -138,9 +196,17 @@ def _map_tuple(node: tuple[Any, ...], path: str | None, walk: Callable[[Any, str
     return tuple(walk(value, join(path, i)) for i, value in enumerate(node))
 
 
+_IS_ENTRY: dict[str, Callable[[Any], bool]] = {
+    "ties": lambda entry: isinstance(entry, str),
+    "kinds": lambda entry: isinstance(entry, str),
+    "strides": subclasses.is_sizes,
+}
+
+
 def _table(notes: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     table = notes.get(name, {}) if isinstance(notes, Mapping) else None
-    if not isinstance(table, Mapping) or (name != "modules" and not all(isinstance(v, str) for v in table.values())):
+    is_entry = _IS_ENTRY.get(name, lambda entry: True)
+    if not isinstance(table, Mapping) or not all(is_entry(entry) for entry in table.values()):
         raise CorruptFile(f"the file's notes for torch are damaged at {name!r}. Read the file with tricomp.load.")
     return table
 
@@ -151,11 +217,24 @@ def _require_maps(modules: Mapping[str, Any]) -> None:
             raise CorruptFile(f"the file's notes on modules at {path!r} are damaged. Read the file with tricomp.load.")
 
 
+def _plain(node: Any) -> tuple[str, Any]:
+    """Kind and plain node of a value that the core does not keep but torch.save does; kind "" for all else."""
+    if isinstance(node, torch.dtype):
+        return "dtype", str(node).removeprefix("torch.")
+    if isinstance(node, torch.device):
+        return "device", str(node)
+    if type(node) is complex:
+        return "complex", (node.real, node.imag)
+    if type(node) is bytearray:
+        return "bytearray", bytes(node)
+    if type(node) is set and all(type(entry) in (str, int, float, bool, bytes) or entry is None for entry in node):
+        return "set", list(node)
+    return "", None
+
+
 def _refuse_known(node: Any, name: str) -> None:
     """Refuse by name what torch users pass by mistake, with what to do; the core refuses everything else unknown."""
     kind = type(node).__name__
-    if isinstance(node, torch.dtype | torch.device):
-        raise UnsupportedNode(f"{name!r}: a {node!r} is not data. Store its name, str(...).")
     if isinstance(node, torch.Generator):
         raise UnsupportedNode(f"{name!r}: expected plain data, got a Generator. Store its get_state().")
     if callable(getattr(node, "state_dict", None)):
