@@ -13,6 +13,10 @@ class InvalidArgument(TricompError, ValueError):
     """An argument is of the wrong kind, shape or value."""
 
 
+class InvalidIndex(InvalidArgument, IndexError):
+    """An index of a slice is out of bounds, or no index."""
+
+
 class UnsupportedDtype(InvalidArgument, TypeError):
     """A leaf has a dtype that the format does not know."""
 
