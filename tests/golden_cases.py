@@ -162,7 +162,7 @@ def _job(plan: Plan, scales: Scales, new: Array, reference: Array | None) -> enc
 def frame_checks() -> dict[str, str]:
     """xxh3-128 of every frame of `jobs`."""
     names, frames = zip(*jobs())
-    return {name: xxhash.xxh3_128_hexdigest(data) for name, (_, data) in zip(names, encoder.encode(frames))}
+    return {name: xxhash.xxh3_128_hexdigest(coded.data) for name, coded in zip(names, encoder.encode(frames))}
 
 
 def main() -> int:

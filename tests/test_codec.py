@@ -363,7 +363,8 @@ def test_every_plan_by_hand():
             planes[0] = Tables(normalise(np.ones(1 << width, np.int64), 11)[None], 11)
             plan = replace(plan, coded_planes=1)
         side = Side(tables, planes, dictionary, scales=scales)
-        complete, data = encoder.encode([encoder.Job(plan, side, words, reference)])[0]
+        encoded = encoder.encode([encoder.Job(plan, side, words, reference)])[0]
+        complete, data = encoded.plan, encoded.data
         assert Plan.from_wire(complete.to_wire()) == complete
         back = decoder.decode([decoder.Job(complete, data, reference)])[0]
         assert np.array_equal(back, words), complete

@@ -27,7 +27,8 @@ def test_the_worked_frame_is_what_the_encoder_writes():
     words[77] = 200
     plan = Plan(dtypes.by_name("uint16"), 130, "palette", chunk_log2=10, entropy="rans", n_symbols=2)
     side = Side(Tables(np.array([[1536, 512]]), 11), palette=np.array([7, 9], np.uint16))
-    complete, data = encoder.encode([encoder.Job(plan, side, words)])[0]
+    encoded = encoder.encode([encoder.Job(plan, side, words)])[0]
+    complete, data = encoded.plan, encoded.data
     assert data == shown
     assert complete.to_wire() == wire
     assert np.array_equal(decoder.decode([decoder.Job(Plan.from_wire(wire), shown)])[0], words)

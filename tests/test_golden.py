@@ -56,7 +56,8 @@ def test_plans_in_files_give_the_same_bytes(name):
                 sibling = list(file)[plan.sibling]
                 old, origin = to_words(file[sibling]), file.leaf(sibling).dtype
             known = side.read(plan, data[: plan.side_bytes]) if plan.n_chunks else side.Side()
-            again, coded = encoder.encode([encoder.Job(plan, known, words, old, origin)])[0]
+            encoded = encoder.encode([encoder.Job(plan, known, words, old, origin)])[0]
+            again, coded = encoded.plan, encoded.data
             assert coded == data, (paths, plan)
             assert again == plan
         source.close()
@@ -69,6 +70,6 @@ def test_frames_of_plans_by_hand_have_the_same_bytes_and_decode():
     assert frame_checks() == stored
     names, cases = zip(*jobs())
     encoded = encoder.encode(cases)
-    decoded = decoder.decode([decoder.Job(plan, data, case.reference) for case, (plan, data) in zip(cases, encoded)])
+    decoded = decoder.decode([decoder.Job(coded.plan, coded.data, case.reference) for case, coded in zip(cases, encoded)])
     for name, case, words in zip(names, cases, decoded):
         assert np.array_equal(words, case.words), name

@@ -1,5 +1,7 @@
 """Parts of leaves: some elements, a leaf piece by piece, and what a frame's bytes are for. Also storage in memory."""
 
+import tempfile
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -8,10 +10,18 @@ from hypothesis import strategies as st
 
 import tricomp
 from tests.cases import equal
-from tricomp import codec, container
+from tricomp import container, spool
 from tricomp.checkpoint import put
 from tricomp.content import content_of
-from tricomp.errors import CorruptFile, CorruptFrame, InvalidArgument, MissingFile, MissingLeaf, StoreLocked
+from tricomp.errors import (
+    CorruptFile,
+    CorruptFrame,
+    InvalidArgument,
+    MissingFile,
+    MissingLeaf,
+    StorageError,
+    StoreLocked,
+)
 from tricomp.file import File
 from tricomp.memory import Memory
 
@@ -48,7 +58,8 @@ def tree(seed=0, nudge=0.0):
 @pytest.fixture(scope="module")
 def chain():
     """Three checkpoints, each a delta of the one before, in memory."""
-    storage, files = Memory(), []
+    storage = Memory()
+    files: list[File] = []
     for i, nudge in enumerate((0.0, 1e-4, 2e-4)):
         put(storage, str(i), content_of(tree(nudge=nudge)), files[-1] if files else None, SPEC)
         files.append(File(storage.get(str(i)), files[-1] if files else None))
@@ -112,7 +123,7 @@ def test_a_part_reads_its_chunks_only(tmp_path, monkeypatch):
             file.elements("w", 39 * 1024 - 1, N)
         with pytest.raises(CorruptFrame):
             file["w"]
-    read = []
+    read: list[int] = []
     monkeypatch.setattr(container.FrameBytes, "__getitem__", _noting(read))
     with tricomp.open(path) as file:
         file.elements("w", 5000, 5001)
@@ -240,8 +251,35 @@ def test_memory_is_a_storage():
 
 
 def test_progress_counts_every_raw_byte():
-    seen = []
+    seen: list[int] = []
     content = content_of(tree())
     report = put(Memory(), "x", content, on_progress=seen.append)
     assert sum(seen) == report.raw_bytes
     assert len(seen) > 5
+
+
+def test_a_large_frame_waits_on_disk_and_is_the_same(monkeypatch, tmp_path):
+    known = tree()
+    content = content_of({"w": known["w"], "v": known["v"]})
+    here, there = Memory(), Memory()
+    put(here, "x", content, spec=SPEC)
+    monkeypatch.setattr(spool, "MEMORY_BYTES", 1000)
+    monkeypatch.setattr(spool, "_READ_BYTES", 777)
+    put(there, "x", content, spec=SPEC)
+    assert here.get("x").read(0, here.n_bytes) == there.get("x").read(0, there.n_bytes)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(StorageError, match=r"nowhere: a large leaf waits there .* set TMPDIR"):
+        put(there, "y", content, spec=SPEC)
+    assert list(there.list()) == ["x"]
+
+
+def test_frames_of_several_bins(monkeypatch):
+    known = tree()
+    monkeypatch.setattr(container, "MAX_BIN_BYTES", 5001)
+    storage = Memory()
+    put(storage, "x", content_of({"w": known["w"], "v": known["v"]}), spec=SPEC)
+    file = File(storage.get("x"))
+    for path in ("w", "v"):
+        assert len(file._frame_of[file._number(path)].sizes) > 5
+        assert bits(file[path]) == bits(known[path])
+        assert bits(file.elements(path, 3000, 30_000)) == bits(known[path].reshape(-1)[3000:30_000])

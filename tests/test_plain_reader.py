@@ -316,7 +316,8 @@ def test_plans_by_hand():
         if plan.remainder == "planes" and not plan.plane_widths:
             plan = replace(plan, remainder="none")
         plan, side = complete(plan, scales, new, old)
-        plan, data = encoder.encode([encoder.Job(plan, side, new, old)])[0]
+        encoded = encoder.encode([encoder.Job(plan, side, new, old)])[0]
+        plan, data = encoded.plan, encoded.data
         words = plain_reader.read_frame(data, plan.to_wire(), None if old is None else old.tolist(), plan.dtype.number)
         assert words == new.tolist(), plan
         first = int.from_bytes(data[plan.side_bytes + 12 : plan.side_bytes + 16], "little")
@@ -339,6 +340,7 @@ def test_casts(source, target):
     new = cast(old, source, target)
     new[::71] ^= 1
     plan = Plan(target, len(new), "cast", reference="sibling")
-    plan, data = encoder.encode([encoder.Job(plan, Side(), new, old, source)])[0]
+    encoded = encoder.encode([encoder.Job(plan, Side(), new, old, source)])[0]
+    plan, data = encoded.plan, encoded.data
     assert len(data) < new.nbytes / 4
     assert plain_reader.read_frame(data, plan.to_wire(), old.tolist(), source.number) == new.tolist()

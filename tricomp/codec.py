@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import groupby
@@ -23,12 +23,13 @@ from tricomp.layout import Leaf, Snapshot
 from tricomp.plan import Plan, Spec
 from tricomp.reference import decode as _decoder
 from tricomp.reference import encode as _encoder
-from tricomp.reference.bits import cast, round_mantissa
+from tricomp.reference.bits import cast, is_equal, round_mantissa
 from tricomp.reference.digest import BLOCK_BYTES as DIGEST_BYTES
 from tricomp.reference.digest import Digester, digest
 from tricomp.reference.frame import anatomy, head_bytes
 from tricomp.reference.planner import plan_frame
 from tricomp.reference.side import Side
+from tricomp.spool import Spool
 
 __all__ = [
     "DIGEST_BYTES",
@@ -65,13 +66,20 @@ _CAST_PAIRS = {
 class Frame:
     """One encoded leaf of any size, or several small leaves of one dtype, one after the other.
 
-    leaves: their numbers in the Layout. digests: 64 bits of each decoded leaf. data: side section, directory, chunks.
+    leaves: their numbers in the Layout. digests: 64 bits of each decoded leaf. pieces: of its data (side section,
+    directory, chunks), n_bytes together; to be read once or more, but before the Frame is let go.
     """
 
     leaves: tuple[int, ...]
     plan: Plan
     digests: tuple[int, ...]
-    data: bytes
+    n_bytes: int
+    pieces: Callable[[], Iterable[Bytes]]
+
+    @property
+    def data(self) -> bytes:
+        """All of the data at once."""
+        return b"".join(self.pieces())
 
 
 class Reference(Protocol):
@@ -152,12 +160,11 @@ def _check_backend(backend: str | None) -> None:
 
 
 def _flush(pending: list[tuple[_Task, _encoder.Job]], digests: list[int]) -> Iterator[Frame]:
-    encoded = _encoder.encode([job for _, job in pending])
-    for (task, job), (plan, data) in zip(pending, encoded, strict=True):
-        if plan.predict != "raw" and len(data) > job.words.nbytes + 64 and plan.n_chunks:
+    for (task, job), encoded in zip(pending, _encoder.encode([job for _, job in pending], Spool), strict=True):
+        if encoded.plan.predict != "raw" and encoded.n_bytes > job.words.nbytes + 64 and encoded.plan.n_chunks:
             raw = replace(job, plan=_raw(job.plan), side=Side())
-            plan, data = min(((plan, data), _encoder.encode([raw])[0]), key=lambda coded: len(coded[1]))
-        yield Frame(task.leaves, plan, tuple(digests[i] for i in task.leaves), data)
+            encoded = min(encoded, _encoder.encode([raw], Spool)[0], key=lambda coded: coded.n_bytes)
+        yield Frame(task.leaves, encoded.plan, tuple(digests[i] for i in task.leaves), encoded.n_bytes, encoded.pieces)
 
 
 def _raw(plan: Plan) -> Plan:
@@ -212,7 +219,7 @@ def _siblings(snapshot: Snapshot, digests: list[int]) -> dict[int, int]:
         if leaf.n_bytes < 256:
             continue
         j = first_with.setdefault((digests[i], leaf.dtype.number, leaf.n_words), i)
-        if j != i and np.array_equal(snapshot.words(i), snapshot.words(j)):
+        if j != i and is_equal(snapshot.words(i), snapshot.words(j)):
             found[i] = j
         else:
             by_shape.setdefault(leaf.shape, []).append(i)
@@ -288,7 +295,7 @@ def _job(snapshot: Snapshot, old: Sequence[Words | None], task: _Task, spec: Spe
         if shape is not None and leaves[0].dtype.words_per_element > 1:
             shape = (*shape, leaves[0].dtype.words_per_element)
         return plan_frame(words, parent, leaves[0].dtype, shape, spec, kept)
-    if parent is not None and np.array_equal(parent, words):
+    if parent is not None and is_equal(parent, words):
         plan = Plan(leaves[0].dtype, len(words), "copy", reference="parent", keep_mantissa_bits=kept)
         return _encoder.Job(plan, Side(), words, parent)
     source = snapshot.layout.leaves[task.sibling]

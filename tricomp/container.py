@@ -139,14 +139,14 @@ class Writing:
             missing.difference_update(frame.leaves)
             for number, digest in zip(frame.leaves, frame.digests, strict=True):
                 self.digests[number] = digest
-            data = memoryview(frame.data).cast("B")
-            bins = [data[i : i + MAX_BIN_BYTES] for i in range(0, len(data), MAX_BIN_BYTES)] or [data]
-            sizes = tuple(map(len, bins))
-            self.entries.append(Entry(frame.leaves, offset, sizes, frame.plan.to_wire(), check_of(data)))
-            for part in bins:
-                yield bin_start(len(part))
-                yield part
-                offset += len(bin_start(len(part))) + len(part)
+            n_full, rest = divmod(frame.n_bytes, MAX_BIN_BYTES)
+            sizes = (MAX_BIN_BYTES,) * n_full + ((rest,) if rest or not n_full else ())
+            check = xxhash.xxh3_64()
+            begin = offset
+            for piece in _in_bins(frame.pieces(), sizes, check):
+                yield piece
+                offset += len(piece)
+            self.entries.append(Entry(frame.leaves, begin, sizes, frame.plan.to_wire(), check.intdigest()))
         if missing:
             raise InvalidArgument(f"leaf {self.leaves[min(missing)].path!r}: no frame came for it")
         index = self._index()
@@ -179,6 +179,23 @@ def bin_start(n_bytes: int) -> bytes:
     if n_bytes < 1 << 16:
         return b"\xc5" + n_bytes.to_bytes(2, "big")
     return b"\xc6" + n_bytes.to_bytes(4, "big")
+
+
+def _in_bins(pieces: Iterable[Bytes], sizes: Sequence[int], check: xxhash.xxh3_64) -> Iterator[Bytes]:
+    """Pieces as the contents of msgpack bins of these sizes, each begun as a bin; check takes the contents."""
+    waiting = iter(sizes)
+    left = next(waiting)
+    yield bin_start(left)
+    for piece in pieces:
+        view = memoryview(piece).cast("B")
+        while len(view):
+            if not left:
+                left = next(waiting)
+                yield bin_start(left)
+            part = view[:left]
+            check.update(part)
+            yield part
+            view, left = view[len(part) :], left - len(part)
 
 
 def _tail(header: bytes, index_offset: int, index: bytes, content: bytes) -> bytes:

@@ -14,6 +14,8 @@ import numpy as np
 from tricomp.dtypes import DType, Words
 from tricomp.errors import InvalidArgument
 
+_BLOCK_WORDS = 1 << 20  # compared at a time
+
 _LENGTH_16 = np.zeros(1 << 16, np.uint8)
 for _bit in range(16):
     _LENGTH_16[1 << _bit :] = _bit + 1
@@ -161,3 +163,26 @@ def _round_shift(values: Words, drop: np.ndarray[Any, np.dtype[np.int64]]) -> Wo
     rest = values & ((one << down) - one)
     quotient = quotient + ((rest > half) | ((rest == half) & (down > 0) & (quotient & one == one))).astype(np.uint64)
     return np.where(drop > 0, quotient, values << up)
+
+
+def count_unequal(words: Words, others: Words | int) -> int:
+    """How many words differ from the others, or from one word, in little memory however many there are."""
+    n = 0
+    for first in range(0, len(words), _BLOCK_WORDS):
+        part = slice(first, first + _BLOCK_WORDS)
+        n += int(np.count_nonzero(words[part] != (others if isinstance(others, int) else others[part])))
+    return n
+
+
+def is_equal(words: Words, others: Words) -> bool:
+    """Whether two arrays of words are the same; stops at the first block that is not."""
+    blocks = range(0, len(words), _BLOCK_WORDS)
+    return len(words) == len(others) and all(
+        np.array_equal(words[first : first + _BLOCK_WORDS], others[first : first + _BLOCK_WORDS]) for first in blocks
+    )
+
+
+def is_constant(words: Words) -> bool:
+    """Whether all words are the same; stops at the first block where they are not."""
+    blocks = range(0, len(words), _BLOCK_WORDS)
+    return all((words[first : first + _BLOCK_WORDS] == words[0]).all() for first in blocks)

@@ -6,13 +6,14 @@ so frames are encoded in batches; a frame's bytes never depend on what else is i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import xxhash
 
+from tricomp.bounds import Bytes
 from tricomp.dtypes import DType, Words
 from tricomp.plan import Plan
 from tricomp.reference import side
@@ -60,17 +61,56 @@ class _Chunk:
     block_shifts: Array | None = None
 
 
+class Room(Protocol):
+    """Where the payloads of a frame wait until its head is known. A list is one."""
+
+    def append(self, piece: bytes, /) -> None: ...
+
+    def __iter__(self) -> Iterator[Bytes]: ...
+
+
 @dataclass
 class _Output:
-    """What has been laid down of a frame: directory rows and payloads."""
+    """What has been laid down of a frame: directory rows, payloads padded to 16 bytes but for the last."""
 
+    payloads: Room
     rows: list[Array] = field(default_factory=list)
-    payloads: list[bytes] = field(default_factory=list)
+    n_bytes: int = 0
+
+    def add(self, row: Array, payload: bytes) -> None:
+        """Lay down the next chunk."""
+        checksum = xxhash.xxh3_64_intdigest(payload)
+        row[0], row[1] = checksum & 0xFFFFFFFF, checksum >> 32
+        padding = bytes(-self.n_bytes % ALIGN)
+        self.payloads.append(padding + payload if padding else payload)
+        self.n_bytes += len(padding) + len(payload)
+        self.rows.append(row)
 
 
-def encode(jobs: Sequence[Job]) -> list[tuple[Plan, bytes]]:
-    """The data of each frame and its plan, completed by side_bytes and side_check."""
-    outputs = [_Output() for _ in jobs]
+@dataclass(frozen=True)
+class Encoded:
+    """A frame's data in pieces, and its plan, completed by side_bytes and side_check."""
+
+    plan: Plan
+    n_bytes: int
+    head: bytes
+    payloads: Iterable[Bytes]
+
+    def pieces(self) -> Iterator[Bytes]:
+        """The data in order."""
+        if self.head:
+            yield self.head
+        yield from self.payloads
+
+    @property
+    def data(self) -> bytes:
+        """All of the data at once."""
+        return b"".join(self.pieces())
+
+
+def encode(jobs: Sequence[Job], room: Callable[[], Room] = list) -> list[Encoded]:
+    """Encode frames. room: makes the place where the payloads of one frame wait."""
+    outputs = [_Output(room()) for _ in jobs]
     pending: list[tuple[int, _Chunk]] = []
     for number, job in enumerate(jobs):
         for chunk in _take_apart(job):
@@ -106,8 +146,7 @@ def _flush(jobs: Sequence[Job], pending: list[tuple[int, _Chunk]], outputs: list
     next_symbols, next_planes = iter(symbols), iter(planes)
     for place, (number, chunk) in enumerate(pending):
         row, payload = _lay_down(jobs[number], chunk, next_symbols, next_planes, stacks.get(place))
-        outputs[number].rows.append(row)
-        outputs[number].payloads.append(payload)
+        outputs[number].add(row, payload)
 
 
 def _code(streams: list[tuple[Array | None, Tables | None]]) -> list[Coded]:
@@ -275,19 +314,12 @@ def _stream(states: Array, words: Array) -> bytes:
     return states.tobytes() + bytes(-words.nbytes % 16) + words.tobytes()
 
 
-def _assemble(job: Job, output: _Output) -> tuple[Plan, bytes]:
-    """The plan, with side_bytes and side_check filled in, and the frame's data."""
-    rows, payloads = output.rows, output.payloads
-    if not rows:
-        return job.plan, b""
-    directory = np.stack(rows).astype("<u4")
-    for row, payload in zip(directory, payloads, strict=True):
-        checksum = xxhash.xxh3_64_intdigest(payload)
-        row[0], row[1] = checksum & 0xFFFFFFFF, checksum >> 32
+def _assemble(job: Job, output: _Output) -> Encoded:
+    """Put the head before the payloads."""
+    if not output.rows:
+        return Encoded(job.plan, 0, b"", ())
+    directory = np.stack(output.rows).astype("<u4")
     section = side.write(job.plan, job.side)
     head = section + directory.tobytes() + bytes(-directory.nbytes % ALIGN)
     plan = replace(job.plan, side_bytes=len(section), side_check=xxhash.xxh3_64_intdigest(head))
-    parts = [head]
-    for payload in payloads[:-1]:
-        parts += [payload, bytes(-len(payload) % ALIGN)]
-    return plan, b"".join([*parts, payloads[-1]])
+    return Encoded(plan, len(head) + output.n_bytes, head, output.payloads)

@@ -7,7 +7,7 @@ small leaves suffer.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ LEAST_SAMPLE_ROWS = 256  # a frame of no more rows is its own sample; between th
 BLOCK_COLUMNS = 256  # the split of frames without two dimensions: a scale for every 256 words
 FIT_COLUMNS = 128  # most columns that a row's scale or factor is measured on
 FIT_ROWS = 512  # most rows that a column's is measured on
+BLOCK_WORDS = 1 << 22  # of a leaf that are measured at a time
 STATE_BITS = 1024 + 192  # of one stream, with its part of the directory
 
 
@@ -70,6 +71,12 @@ def sample_of(words: Words, reference: Words | None) -> Sample:
     whole = words[: n_rows * ROW].reshape(-1, ROW)
     cut = None if reference is None else reference[: n_rows * ROW].reshape(-1, ROW)[chosen]
     return Sample(chosen * ROW, whole[chosen], cut)
+
+
+def in_blocks(n: int, width: int, measure: Callable[[slice], Array]) -> Array:
+    """measure of slices that cover 0..n, joined, with little made on the way. width: words that it takes for one."""
+    n_each = max(BLOCK_WORDS // max(width, 1), 1)
+    return np.concatenate([measure(slice(first, min(first + n_each, n))) for first in range(0, max(n, 1), n_each)])
 
 
 def splits(shape: Sequence[int] | None, n_words: int) -> list[tuple[int, bool]]:

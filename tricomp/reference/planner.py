@@ -14,6 +14,7 @@ import numpy as np
 
 from tricomp.dtypes import DType, Words
 from tricomp.plan import MAX_SYMBOLS, Plan, Spec
+from tricomp.reference.bits import count_unequal, is_constant, is_equal
 from tricomp.reference.encode import Job
 from tricomp.reference.estimate import Choice, Sample, patch_bits, sample_of, side_of, symbol_cost, with_entropy
 from tricomp.reference.planner_delta import delta_choice, scaled_delta_choice
@@ -60,9 +61,9 @@ def plan_frame(
 
 def _exact(words: Words, reference: Words | None, blank: Plan) -> Job | None:
     """Constant or copy, if the whole frame is."""
-    if len(words) == 0 or (words[0] == words[-1] and (words == words[0]).all()):
+    if is_constant(words):
         return Job(replace(blank, predict="constant", word=int(words[0]) if len(words) else 0), Side(), words)
-    if reference is not None and np.array_equal(words, reference):
+    if reference is not None and is_equal(words, reference):
         return Job(replace(blank, predict="copy", reference="parent"), Side(), words, reference)
     return None
 
@@ -74,11 +75,11 @@ def _sparse(words: Words, reference: Words | None, sample: Sample, blank: Plan) 
     commonest = values[np.argmax(counts)]
     choices = []
     if counts.max() > 0.5 * counts.sum():
-        share = np.count_nonzero(words != commonest) / len(words)
+        share = count_unequal(words, int(commonest)) / len(words)
         plan = replace(blank, predict="sparse", word=int(commonest))
         choices.append(Choice(patch_bits(plan.dtype, share) + overhead, plan, Side()))
     if reference is not None and np.count_nonzero(sample.words != sample.reference) < 0.5 * sample.words.size:
-        share = np.count_nonzero(words != reference) / len(words)
+        share = count_unequal(words, reference) / len(words)
         plan = replace(blank, predict="sparse", reference="parent")
         choices.append(Choice(patch_bits(plan.dtype, share) + overhead, plan, Side()))
     return choices

@@ -25,6 +25,7 @@ from tricomp.reference.estimate import (
     Sample,
     densest,
     entropy_bits,
+    in_blocks,
     patch_bits,
     side_of,
     splits,
@@ -241,7 +242,8 @@ def fit_factors(
     old = reference[: n_whole * n_columns].reshape(n_whole, n_columns)
     whole = common / (1 << 30)
     step = -(-n_columns // min(max(FIT_WORDS // max(n_whole, 1), 16), FIT_COLUMNS))
-    rows = _medians(_ratios(grid[:, ::step], old[:, ::step], dtype) / whole, 1)
+    new, ref = grid[:, ::step], old[:, ::step]
+    rows = in_blocks(n_whole, new.shape[1], lambda part: _medians(_ratios(new[part], ref[part], dtype) / whole, 1))
     if n_whole * n_columns < len(words):
         tail = _ratios(words[None, n_whole * n_columns :], reference[None, n_whole * n_columns :], dtype) / whole
         rows = np.append(rows, _medians(tail, 1))
@@ -249,10 +251,13 @@ def fit_factors(
     if not has_column_scale:
         return Scales(row_factors, None)
     step = -(-n_whole // min(max(FIT_WORDS // n_columns, 16), FIT_ROWS))
-    columns = (
-        _ratios(grid[::step], old[::step], dtype) / whole / (row_factors[:n_whole][::step, None] / (1 << FACTOR_BITS))
-    )
-    return Scales(row_factors, _factor(_medians(columns, 0)))
+    few, few_old = grid[::step], old[::step]
+    spread = row_factors[:n_whole][::step, None] / (1 << FACTOR_BITS)
+
+    def middles(part: slice) -> Array:
+        return _medians(_ratios(few[:, part], few_old[:, part], dtype) / whole / spread, 0)
+
+    return Scales(row_factors, _factor(in_blocks(n_columns, len(few), middles)))
 
 
 def _medians(values: Array, axis: int) -> Array:

@@ -24,6 +24,7 @@ from tricomp.reference.estimate import (
     Sample,
     densest,
     entropy_bits,
+    in_blocks,
     patch_bits,
     side_of,
     splits,
@@ -148,7 +149,7 @@ def fit_scales(words: Words, dtype: DType, n_columns: int, has_column_scale: boo
     grid = words[: n_whole * n_columns].reshape(n_whole, n_columns)
     step = -(-n_columns // FIT_COLUMNS)
     thin = grid[:, ::step]
-    rows = _means(_octaves(thin, dtype), thin != 0, 1)
+    rows = in_blocks(n_whole, thin.shape[1], lambda part: _means(_octaves(thin[part], dtype), thin[part] != 0, 1))
     if n_whole * n_columns < len(words):
         tail = words[None, n_whole * n_columns :]
         rows = np.append(rows, _means(_octaves(tail, dtype), tail != 0, 1))
@@ -157,11 +158,16 @@ def fit_scales(words: Words, dtype: DType, n_columns: int, has_column_scale: boo
     rows = np.where(rows < 0, typical, rows)
     if not has_column_scale:
         return Scales(rows.astype(np.int16), None)
-    thin = grid[:: -(-n_whole // FIT_ROWS)]
-    relative = _octaves(thin, dtype) - rows[:n_whole][:: -(-n_whole // FIT_ROWS), None]
-    sums = np.where(thin != 0, relative, 0).sum(axis=0, dtype=np.int64)
-    counts = np.count_nonzero(thin, axis=0)
-    columns = np.where(counts > 0, (2 * sums + counts) // np.maximum(2 * counts, 1), 0)
+    few = grid[:: -(-n_whole // FIT_ROWS)]
+    levels = rows[:n_whole][:: -(-n_whole // FIT_ROWS), None]
+
+    def offsets(part: slice) -> Array:
+        some = few[:, part]
+        sums = np.where(some != 0, _octaves(some, dtype) - levels, 0).sum(axis=0, dtype=np.int64)
+        counts = np.count_nonzero(some, axis=0)
+        return np.where(counts > 0, (2 * sums + counts) // np.maximum(2 * counts, 1), 0)
+
+    columns = in_blocks(n_columns, len(few), offsets)
     return Scales(rows.astype(np.int16), columns.astype(np.int16))
 
 
@@ -188,7 +194,8 @@ def _packing(
     by_row = np.bitwise_or.reduce(sample.words & low_mask, axis=1)
     shift = min(int(trailing_zeros(np.bitwise_or.reduce(by_row)[None])[0]), n_low)
     if shift:  # what the sample suggests must hold for every word
-        shift = min(int(trailing_zeros(np.bitwise_or.reduce(words & low_mask)[None])[0]), n_low)
+        joined = np.bitwise_or.reduce(words) & low_mask
+        shift = min(int(trailing_zeros(joined[None])[0]), n_low)
     # Planes.
     low = sample.words & low_mask
     if plan.has_sign:
