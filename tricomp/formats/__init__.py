@@ -12,40 +12,70 @@ loaded, only when none of the formats here fits.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from importlib import metadata
 from typing import BinaryIO
 
-from tricomp.bounds import Bytes
+from tricomp import bounds, folder
+from tricomp.bounds import Bytes, Limits
+from tricomp.container import START
+from tricomp.errors import CorruptFile, UnsupportedFormat
 from tricomp.file import File
-from tricomp.formats.base import Format
+from tricomp.formats.base import HEAD_BYTES, Format
+from tricomp.formats.flax import Flax
+from tricomp.formats.npy import Npy
+from tricomp.formats.npz import Npz
 from tricomp.formats.origin import Origin, Span, TensorFile
+from tricomp.formats.safetensors import Safetensors
 
 __all__ = ["Format", "Origin", "Span", "TensorFile", "exported", "names", "origins", "read", "restored", "write"]
 
 GROUP = "tricomp.formats"
+_CORE: tuple[Format, ...] = (Safetensors(), Npy(), Npz(), Flax())
 
 
 def names() -> tuple[str, ...]:
     """The formats that there are, those of installed adapters included."""
-    raise NotImplementedError
+    return tuple(sorted({format.name for format in _CORE} | {entry.name for entry in _entry_points()}))
 
 
 def read(path: str) -> TensorFile:
     """Open a tensor file of any known format, told by its content; nothing but its table is read yet.
 
-    Raises UnsupportedFormat if it is of none, InvalidArgument if it is damaged or holds code, MissingFile, StorageError.
+    Raises UnsupportedFormat if it is of none, InvalidArgument if it is damaged or holds code, MissingFile,
+    StorageError.
     """
-    raise NotImplementedError
+    source = folder.LocalFile(path)
+    with contextlib.closing(source):
+        head = bytes(source.read(0, min(source.n_bytes, HEAD_BYTES)))
+    if head[1 : 1 + len(START)] == START:
+        raise UnsupportedFormat(f"{path}: is a .tri file already. Open it with tricomp.open or tricomp.load.")
+    missing: list[str] = []
+    format = _best(_CORE, head, path) or _best(_adapters(missing), head, path) or _by_suffix(path, missing)
+    if format is None:
+        hint = f" ({'; '.join(missing)})" if missing else ""
+        raise UnsupportedFormat(
+            f"{path}: expected a file of tensors ({', '.join(names())}), got one that is none of these{hint}. "
+            f"{'It is empty.' if not head else 'Convert it to one of them first.'}"
+        )
+    return format.read(path)
 
 
-def origins(file: File) -> list[Origin]:
+def origins(file: File, limits: Limits = bounds.DEFAULTS) -> list[Origin]:
     """What an open `.tri` file was made of: empty if it was not made of files. Raises CorruptFile, LimitExceeded."""
-    raise NotImplementedError
+    packed = file.metadata.get("origin", [])
+    if not isinstance(packed, list):
+        raise CorruptFile(f"{file.name}: origin: expected a list, got {type(packed).__name__}.")
+    found = [Origin.from_metadata(each, file, limits) for each in packed]
+    if len({origin.name for origin in found}) != len(found):
+        raise CorruptFile(f"{file.name}: origin: two files of one name.")
+    return found
 
 
 def restored(file: File, origin: Origin) -> Iterator[Bytes]:
     """The bytes of a file that a `.tri` file was made of: the very same if origin has spans, else of an equal file."""
-    raise NotImplementedError
+    return origin.pieces(file) if origin.is_exact else exported(origin.format, file)
 
 
 def exported(format: str, file: File) -> Iterator[Bytes]:
@@ -53,9 +83,59 @@ def exported(format: str, file: File) -> Iterator[Bytes]:
 
     Raises UnsupportedFormat for a name that is none; InvalidArgument, naming the leaf, for what the format cannot hold.
     """
-    raise NotImplementedError
+    missing: list[str] = []
+    for known in (*_CORE, *_adapters(missing)):
+        if known.name == format:
+            return known.pieces(file)
+    hint = "".join(f" {each}." for each in missing)
+    raise UnsupportedFormat(f"format {format!r}: expected one of {', '.join(names())}.{hint}")
 
 
 def write(format: str, file: File, target: str | BinaryIO) -> int:
-    """Write what exported gives to a path (atomically, replacing what is there) or to a binary stream. Returns bytes."""
-    raise NotImplementedError
+    """Write what exported gives to a path (atomically, replacing what is there) or a binary stream. Returns its size.
+
+    Raises what exported raises, StorageError.
+    """
+    n_bytes = 0
+
+    def counted() -> Iterator[Bytes]:
+        nonlocal n_bytes
+        for piece in pieces:
+            n_bytes += len(piece)
+            yield piece
+
+    pieces = exported(format, file)
+    if isinstance(target, str):
+        where, name = folder.split(target)
+        where.put(name, counted())
+    else:
+        for piece in counted():
+            target.write(piece)
+    return n_bytes
+
+
+def _best(formats: tuple[Format, ...], head: bytes, path: str) -> Format | None:
+    """The format that matches; of several, the one whose suffix the file has."""
+    found = [format for format in formats if format.matches(head, path)]
+    return next((format for format in found if path.lower().endswith(format.suffixes)), next(iter(found), None))
+
+
+def _by_suffix(path: str, missing: list[str]) -> Format | None:
+    """The format a file should have by its name: reading it will say what is wrong."""
+    return next((f for f in (*_CORE, *_adapters(missing)) if path.lower().endswith(f.suffixes)), None)
+
+
+def _entry_points() -> metadata.EntryPoints:
+    return metadata.entry_points(group=GROUP)
+
+
+def _adapters(missing: list[str]) -> tuple[Format, ...]:
+    """Formats of installed adapters whose framework is there; the others are told in missing."""
+    found: list[Format] = []
+    for entry in _entry_points():
+        try:
+            found.append(entry.load())
+        except ImportError as error:
+            told = f"the format {entry.name!r} needs a package that is missing: {error}"
+            missing += [told] if told not in missing else []
+    return tuple(found)

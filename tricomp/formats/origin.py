@@ -1,55 +1,46 @@
 """Where a `.tri` file's leaves came from: files of other formats, and how to rebuild them byte for byte.
 
-A file is leaves' bytes in spans and, around them, its *skeleton*; the metadata key "origin" holds the skeletons. Knows no
-format and no framework. The hard thing: 100,000 spans must cost next to nothing, so they are columns of differences that
-are zero for any tidy file, deflated; and what is read back is hostile until it is checked against the file's leaves.
+A file is leaves' bytes in spans and, around them, its *skeleton*; the metadata key "origin" holds spans and skeletons.
+Imports no framework. The hard thing: 100,000 spans must cost next to nothing, so they are columns of differences, zero
+for any tidy file, and deflated; and what is read back is hostile until it is checked against the file's leaves.
 """
 
 from __future__ import annotations
 
+import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import msgpack
 import numpy as np
 
-from tricomp import bounds
+from tricomp import bounds, dtypes
 from tricomp import tree as trees
 from tricomp.bounds import Bytes, Limits
 from tricomp.errors import CorruptFile, InvalidArgument
+from tricomp.formats import header
+from tricomp.formats.span import Span, decoded, fault_of
+from tricomp.layout import Leaf
 from tricomp.storage import Source
 
 if TYPE_CHECKING:
     from tricomp.file import File
 
+__all__ = ["Origin", "Span", "TensorFile", "is_plain_name"]
+
 Array = np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True)
-class Span:
-    """Where a leaf's bytes stand in a file: offset and n_bytes.
-
-    axes: leaf.transpose(axes), in C order, is what stands there; None: the leaf itself. is_swapped: big-endian there.
-    start: the span holds the leaf's bytes [start, start + n_bytes), in the leaf's own order (then axes is None).
-    """
-
-    leaf: str
-    offset: int
-    n_bytes: int
-    axes: tuple[int, ...] | None = None
-    is_swapped: bool = False
-    start: int = 0
 
 
 @dataclass(frozen=True)
 class TensorFile:
     """A file of another format, opened: its tree of numpy arrays (views of the mapped file) and plain values.
 
-    name: without folders. n_bytes: of the file, or of all parts. spans: where leaves of the tree stand, in any order, so
-    that the file can be rebuilt byte for byte; None: only an equal one can be written. metadata: further keys for the
-    `.tri` file's metadata (an adapter's notes; not "origin"). source: the file's bytes. parts: the shards, when this is
-    an index of several files; their leaves are leaves of this tree. A context manager.
+    name: without folders. n_bytes: of the file, or of all parts together. spans: where leaves of the tree stand, in any
+    order, so that the file can be rebuilt byte for byte; None: only an equal one can be written. source: the file's
+    bytes. metadata: further keys for the `.tri` file's metadata (an adapter's notes; not "origin"). parts: the shards,
+    when this is an index of several files; their leaves are leaves of this tree. A context manager.
     """
 
     name: str
@@ -62,8 +53,10 @@ class TensorFile:
     parts: tuple[TensorFile, ...] = ()
 
     def origins(self) -> list[Origin]:
-        """The Origin of this file, then of its parts."""
-        raise NotImplementedError
+        """The Origin of this file, then of its parts. Raises InvalidArgument if spans do not fit the file or tree."""
+        _, paths, arrays = trees.flatten(self.tree)
+        leaves = tuple(Leaf(path, dtypes.of(array, path), array.shape) for path, array in zip(paths, arrays))
+        return [_origin_of(opened, leaves) for opened in (self, *self.parts)]
 
     def to_metadata(self) -> dict[str, Any]:
         """What a `.tri` file of this tree takes as metadata: the adapter's notes, and "origin"."""
@@ -84,28 +77,187 @@ class TensorFile:
 
 @dataclass(frozen=True)
 class Origin:
-    """One file that leaves came from. spans: None if only an equal file can be written (by the format's writer)."""
+    """One file that leaves came from, for metadata["origin"].
+
+    spans: in file order; None if only an equal file can be written, by the format's writer. skeleton: all bytes outside
+    the spans. leaves: all of the tree's, in its order.
+    """
 
     format: str
     name: str
     n_bytes: int
     spans: tuple[Span, ...] | None
-    skeleton: bytes = b""
+    skeleton: bytes
+    leaves: tuple[Leaf, ...]
 
-    @classmethod
-    def of(cls, opened: TensorFile, data: Source | None = None) -> Origin:
-        """The Origin of an opened file. data: its bytes, if they are not opened.source."""
-        raise NotImplementedError
+    @property
+    def is_exact(self) -> bool:
+        """Whether pieces can rebuild the file."""
+        return self.spans is not None
 
     def to_metadata(self) -> dict[str, Any]:
-        """Plain values for a file's metadata."""
-        raise NotImplementedError
+        """Plain values for a file's metadata, see FORMAT.md."""
+        known: dict[str, Any] = {"format": self.format, "name": self.name, "bytes": self.n_bytes}
+        if self.spans is None:
+            return known
+        axes = sorted({span.axes for span in self.spans if span.axes is not None})
+        columns = _columns(self.spans, self.leaves, axes)
+        placed = _placed(self.spans, self.leaves)
+        short = header.abridge(self.skeleton, placed) if self.format == "safetensors" and placed else None
+        known["spans"] = _deflate(columns.tobytes())
+        known["axes"] = [list(each) for each in axes]
+        known["skeleton"] = _deflate(self.skeleton if short is None else short)
+        known["skeleton_bytes"] = len(self.skeleton)
+        known["is_abridged"] = short is not None
+        return known
 
     @classmethod
     def from_metadata(cls, packed: Any, file: File, limits: Limits = bounds.DEFAULTS) -> Origin:
-        """One entry of metadata["origin"], checked against the leaves of its file. Raises CorruptFile, LimitExceeded."""
-        raise NotImplementedError
+        """One entry of metadata["origin"], checked against its file's leaves. Raises CorruptFile, LimitExceeded."""
+        what = f"{file.name}: origin"
+        if not isinstance(packed, dict) or not isinstance(packed.get("format"), str):
+            raise CorruptFile(f"{what}: expected a map that names a format, got {type(packed).__name__}.")
+        name, n_bytes = packed.get("name"), packed.get("bytes")
+        if not isinstance(name, str) or not is_plain_name(name):
+            raise CorruptFile(f"{what}: expected the name of a file in the same folder, got {name!r}.")
+        if type(n_bytes) is not int or not 0 <= n_bytes < 1 << 62:
+            raise CorruptFile(f"{what}: {name!r}: {n_bytes!r} is no size of a file.")
+        what = f"{what}: {name!r}"
+        leaves = tuple(map(file.leaf, file))
+        if packed.get("spans") is None:
+            return cls(packed["format"], name, n_bytes, None, b"", leaves)
+        n_skeleton, is_abridged = packed.get("skeleton_bytes"), packed.get("is_abridged")
+        if type(n_skeleton) is not int or not 0 <= n_skeleton <= n_bytes or not isinstance(is_abridged, bool):
+            raise CorruptFile(f"{what}: a skeleton of {n_skeleton!r} bytes in a file of {n_bytes} bytes.")
+        limits.check("max_table_bytes", n_skeleton, what)
+        raw = _inflate(packed.get("spans"), limits, f"{what}: spans")
+        spans = _spans(raw, packed.get("axes"), leaves, n_bytes - n_skeleton, n_bytes, f"{what}: spans")
+        skeleton = _inflate(packed.get("skeleton"), limits, f"{what}: skeleton")
+        if is_abridged:
+            skeleton = header.expand(skeleton, _placed(spans, leaves), n_skeleton, f"{what}: skeleton")
+        if len(skeleton) != n_skeleton:
+            raise CorruptFile(f"{what}: a skeleton of {len(skeleton)} bytes, {n_skeleton} are declared.")
+        return cls(packed["format"], name, n_bytes, spans, skeleton, leaves)
 
     def pieces(self, file: File) -> Iterator[Bytes]:
-        """The original file's bytes, a few MB at a time. Raises InvalidArgument if it cannot be rebuilt exactly."""
-        raise NotImplementedError
+        """The original file's bytes, a few MB at a time, leaves decoded in file order.
+
+        Raises InvalidArgument if the file cannot be rebuilt exactly, and what decoding raises.
+        """
+        if self.spans is None:
+            raise InvalidArgument(
+                f"{file.name}: {self.name!r} cannot be rebuilt byte for byte. Write an equal file: formats.restored."
+            )
+        skeleton, done, offset = memoryview(self.skeleton), 0, 0
+        for span, found in decoded(self.spans, self.leaves, file):
+            if span.offset > offset:
+                yield skeleton[done : done + span.offset - offset]
+                done += span.offset - offset
+            yield from found
+            offset = span.offset + span.n_bytes
+        if done < len(skeleton):
+            yield skeleton[done:]
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name out of a file is that of a file in the folder it is used in, and of nothing else."""
+    is_part = bool(name) and name not in (".", "..") and not any(letter in name for letter in "/\\:\0")
+    return is_part and name.isprintable() and len(name.encode(errors="replace")) <= 255
+
+
+def _plain_name(name: str) -> str:
+    """A name that is_plain_name takes, the same if it does already."""
+    safe = "".join("_" if letter in "/\\:" or not letter.isprintable() else letter for letter in name)
+    return safe if is_plain_name(safe) else f"file{os.path.splitext(safe)[1][:20]}"
+
+
+def _origin_of(opened: TensorFile, leaves: tuple[Leaf, ...]) -> Origin:
+    """The Origin of one opened file. leaves: of the whole tree."""
+    name = _plain_name(opened.name)
+    inexact = Origin(opened.format, name, opened.source.n_bytes, None, b"", leaves)
+    if opened.spans is None:
+        return inexact
+    spans = tuple(sorted(opened.spans, key=lambda span: (span.offset, span.n_bytes)))
+    by_path = {leaf.path: leaf for leaf in leaves}
+    n_bytes = opened.source.n_bytes
+    gaps: list[tuple[int, int]] = []
+    at = 0
+    for span in spans:
+        fault = fault_of(span, by_path.get(span.leaf))
+        if fault or span.offset < at or span.offset + span.n_bytes > n_bytes:
+            raise InvalidArgument(
+                f"{opened.name}: leaf {span.leaf!r} at {span.offset}, {span.n_bytes} bytes: "
+                f"{fault or 'overlaps another one, or the end of the file'}."
+            )
+        if span.offset > at:
+            gaps.append((at, span.offset))
+        at = span.offset + span.n_bytes
+    gaps.append((at, n_bytes))
+    if sum(stop - start for start, stop in gaps) > bounds.DEFAULTS.max_table_bytes:
+        return inexact  # a skeleton that no reader would take
+    skeleton = b"".join(opened.source.read(start, stop - start) for start, stop in gaps)
+    return Origin(opened.format, name, n_bytes, spans, skeleton, leaves)
+
+
+def _placed(spans: Sequence[Span], leaves: Sequence[Leaf]) -> list[tuple[Leaf, int]]:
+    by_path = {leaf.path: leaf for leaf in leaves}
+    return [(by_path[span.leaf], span.offset) for span in spans]
+
+
+def _columns(spans: Sequence[Span], leaves: Sequence[Leaf], axes: Sequence[tuple[int, ...]]) -> Array:
+    """The spans as int64[5, n_spans]: steps of leaf numbers, gaps, codes, starts, sizes; nearly all 1 or 0."""
+    numbers = {leaf.path: number for number, leaf in enumerate(leaves)}
+    code_of = {each: (1 + i) << 2 for i, each in enumerate(axes)}
+    table = np.zeros((5, len(spans)), "<i8")
+    number, at = -1, 0
+    for i, span in enumerate(spans):
+        found = numbers[span.leaf]
+        is_part = span.n_bytes != leaves[found].n_bytes
+        code = int(span.is_swapped) | is_part << 1 | (code_of[span.axes] if span.axes is not None else 0)
+        table[:, i] = found - number - 1, span.offset - at, code, *((span.start, span.n_bytes) if is_part else (0, 0))
+        number, at = found, span.offset + span.n_bytes
+    return table
+
+
+def _spans(
+    raw: bytes, axes: Any, leaves: Sequence[Leaf], n_leaf_bytes: int, n_bytes: int, what: str
+) -> tuple[Span, ...]:
+    """The spans of _columns, checked: n_leaf_bytes in all, in a file of n_bytes."""
+    if len(raw) % 40:
+        raise CorruptFile(f"{what}: {len(raw)} bytes are no columns of five integers.")
+    if not isinstance(axes, list) or not all(
+        isinstance(each, list) and all(type(axis) is int for axis in each) for each in axes
+    ):
+        raise CorruptFile(f"{what}: expected lists of axes, got {type(axes).__name__}.")
+    columns = np.frombuffer(raw, "<i8").reshape(5, -1).tolist()
+    spans: list[Span] = []
+    number, at, rest = -1, 0, n_leaf_bytes
+    for step, gap, code, start, size in zip(*columns, strict=True):
+        number += step + 1
+        if not 0 <= number < len(leaves) or gap < 0 or not 0 <= code >> 2 <= len(axes):
+            raise CorruptFile(f"{what}: number {len(spans)} is of a leaf, or has axes, that the file does not have.")
+        leaf = leaves[number]
+        if not code & 2:
+            start, size = 0, leaf.n_bytes
+        span = Span(
+            leaf.path, at + gap, size, tuple(axes[(code >> 2) - 1]) if code >> 2 else None, bool(code & 1), start
+        )
+        fault = fault_of(span, leaf)
+        at, rest = at + gap + size, rest - size
+        if fault or at > n_bytes or rest < 0:
+            raise CorruptFile(f"{what}: leaf {leaf.path!r}: {fault or 'it ends behind the file'}.")
+        spans.append(span)
+    if rest:
+        raise CorruptFile(f"{what}: they hold {n_leaf_bytes - rest} bytes, {n_leaf_bytes} are declared.")
+    return tuple(spans)
+
+
+def _deflate(raw: bytes) -> bytes:
+    """u64 LE raw size and zlib stream, as in extension 37."""
+    return len(raw).to_bytes(8, "little") + zlib.compress(raw, 9)
+
+
+def _inflate(packed: Any, limits: Limits, what: str) -> bytes:
+    if not isinstance(packed, bytes):
+        raise CorruptFile(f"{what}: expected bytes, got {type(packed).__name__}.")
+    return bounds.unpack_table(msgpack.ExtType(bounds.DEFLATED, packed), limits, what)
