@@ -1,0 +1,281 @@
+"""compress and decompress: whole files of other formats to `.tri` files and back: formats, checkpoint and names.
+
+    compress("model.safetensors")            writes model.safetensors.tri
+    decompress("model.safetensors.tri")      writes model.safetensors again, byte for byte
+
+The hard thing: nothing may be lost on the way. Files appear whole or not at all, an input that changes while it is read
+is noticed, and a delta is decoded against the very content that it was made against, in whatever file that comes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import BinaryIO
+
+from tricomp import archive_names, checkpoint, folder, formats
+from tricomp.archive_base import Base, require_base, require_shared
+from tricomp.archive_output import Output, keep_private, make_folder, put, put_together, unchanged, write
+from tricomp.bounds import Bytes
+from tricomp.content import content_of
+from tricomp.errors import InvalidArgument
+from tricomp.file import File
+from tricomp.formats import Origin
+from tricomp.plan import Spec, check_spec
+from tricomp.report import Report
+
+Path = str | os.PathLike[str]
+OnProgress = Callable[[int, int], None]  # bytes done, of so many
+
+STREAM = "standard output"
+_log = logging.getLogger("tricomp")
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What compress_file did. files: read, an index of shards first. input_bytes: theirs. format: of the input.
+
+    is_exact: decompress restores the files byte for byte; else equal ones, written anew.
+    """
+
+    report: Report
+    files: tuple[str, ...]
+    input_bytes: int
+    format: str
+    is_exact: bool
+
+
+@dataclass(frozen=True)
+class RestoredFile:
+    """A file that decompress wrote. is_exact: byte for byte the original; else an equal one, written anew."""
+
+    path: str
+    n_bytes: int
+    is_exact: bool
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What decompress wrote. path, file_bytes: of the `.tri` file. base: path of the base, if one was needed."""
+
+    path: str
+    file_bytes: int
+    files: tuple[RestoredFile, ...]
+    base: str | None
+    seconds: float
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes written."""
+        return sum(file.n_bytes for file in self.files)
+
+
+def compress(
+    path: Path,
+    out: Path | BinaryIO | None = None,
+    base: Path | Base | None = None,
+    spec: Spec | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+    on_progress: OnProgress | None = None,
+) -> Report:
+    """Compress a tensor file, an index of shards, or a folder that holds one model, to one `.tri` file; path stays.
+
+    out: a path (default: path + ".tri") or a binary stream to write to. base: a file to encode against (a path, or an
+    open Base); the same content, in any form, is needed to decompress. on_progress gets (bytes done, of so many).
+    Raises UnsupportedFormat, InvalidArgument (damage, code in a pickle, out is there, nothing shared with base),
+    UnsupportedDtype, MissingFile, StorageError.
+    """
+    return compress_file(path, out, base, spec, threads, overwrite, on_progress).report
+
+
+def compress_file(
+    path: Path,
+    out: Path | BinaryIO | None = None,
+    base: Path | Base | None = None,
+    spec: Spec | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+    on_progress: OnProgress | None = None,
+    name: str | None = None,
+    reserved: Container[str] = (),
+) -> Compressed:
+    """The same as compress, and tells which files were read.
+
+    name: recorded as the input's, instead of path's own. reserved: real paths that are not to be written, whatever
+    overwrite says, as they are outputs already.
+    """
+    check_spec(spec)
+    with ExitStack() as stack:
+        opened_base = _base(base, stack)
+        path = archive_names.model_file(archive_names.path_of(path, "compress"))
+        archive_names.check_input(path)
+        if archive_names.is_compressed(path):
+            raise InvalidArgument(f"{path}: is compressed already. Use tricomp decompress to restore it.")
+        opened = stack.enter_context(formats.read(path))
+        if name is not None:
+            opened = replace(opened, name=name)
+        files = (path, *(os.path.join(os.path.dirname(path), part.name) for part in opened.parts))
+        if opened_base is not None and os.path.samefile(path, opened_base.path):
+            raise InvalidArgument(
+                f"{path}: is the base itself. Compress it without a base, and keep it for the others."
+            )
+        target = _compressed_path(path, archive_names.compressed(path) if out is None else out)
+        content = content_of(opened.tree)
+        metadata = opened.to_metadata()
+        if opened_base is not None:
+            require_shared(path, content, opened_base)
+            metadata["base"] = {"name": opened_base.name}
+        make_folder(out)
+        where, place = _output(target, files, opened_base, overwrite, reserved)
+        report = checkpoint.put(
+            where,
+            place,
+            content,
+            None if opened_base is None else opened_base.content,
+            spec,
+            metadata,
+            0 if opened_base is None else 1,
+            threads,
+            _counter(on_progress, sum(leaf.n_bytes for leaf in content.snapshot.layout.leaves)),
+        )
+        if isinstance(target, str):
+            keep_private(target, path)
+            report = replace(report, path=target)
+        is_exact = all(part.spans is not None for part in (opened, *opened.parts))
+        return Compressed(report, files, opened.n_bytes, opened.format, is_exact)
+
+
+def decompress(
+    path: Path,
+    out: Path | BinaryIO | None = None,
+    base: Path | Base | None = None,
+    overwrite: bool = False,
+    threads: int | None = None,
+    on_progress: OnProgress | None = None,
+) -> Restored:
+    """Restore what a `.tri` file was made of: byte for byte where the format allows, else an equal file; path stays.
+
+    out: a path (default: path without ".tri"), a folder, or a binary stream; a model in shards takes a folder (default:
+    that of path). base: what the file was made against, as any file of that content. threads: unused as yet.
+    Raises InvalidArgument (not made of a file, out is there), WrongReference (base missing or another), CorruptFile,
+    CorruptFrame, MissingFile, StorageError; nothing is left behind then, but for what a stream has got.
+    """
+    return decompress_file(path, out, base, overwrite, threads, on_progress)
+
+
+def decompress_file(
+    path: Path,
+    out: Path | BinaryIO | None = None,
+    base: Path | Base | None = None,
+    overwrite: bool = False,
+    threads: int | None = None,
+    on_progress: OnProgress | None = None,
+    reserved: Container[str] = (),
+) -> Restored:
+    """The same as decompress. reserved: as for compress_file."""
+    began = time.perf_counter()
+    path = archive_names.path_of(path, "decompress")
+    archive_names.check_input(path)
+    with ExitStack() as stack:
+        file = stack.enter_context(checkpoint.open_file(path))
+        used: Base | None = None
+        if file.parent is not None:
+            used = _base(base, stack)
+            file = stack.enter_context(checkpoint.open_file(path, require_base(file, used).content))
+        origins = formats.origins(file)
+        if not origins:
+            raise InvalidArgument(
+                f"{path}: was not made of a file, so there is none to restore. "
+                f'Run "tricomp export --to safetensors {path}", or tricomp.load it.'
+            )
+        count = _counter(on_progress, sum(origin.n_bytes for origin in origins))
+        inputs = (path,) if used is None else (path, used.path)
+        if out is None or isinstance(out, (str, os.PathLike)):
+            targets = _places(path, None if out is None else archive_names.path_of(out, "out"), origins)
+            for target in targets:
+                archive_names.check_output(target, inputs, overwrite, reserved)
+            make_folder(out)
+            pieces = [_pieces(file, origin, count) for origin in origins]
+            sizes = put_together(targets, pieces) if len(origins) > 1 else [put(targets[0], pieces[0])]
+            for target in targets:
+                keep_private(target, path)
+        else:
+            if len(origins) > 1:
+                raise InvalidArgument(f"{path}: holds {len(origins)} files. Give a folder for them: -o FOLDER/.")
+            targets, sizes = [STREAM], [write(out, _pieces(file, origins[0], count))]
+        exact = [origin.spans is not None for origin in origins]
+        written = tuple(map(RestoredFile, targets, sizes, exact))
+        seconds = time.perf_counter() - began
+        return Restored(path, file.n_bytes, written, None if used is None else used.path, seconds)
+
+
+def _base(base: Path | Base | None, stack: ExitStack) -> Base | None:
+    return stack.enter_context(Base(base)) if isinstance(base, (str, os.PathLike)) else base
+
+
+def _compressed_path(path: str, out: Path | BinaryIO) -> str | BinaryIO:
+    """Where the compressed file of path goes: to a path, to its own name in a folder, or to a stream."""
+    if not isinstance(out, (str, os.PathLike)):
+        return out
+    target = archive_names.path_of(out, "out")
+    if os.path.isdir(target) or target.endswith(os.sep):
+        return os.path.join(target, os.path.basename(archive_names.compressed(path)))
+    return target
+
+
+def _output(
+    target: str | BinaryIO, files: Sequence[str], base: Base | None, overwrite: bool, reserved: Container[str]
+) -> tuple[Output, str]:
+    """Where the compressed file of some files goes, and its name there; refused now if it must not be written."""
+    is_unchanged = unchanged(files)
+
+    def check() -> None:
+        is_unchanged()
+        if base is not None:
+            base.check()
+
+    if not isinstance(target, str):
+        return Output("", lambda _, pieces: write(target, pieces), check), STREAM
+    archive_names.check_output(target, [*files, *([base.path] if base else [])], overwrite, reserved)
+    where, name = folder.split(target)
+    return Output(where.url, where.put, check), name
+
+
+def _counter(on_progress: OnProgress | None, total: int) -> Callable[[int], None] | None:
+    """on_progress for a caller that tells how many bytes were done since the last call."""
+    if on_progress is None:
+        return None
+    done = 0
+
+    def count(n_bytes: int) -> None:
+        nonlocal done
+        done += n_bytes
+        on_progress(done, total)
+
+    return count
+
+
+def _places(path: str, out: str | None, origins: Sequence[Origin]) -> list[str]:
+    """Where the files of a compressed file go."""
+    is_folder = out is not None and (os.path.isdir(out) or out.endswith(os.sep))
+    if len(origins) > 1:
+        if out is not None and not is_folder:
+            raise InvalidArgument(f"{path}: holds {len(origins)} files. Give a folder for them: -o FOLDER/.")
+        target = os.path.dirname(path) if out is None else out
+        return archive_names.inside(target, [origin.name for origin in origins], path)
+    if out is not None and not is_folder:
+        return [out]
+    name = archive_names.restored(path, origins[0].format, origins[0].name)
+    return [name if out is None else os.path.join(out, os.path.basename(name))]
+
+
+def _pieces(file: File, origin: Origin, count: Callable[[int], None] | None) -> Iterator[Bytes]:
+    for piece in formats.restored(file, origin):
+        yield piece
+        if count is not None:
+            count(len(piece))

@@ -1,0 +1,96 @@
+"""What a compressed file is made against: a `.tri` file or a file of any format, opened.
+
+The hard thing: the base is known by its content alone. So it may come in another file, and under another name, than it
+was compressed with; and a wrong one is told by what was expected and what came.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from tricomp import archive_names, checkpoint, formats
+from tricomp.archive_output import unchanged
+from tricomp.content import Content, content_of
+from tricomp.errors import InvalidArgument, WrongReference
+from tricomp.file import File
+from tricomp.formats import TensorFile
+
+_log = logging.getLogger("tricomp")
+
+
+class Base:
+    """A file or model to compress others against, opened: a `.tri` file or a file of any format. A context manager.
+
+    Attributes: name, without folders. path. content: what leaves are coded against, a File or a Content. check():
+    raises InvalidArgument if the file has changed since it was opened.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """path: of a file, or of the folder of a sharded model. Raises what opening it raises."""
+        self.path = archive_names.model_file(archive_names.path_of(path, "base"))
+        self.name = os.path.basename(self.path)
+        self.check = unchanged([self.path])
+        self._opened: File | TensorFile
+        self.content: File | Content
+        if archive_names.is_compressed(self.path):
+            self._opened = self.content = checkpoint.open_file(self.path)
+            if self._opened.parent is not None:
+                told = told_base(self._opened)
+                self.close()
+                raise InvalidArgument(
+                    f"{self.path}: cannot be a base: it was itself made against {told}. "
+                    f"Decompress it, and give the restored file as the base."
+                )
+        else:
+            self._opened = formats.read(self.path)
+            self.content = content_of(self._opened.tree)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._opened.close()
+
+    def __enter__(self) -> Base:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def told_base(file: File) -> str:
+    """What a delta tells of its base, in words."""
+    told = file.metadata.get("base")
+    name = told.get("name") if isinstance(told, dict) else None
+    return f"{name!r} (content id {file.parent})" if isinstance(name, str) else f"content id {file.parent}"
+
+
+def require_shared(path: str, content: Content, base: Base) -> None:
+    """Raise InvalidArgument unless some leaf of the base can serve as a reference."""
+    if isinstance(base.content, File):
+        known = {leaf.path: leaf for leaf in map(base.content.leaf, base.content)}
+    else:
+        known = {leaf.path: leaf for leaf in base.content.snapshot.layout.leaves}
+    leaves = content.snapshot.layout.leaves
+    n_shared = sum(known.get(leaf.path) == leaf for leaf in leaves)
+    _log.info("%s: %d of %d leaves are in the base %s", path, n_shared, len(leaves), base.path)
+    if n_shared == 0:
+        first = f", such as {leaves[0].path!r} {leaves[0].dtype.name}{list(leaves[0].shape)}" if leaves else ""
+        raise InvalidArgument(
+            f"{path}: shares no leaf with the base {base.path}: none of its {len(leaves)} leaves{first} has a leaf of "
+            f"the same path, dtype and shape there. Compress it without a base, or give the model it came from."
+        )
+
+
+def require_base(file: File, base: Base | None) -> Base:
+    """The base, if it is the one of a delta. Raises WrongReference."""
+    told = told_base(file)
+    if base is None:
+        raise WrongReference(
+            f"{file.name}: was made against {told}, and needs it. Pass that file, in any form, with --base (base=)."
+        )
+    if base.content.content_id != file.parent:
+        raise WrongReference(
+            f"{file.name}: was made against {told}, but {base.path} has content id {base.content.content_id}. "
+            f"Pass the file it was made against, in any form, with --base (base=)."
+        )
+    return base

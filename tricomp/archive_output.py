@@ -1,0 +1,152 @@
+"""Where compressed and restored files go: a path, several at once, a stream. Imports storage's kinds and names.
+
+The hard thing: the promise that a file is there whole or not at all holds for several files together, and an input
+that changes while it is read must be noticed before the output has its name.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from typing import BinaryIO
+
+from tricomp import folder
+from tricomp.bounds import Bytes
+from tricomp.errors import InvalidArgument, StorageError
+from tricomp.memory import Memory
+
+
+class Output(Memory):
+    """A Storage to put one file into, nothing else. check: called when all pieces came, before the file is there."""
+
+    def __init__(self, url: str, write: Callable[[str, Iterable[Bytes]], object], check: Callable[[], None]) -> None:
+        super().__init__(url)
+        self._write, self._check = write, check
+
+    def put(self, name: str, pieces: Iterable[Bytes]) -> None:
+        """Write the pieces where they go; what check raises passes through, and no file is there then."""
+
+        def checked() -> Iterator[Bytes]:
+            yield from pieces
+            self._check()
+
+        self._write(name, checked())
+
+
+def unchanged(files: Sequence[str]) -> Callable[[], None]:
+    """A function that raises InvalidArgument if one of the files has changed since; a file that is gone has not."""
+    before = [_stamp(name) for name in files]
+
+    def check() -> None:
+        for name, stamp in zip(files, before, strict=True):
+            if _stamp(name) not in (stamp, None):
+                raise InvalidArgument(f"{name}: changed while it was read. Nothing was written: compress it again.")
+
+    return check
+
+
+def make_folder(out: object) -> None:
+    """Make the folder that an output goes to, if it is named as one, by a separator at its end. Raises StorageError."""
+    if isinstance(out, (str, os.PathLike)) and os.fspath(out).endswith(os.sep):
+        try:
+            os.makedirs(out, exist_ok=True)
+        except OSError as error:
+            raise _refused(error, str(os.fspath(out))) from error
+
+
+def put(target: str, pieces: Iterable[Bytes]) -> int:
+    """Write a file, whole or not at all. Returns its bytes. Raises StorageError, InvalidArgument."""
+    where, name = folder.split(target)
+    n_bytes = 0
+
+    def counted() -> Iterator[Bytes]:
+        nonlocal n_bytes
+        for piece in pieces:
+            n_bytes += len(piece)
+            yield piece
+
+    where.put(name, counted())
+    return n_bytes
+
+
+def put_together(targets: Sequence[str], pieces: Sequence[Iterable[Bytes]]) -> list[int]:
+    """Write files of one folder: none has its name before the last byte of all is on the disk. Returns their bytes.
+
+    They are written in a hidden folder beside them, which is gone afterwards. Raises StorageError.
+    """
+    where = os.path.dirname(targets[0]) or os.curdir
+    staging = os.path.join(where, f".tricomp.{secrets.token_hex(4)}.tmp")
+    try:
+        os.makedirs(where, exist_ok=True)
+        os.mkdir(staging, 0o777)
+        sizes = [
+            put(os.path.join(staging, os.path.basename(target)), part)
+            for target, part in zip(targets, pieces, strict=True)
+        ]
+        for target in targets:
+            os.replace(os.path.join(staging, os.path.basename(target)), target)
+        _sync(where)
+    except StorageError as error:
+        raise StorageError(str(error).replace(os.path.realpath(staging), where).replace(staging, where)) from error
+    except OSError as error:
+        raise _refused(error, where) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return sizes
+
+
+def write(stream: BinaryIO, pieces: Iterable[Bytes]) -> int:
+    """Write to a stream, all of every piece. Returns bytes. Raises StorageError, and BrokenPipeError as it comes."""
+    n_bytes = 0
+    for piece in pieces:
+        view = memoryview(piece).cast("B")
+        try:
+            while len(view):
+                n_written = stream.write(view)
+                n_bytes += n_written
+                view = view[n_written:]
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise _refused(error, f"standard output (after {n_bytes} bytes)") from error
+    with suppress(AttributeError):
+        stream.flush()
+    return n_bytes
+
+
+def keep_private(path: str, like: str) -> None:
+    """Take from a file that was written the permissions that another one does not give."""
+    with suppress(OSError):
+        mode, allowed = os.stat(path).st_mode & 0o777, os.stat(like).st_mode & 0o777
+        if mode & ~allowed:
+            os.chmod(path, mode & allowed)
+
+
+def _stamp(name: str) -> tuple[int, int, int] | None:
+    """What changes when a file does; None: it is gone, which does no harm to what is mapped."""
+    try:
+        about = os.stat(name)
+    except OSError:
+        return None
+    return about.st_ino, about.st_size, about.st_mtime_ns
+
+
+def _sync(path: str) -> None:
+    """Make what was renamed into a folder durable, where the file system knows how to."""
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _refused(error: OSError, what: str) -> StorageError:
+    failure = StorageError(
+        f"{what}: cannot be written: {error.strerror or error}. Free space, or choose another place."
+    )
+    failure.errno = error.errno
+    return failure

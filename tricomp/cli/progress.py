@@ -1,0 +1,38 @@
+"""A bar with rate and time left, for people: on a terminal, if tqdm is there, and never with -q or --json.
+
+The hard thing is to show nothing anywhere else: what is piped or logged holds results and errors only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tricomp.cli import console
+
+
+@contextmanager
+def shown(options: argparse.Namespace, what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A function that takes (bytes done, of so many) and draws; None where nothing is to be drawn. what: its name."""
+    if console.is_quiet(options) or getattr(options, "json", False) or not _is_terminal():
+        yield None
+        return
+    try:
+        from tqdm import tqdm  # type: ignore[import-untyped]
+    except ModuleNotFoundError:
+        yield None
+        return
+    label = console.printable(what)
+    with tqdm(desc=label, unit="B", unit_scale=True, unit_divisor=1024, leave=False, file=sys.stderr) as bar:
+
+        def draw(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield draw
+
+
+def _is_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
