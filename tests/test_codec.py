@@ -426,3 +426,13 @@ def test_snapshots_of_one_flat_buffer():
     joined = Snapshot(Layout(apart.layout.leaves, places), (flat,))
     assert [frame.data for frame in codec.encode(joined)] == [frame.data for frame in codec.encode(apart)]
     assert same_bits(joined.copy().words(3), apart.words(3))
+
+
+def test_differences_that_end_in_zeros_pay_for_their_high_bits_only():
+    rng = np.random.default_rng(0)
+    old = (rng.standard_normal(1 << 17) * 0.02).astype(np.float32)
+    steps = rng.integers(-200, 200, old.size).astype(np.int32) << 12  # though neither checkpoint ends in zeros
+    new = (old.view(np.int32) + steps).view(np.float32)
+    frames = round_trip({"w": new}, {"w": old})
+    assert frames[0].plan.has_block_shifts
+    assert bits_per_word(frames) < 11

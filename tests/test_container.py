@@ -768,3 +768,9 @@ def test_a_spec_of_another_type_or_form_is_refused(tmp_path):
 def test_a_masked_array_is_no_leaf():
     with pytest.raises(InvalidArgument, match="leaf 'array': it is a masked array. Store its data and its mask as two"):
         tricomp.encode(np.ma.array([1.0, 2.0], mask=[False, True]))
+
+
+def test_decode_says_what_it_expects():
+    for other in ("abc", None, 3, [1]):
+        with pytest.raises(InvalidArgument, match=r"decode: expected the bytes that encode gave, got \w+\."):
+            tricomp.decode(other)  # type: ignore[arg-type]

@@ -65,6 +65,8 @@ def decode(
 
     Raises WrongReference, CorruptFile, CorruptFrame, UnsupportedVersion, LimitExceeded.
     """
+    if not isinstance(blob, bytes | bytearray | memoryview):
+        raise InvalidArgument(f"decode: expected the bytes that encode gave, got {type(blob).__name__}.")
     header, data = _read(memoryview(blob).cast("B"), limits)
     leaf = Leaf("array", by_number(header["dtype"]), tuple(header["shape"]))
     limits.check("max_decoded_bytes", leaf.n_bytes, _WHAT)

@@ -55,12 +55,14 @@ def delta_choice(reference: Words | None, sample: Sample, blank: Plan, spec: Spe
 
 
 def _delta_shifts(words: Words, predicted: Words, plan: Plan) -> tuple[float, Plan]:
-    """Bits per word that block shifts save, when rows hold lower precision in both checkpoints. On the sample."""
+    """Bits per word that block shifts save, where the remainders of whole rows end in zeros. On the sample."""
     if words.shape[1] < ROW or plan.dtype.word_bits == 8:
         return 0.0, plan
     size, _ = difference(words, predicted, plan.dtype)
     n_low = np.maximum(bit_length(size).astype(np.int64) - 1 - plan.mantissa_bits, 0)
-    shifts = trailing_zeros(np.bitwise_or.reduce(words | predicted, axis=1)).astype(np.int64)
+    one = size.dtype.type(1)
+    low = size & ((one << n_low.astype(size.dtype)) - one)
+    shifts = trailing_zeros(np.bitwise_or.reduce(low, axis=1)).astype(np.int64)
     # No word saves more bits than its remainder has: one that did not change saves none.
     saved = float(np.minimum(n_low, shifts[:, None]).mean()) - 8 / ROW
     if saved < 0.5:
