@@ -17,7 +17,7 @@ from tricomp import bounds, codec, container, tree
 from tricomp.bounds import Bytes, Limits
 from tricomp.container import Contents, Entry
 from tricomp.content import Content
-from tricomp.dtypes import Words, from_words
+from tricomp.dtypes import Words, from_words, to_words
 from tricomp.errors import (
     CorruptFile,
     CorruptFrame,
@@ -158,11 +158,12 @@ class File(Mapping[str, Array]):
         arrays = [self._array(number, words[number]) for number in range(len(self))]
         return Content(self.structure, snapshot_of(list(self), arrays))
 
-    def elements(self, path: str, start: int, stop: int) -> Array:
+    def elements(self, path: str, start: int, stop: int, parent: Array | None = None) -> Array:
         """Elements [start, stop) of a leaf in C order, one-dimensional: decodes the chunks that hold them, no others.
 
-        The checksums of these chunks are compared, the leaf's digest is not. Raises MissingLeaf, InvalidArgument, and
-        what decoding raises.
+        parent: the same elements of the parent's leaf, for a caller that has them: they are not decoded again where
+        start and stop are bounds of chunks. The checksums of these chunks are compared, the leaf's digest is not.
+        Raises MissingLeaf, InvalidArgument, and what decoding raises.
         """
         number = self._number(path)
         leaf = self._contents.leaves[number]
@@ -171,7 +172,10 @@ class File(Mapping[str, Array]):
             raise InvalidArgument(
                 f"leaf {path!r}: elements {start} to {stop} of {leaf.n_words // n_each}. Ask for elements inside it."
             )
-        words = self._part(number, range(start * n_each, stop * n_each))
+        given = None if parent is None else to_words(parent, path)
+        if given is not None and (len(given) != (stop - start) * n_each or given.dtype != leaf.dtype.word_dtype):
+            raise InvalidArgument(f"leaf {path!r}: the parent's elements are {len(given)} words of {given.dtype}.")
+        words = self._part(number, range(start * n_each, stop * n_each), given)
         return from_words(words, leaf.dtype, (stop - start,))
 
     def pieces(self, path: str, n_elements: int = 1 << 22) -> Iterator[Array]:
@@ -351,8 +355,11 @@ class File(Mapping[str, Array]):
             wanted[other.leaves[0]] = other
         return list(wanted.values())
 
-    def _part(self, number: int, wanted: range) -> Words:
-        """Words of a leaf, from the chunks that hold them alone, in this file and down its chain."""
+    def _part(self, number: int, wanted: range, parent: Words | None = None) -> Words:
+        """Words of a leaf, from the chunks that hold them alone, in this file and down its chain.
+
+        parent: the words wanted, of the parent's leaf, if they are known.
+        """
         self._limits.check("max_decoded_bytes", len(wanted), f"{self.name}: words to decode")
         steps: list[tuple[File, int, range, range]] = []
         file = self
@@ -373,6 +380,9 @@ class File(Mapping[str, Array]):
             if plan.reference == "sibling":
                 number = file._sibling(entry)
                 continue
+            if parent is not None and len(steps) == 1 and len(parent) == len(around):
+                words = parent
+                break
             above = file._parent_for(leaf.path)
             if isinstance(above, Content):
                 found = above.find(leaf.path)

@@ -11,11 +11,14 @@ import operator
 import os
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from tricomp import codec, container, storage
+from tricomp.bucket import Bucket
+from tricomp.cache import Cache
 from tricomp.chain import Keep, KeyframeEvery, Link, ReferenceChoice, chains, nearest, next_parent, to_prune
 from tricomp.checkpoint import put
 from tricomp.content import Content, content_of
@@ -31,17 +34,30 @@ from tricomp.errors import (
     UnsupportedVersion,
 )
 from tricomp.file import File
+from tricomp.lease import LEASE_SECONDS
 from tricomp.plan import Spec, check_spec
 from tricomp.report import BrokenStep, Report, VerifyReport
 
 _log = logging.getLogger("tricomp")
 _NAME = re.compile(r"step-(\d{12,18})\.tri")
+_NEAR_STEPS = 12  # where a far parent is looked for first, before all files are asked
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A file of the store, as listed."""
+
+    name: str
+    stamp: object
 
 
 class Store:
-    """The checkpoints of one training run, in a local folder, one file a step.
+    """The checkpoints of one training run, in a local folder or a bucket, one file a step.
 
-    url: folder; made by the first save. keyframe: how often a checkpoint stands alone. keep: retention policies; when
+    url: a folder, made by the first save; or, as str, any URL that fsspec knows ("s3://bucket/run"): tricomp/bucket.py
+    tells what is promised there. storage_options: for fsspec. cache: a local folder where files of the bucket that
+    others are coded against are kept, up to cache_bytes; None: they are read from the bucket each time, leaf by leaf.
+    keyframe: how often a checkpoint stands alone. keep: retention policies; when
     there are any, each save prunes what none of them wants and nothing kept needs; the step just saved is never pruned.
     reference: code against the previous checkpoint (smallest) or the last keyframe (loads faster).
     spec: how to encode. reference_in: keep a copy of the last saved words in host memory, or decode them from the
@@ -52,8 +68,9 @@ class Store:
     are, latest() still names the highest, and remove() takes those away that the run no longer stands for.
 
     One writer at a time: the first save, prune, rebase or remove locks the folder until close() or the end of the
-    process, however it ends; a second writer gets StoreLocked. tricomp/folder.py tells of network file systems.
-    Reading needs neither lock nor write permission.
+    process, however it ends; a second writer gets StoreLocked. tricomp/folder.py tells of network file systems. In a
+    bucket the lock is an object that a writer renews; one on another host that was not renewed for lease seconds may
+    be taken over. Reading needs neither lock nor write permission.
     """
 
     def __init__(
@@ -64,6 +81,11 @@ class Store:
         reference: ReferenceChoice = "previous",
         spec: Spec | None = None,
         reference_in: Literal["host", "store"] = "host",
+        *,
+        storage_options: Mapping[str, Any] | None = None,
+        cache: str | os.PathLike[str] | None = None,
+        cache_bytes: int = 16 << 30,
+        lease: float = LEASE_SECONDS,
     ) -> None:
         if reference not in ("previous", "keyframe"):
             raise InvalidArgument(f"Store: reference is 'previous' or 'keyframe', not {reference!r}.")
@@ -74,7 +96,11 @@ class Store:
         if not isinstance(keep, Sequence) or not all(callable(getattr(policy, "kept", None)) for policy in keep):
             raise InvalidArgument(f"Store: keep: expected a list of policies, say [tricomp.KeepLast(3)], got {keep!r}.")
         check_spec(spec)
-        self._folder = storage.at(url)
+        if not isinstance(lease, int | float) or isinstance(lease, bool) or not lease > 0:
+            raise InvalidArgument(f"Store: lease: expected seconds, above 0, got {lease!r}.")
+        copies = None if cache is None else Cache(cache, cache_bytes)
+        self._folder = storage.at(url, storage_options, copies, lease)
+        self._bucket = self._folder if isinstance(self._folder, Bucket) else None
         self._keyframe, self._keep, self._reference = keyframe, tuple(keep), reference
         self._spec, self._reference_in = spec, reference_in
         self._lock: storage.Lock | None = None
@@ -88,12 +114,15 @@ class Store:
         return self._folder.url
 
     def steps(self) -> list[int]:
-        """All steps that have a file, ascending, whether or not they can be loaded."""
-        return sorted(int(found[1]) for name in self._folder.list() if (found := _NAME.fullmatch(name)))
+        """All steps that have a file, ascending, whether or not they can be loaded.
+
+        In a bucket, what has no sound end is no file of a step: a writer may have died there, or be at work.
+        """
+        return sorted(self._seen(self._files()))
 
     def latest(self) -> int | None:
         """The highest step, or None."""
-        return max(self.steps(), default=None)
+        return self._highest(self._files())
 
     def save(self, step: int, tree: Any, metadata: dict[str, Any] | None = None, overwrite: bool = False) -> Report:
         """Write a checkpoint; when this returns it is durable, and until then every other one is as it was.
@@ -142,17 +171,33 @@ class Store:
 
     def open(self, step: int | None = None) -> File:
         """The checkpoint of a step (None: the latest) as a File that decodes leaves when asked. Raises as load does."""
+        files = self._files()
         if step is None:
-            step = self.latest()
+            step = self._highest(files)
             if step is None:
                 raise MissingStep(f"there are no checkpoints in {self.url}. Save one first, or check the path.")
         step = step_number(step)
-        if step not in self.steps():
-            other = nearest(self.steps(), step)
+        if step not in files or not self._seen({step: files[step]}):
+            other = nearest(self._seen(files), step)
             advice = "It has no checkpoints." if other is None else f"The nearest is step {other}."
             raise MissingStep(f"step {step} is not in {self.url}. {advice}")
-        file: File = self._advised(step, lambda: self._open(step))
+        file: File = self._advised(step, lambda: self._open(step, files))
         return file
+
+    def open_alone(self, step: int, reference: File | None = None) -> File:
+        """The file of a step without the chain behind it: for its facts, or against a parent that is open already.
+
+        Raises MissingStep, CorruptFile, WrongReference and the like.
+        """
+        try:
+            source = self._folder.get(_file_name(step_number(step)))
+        except MissingFile:
+            raise MissingStep(f"step {step} is not in {self.url}.") from None
+        try:
+            return File(source, reference)
+        except BaseException:
+            source.close()
+            raise
 
     def verify(self) -> VerifyReport:
         """Decode every leaf of every step and compare checksums and digests. Damage is reported, never raised."""
@@ -176,7 +221,7 @@ class Store:
                     child = lost.pop()
                     reasons[child] = f"needs step {step}, which is broken."
                     lost += children.get(child, [])
-        for step in self.steps():
+        for step in self._files():
             if step not in found:
                 reasons[step] = str(self._fault(step))
         intact = tuple(step for step in sorted(found) if step not in reasons)
@@ -208,8 +253,9 @@ class Store:
         """
         self._write_lock()
         gone = [step_number(step) for step in steps]
+        there = self.steps()
         for step in gone:
-            if step not in self.steps():
+            if step not in there:
                 raise MissingStep(f"step {step} is not in {self.url}: nothing was removed.")
         self._rebase_children(gone)
         for step in gone:
@@ -232,56 +278,109 @@ class Store:
         return f"<tricomp.Store {self.url}>"
 
     def _write_lock(self) -> None:
-        if self._lock is None or not self._lock.is_held:
-            self._lock = self._folder.lock()
+        if self._lock is not None and self._lock.is_held:
+            self._lock.refresh()
+            return
+        self._lock = self._folder.lock()
+        if self._bucket is not None:
+            self._bucket.tidy(lambda name: _NAME.fullmatch(name) is not None)
+
+    def _files(self) -> dict[int, _Stored]:
+        """The files of steps that are there, whole or not."""
+        listed = self._folder.list()
+        return {int(found[1]): _Stored(name, listed[name]) for name in listed if (found := _NAME.fullmatch(name))}
+
+    def _seen(self, files: Mapping[int, _Stored]) -> list[int]:
+        """The steps of those files that count: in a bucket, those with a sound end."""
+        if self._bucket is None:
+            return list(files)
+        torn = self._bucket.torn([file.name for file in files.values()])
+        return [step for step, file in files.items() if file.name not in torn]
+
+    def _highest(self, files: Mapping[int, _Stored]) -> int | None:
+        return next((step for step in sorted(files, reverse=True) if self._seen({step: files[step]})), None)
 
     def _links(self) -> list[Link]:
         """The links of all files whose header, index and tail are sound; read once, and again when a file changes."""
-        links: list[Link] = []
-        stamps = self._folder.list()
-        self._known = {name: known for name, known in self._known.items() if name in stamps}
-        for name, stamp in stamps.items():
-            found = _NAME.fullmatch(name)
-            if not found:
+        return self._links_of(self._files())
+
+    def _links_of(self, files: Mapping[int, _Stored]) -> list[Link]:
+        names = {file.name for file in files.values()}
+        if len(files) > 1:
+            self._known = {name: known for name, known in self._known.items() if name in names}
+        unknown = {}
+        for step, file in files.items():
+            known = self._known.get(file.name)
+            # Permissions leave no stamp.
+            if known is None or known[0] != file.stamp or isinstance(known[1], StorageError):
+                unknown[file.name] = step
+        for name, link in self._read_links(unknown):
+            self._known[name] = files[unknown[name]].stamp, link
+        found = [self._known.get(file.name, (None, None))[1] for file in files.values()]
+        return [link for link in found if isinstance(link, Link)]
+
+    def _read_links(self, names: Mapping[str, int]) -> Iterator[tuple[str, Link | TricompError]]:
+        """The links in files, or why one cannot be read. A file that was pruned by the writer a moment ago has none."""
+        sources = self._each(names) if self._bucket is None else self._bucket.each(names)
+        for name, source in sources:
+            if isinstance(source, MissingFile):
                 continue
-            known = self._known.get(name)
-            if known is None or known[0] != stamp or isinstance(known[1], StorageError):  # permissions leave no stamp
-                with suppress(MissingFile):  # pruned by the writer a moment ago
-                    self._known[name] = stamp, self._read_link(name, int(found[1]))
-            link = self._known.get(name, (None, None))[1]
-            if isinstance(link, Link):
-                links.append(link)
-        return links
-
-    def _read_link(self, name: str, step: int) -> Link | TricompError:
-        try:
-            source = self._folder.get(name)
             try:
-                summary = container.read_summary(source)
-            finally:
-                source.close()
-        except MissingFile:
-            raise
-        except TricompError as error:
-            return error
-        return Link(step, summary.content_id, summary.parent, summary.since_keyframe)
+                yield name, source if isinstance(source, TricompError) else _link_in(source, names[name])
+            except MissingFile:
+                continue
+            except TricompError as error:
+                yield name, error
 
-    def _open(self, step: int) -> File:
+    def _each(self, names: Iterable[str]) -> Iterator[tuple[str, storage.Source | TricompError]]:
+        for name in names:
+            try:
+                yield name, self._folder.get(name)
+            except TricompError as error:
+                yield name, error
+
+    def _open(self, step: int, files: Mapping[int, _Stored] | None = None) -> File:
         """The File of a step with its chain behind it. Raises MissingParent, CorruptFile and the like."""
-        chain = chains(self._links()).get(step)
+        chain = self._chain(step, self._files() if files is None else files)
         if chain is None:
             raise self._fault(step)
         file: File | None = None
-        for link in chain:
-            try:
-                below = File(self._folder.get(_file_name(link.step)), file)
-            except MissingFile:
-                raise MissingStep(f"step {link.step} was removed from {self.url} while it was opened.") from None
+        try:
+            for link in chain:
+                try:
+                    below = File(self._source(_file_name(link.step), link.step != step), file)
+                except MissingFile:
+                    raise MissingStep(f"step {link.step} was removed from {self.url} while it was opened.") from None
+                if file is not None:
+                    below.own(file)
+                file = below
+        except BaseException:
             if file is not None:
-                below.own(file)
-            file = below
+                file.close()
+            raise
         assert file is not None  # a chain has at least its own step
         return file
+
+    def _source(self, name: str, is_reference: bool) -> storage.Source:
+        return self._folder.get(name) if self._bucket is None else self._bucket.near(name, is_reference)
+
+    def _chain(self, step: int, files: Mapping[int, _Stored]) -> tuple[Link, ...] | None:
+        """The chain of a step, its keyframe first; None: it cannot be loaded. Few far files are asked, if few do."""
+        if self._bucket is None or step not in files:
+            return chains(self._links_of(files)).get(step)
+        chain: list[Link] = []
+        wanted: bytes | None = None
+        near = [step]
+        while near:
+            below = near.pop(0)
+            link = next(iter(self._links_of({below: files[below]})), None)
+            if link is not None and (not chain or link.content_id == wanted):
+                chain.insert(0, link)
+                if link.parent is None:
+                    return tuple(chain)
+                wanted = link.parent
+                near = sorted((other for other in files if other < below), reverse=True)[:_NEAR_STEPS]
+        return chains(self._links_of(files)).get(step)
 
     def _fault(self, step: int) -> TricompError:
         """Why a step has no chain."""
@@ -295,7 +394,7 @@ class Store:
         while link.parent in ids and ids[link.parent].step not in seen:
             link = ids[link.parent]
             seen.add(link.step)
-        damaged = [other for other in self.steps() if other not in links]
+        damaged = [other for other in self._files() if other not in links]
         note = f" (damaged there: steps {', '.join(map(str, damaged))})" if damaged else ""
         needs = f"step {step} needs" if link.step == step else f"step {step} needs step {link.step}, which needs"
         parent = link.parent.hex() if link.parent else "none"
@@ -378,6 +477,14 @@ class Store:
     def _lossless(self) -> Spec | None:
         """The spec without its rounding: a rebased step decodes to what it was."""
         return None if self._spec is None else Spec(tier=self._spec.tier, chunk_log2=self._spec.chunk_log2)
+
+
+def _link_in(source: storage.Source, step: int) -> Link:
+    try:
+        summary = container.read_summary(source)
+    finally:
+        source.close()
+    return Link(step, summary.content_id, summary.parent, summary.since_keyframe)
 
 
 def step_number(step: Any) -> int:
