@@ -100,8 +100,18 @@ def test_leaves_on_one_side_and_of_other_kind():
 
 
 def test_plain_values():
-    a = {"lr": 0.1, "step": 1, "z": 0.0, "n": None, "big": 1 << 80, "e": [], "t": (1, 2), "gone": "x", "nan": math.nan}
-    b = {
+    a: dict = {
+        "lr": 0.1,
+        "step": 1,
+        "z": 0.0,
+        "n": None,
+        "big": 1 << 80,
+        "e": [],
+        "t": (1, 2),
+        "gone": "x",
+        "nan": math.nan,
+    }
+    b: dict = {
         "lr": 0.2,
         "step": True,
         "z": -0.0,
@@ -146,7 +156,7 @@ def test_pieces_of_any_strides():
 
 def test_files_of_a_chain_against_trees(tmp_path):
     rng = np.random.default_rng(0)
-    first = {"w": weights((300, 129)), "b": weights((33,)), "n": {0: {"i": rng.integers(0, 9, 100)}}, "step": 1}
+    first: dict = {"w": weights((300, 129)), "b": weights((33,)), "n": {0: {"i": rng.integers(0, 9, 100)}}, "step": 1}
     second = {**first, "w": stepped(first["w"]), "step": 2}
     third = {**second, "b": stepped(first["b"], still_share=0)}
     tricomp.save(tmp_path / "1.tri", first)
@@ -174,7 +184,7 @@ def test_equal_digests_are_not_decoded(tmp_path, monkeypatch):
             return pieces(file, path, n_elements)
 
         monkeypatch.setattr(tricomp.File, "pieces", spied)
-        done = []
+        done: list[int] = []
         assert [leaf.path for leaf in compare(a, b, done.append).changed] == ["b"]
         assert decoded == ["b", "b"]
         assert sum(done) == sum(array.nbytes for array in tree.values())

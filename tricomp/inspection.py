@@ -131,7 +131,7 @@ def inspect(file: File, leaves: Iterable[str] | None = None) -> FileFacts:
 
     Raises MissingLeaf when nothing matches a pattern, CorruptFrame when the head of a frame is damaged.
     """
-    found = _leaves(file, _matching(file, leaves))
+    found = _leaves(file, matching(file, leaves))
     names = group_names([leaf.path for leaf in found], [leaf.raw_bytes for leaf in found])
     members: dict[str, list[LeafFacts]] = {}
     for leaf, name in zip(found, names):
@@ -170,8 +170,8 @@ def to_json(value: Any) -> Any:
     return f"<{len(value)} bytes>" if isinstance(value, bytes) else f"<{type(value).__name__}>"
 
 
-def _matching(file: File, patterns: Iterable[str] | None) -> list[str]:
-    """Paths of a file that match, in its order."""
+def matching(file: File, patterns: Iterable[str] | None) -> list[str]:
+    """Paths of a file's leaves that match patterns as in fnmatch (None: all), in its order. Raises MissingLeaf."""
     if patterns is None:
         return list(file)
     wanted: set[str] = set()

@@ -1,0 +1,376 @@
+"""`tricomp store list|verify|prune|rebase|export` and `tricomp export`: the steps of a run, and files for others.
+
+The hard thing: what removes or replaces files says before and after what it does, and a store that is not there is an
+error, never an empty store that gets made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tricomp.chain import Keep, KeepEvery, KeepLast, Link, chains, nearest, to_prune
+from tricomp.cli import console, progress, sources
+from tricomp.cli.table import entry, table
+from tricomp.errors import InvalidArgument, MissingStep, TricompError
+
+if TYPE_CHECKING:
+    from tricomp.bounds import Bytes
+    from tricomp.file import File
+    from tricomp.store import Store
+
+_SUFFIXES = {"torch": ".pt", "flax": ".msgpack"}  # of formats that are not called as their files are
+_FORMATS = {".pt": "torch", ".pth": "torch", ".ckpt": "torch", ".bin": "torch", ".msgpack": "flax"}
+_TRI = "tri"
+
+
+def add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    common: list[argparse.ArgumentParser],
+) -> None:
+    """Add the subcommands store and export."""
+    store = commands.add_parser(
+        "store",
+        help="list, verify, prune, rebase or export the steps of a store",
+        description="Work on a store: the folder, or the URL, that holds the checkpoints of one training run.",
+    )
+    actions = store.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    def action(name: str, help: str, description: str) -> argparse.ArgumentParser:
+        parser = actions.add_parser(name, parents=common, help=help, description=description)
+        console.takes_files(parser.add_argument("store", metavar="DIR", help="folder or URL of the store"))
+        return parser
+
+    parser = action("list", "show the steps", "Show all steps: size, ratio, kind, date, metadata. Nothing is decoded.")
+    parser.set_defaults(run=list_steps)
+
+    parser = action("verify", "check every step", "Decode every leaf of every step. Exit code 1 if one is damaged.")
+    parser.set_defaults(run=lambda options: verify_store(options, options.store))
+
+    parser = action(
+        "prune",
+        "remove old steps",
+        "Remove the steps that no option wants kept and that no kept step needs to be loaded.",
+    )
+    parser.add_argument("--keep-last", type=_count, metavar="N", help="keep the N highest steps")
+    parser.add_argument("--keep-every", type=_count, metavar="N", help="keep the steps that are multiples of N")
+    parser.add_argument("-n", "--dry-run", action="store_true", help="show what would be removed; remove nothing")
+    parser.set_defaults(run=prune, refuse=parser.error)
+
+    parser = action(
+        "rebase",
+        "make a step stand alone",
+        "Write a step again so that it needs no other. What was made against it still loads.",
+    )
+    parser.add_argument("step", type=_step, metavar="STEP", help="number of the step, or latest")
+    parser.set_defaults(run=rebase)
+
+    parser = action("export", "write a step as a file", "Write one step as a file that stands alone.")
+    parser.add_argument("step", type=_step, metavar="STEP", help="number of the step, or latest")
+    _add_output(parser, "required unless --to is given")
+    parser.set_defaults(run=export_step)
+
+    parser = commands.add_parser(
+        "export",
+        parents=common,
+        help="write a .tri file as safetensors, torch or npz",
+        description="Write the leaves of a .tri file as a file of another format, or as a .tri file that stands alone. "
+        "With --leaves, the leaves that match alone, without the keys that all of them share: "
+        "--leaves 'model/*' gives the model of a checkpoint under the names that it has in torch.",
+    )
+    console.takes_files(parser.add_argument("file", metavar="FILE", help="a .tri file or STORE@STEP"))
+    _add_output(parser, "default: FILE with the suffix of the format; - is standard output")
+    sources.add_base(parser)
+    parser.set_defaults(run=export)
+
+
+def _add_output(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--to", metavar="FORMAT", help="safetensors, torch, npz, npy, flax or tri (default: told by the suffix of OUT)"
+    )
+    console.takes_files(parser.add_argument("-o", "--output", metavar="OUT", help=f"file to write ({default})"))
+    parser.add_argument("--leaves", action="append", metavar="PATTERN", help="only leaves that match; may be repeated")
+    parser.add_argument("-f", "--force", action="store_true", help="replace OUT if it is there")
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a store tells of a step. saved: seconds since 1970, None if the storage does not tell."""
+
+    step: int
+    n_bytes: int
+    raw_bytes: int
+    n_leaves: int
+    link: Link
+    metadata: dict[str, Any]
+    saved: float | None
+
+
+def list_steps(options: argparse.Namespace) -> int:
+    """Show the steps of a store; damaged ones are told on stderr."""
+    store = _store(options.store)
+    steps, damaged = _steps(store)
+    found = chains([step.link for step in steps])
+    ids = {step.link.content_id for step in steps}
+    rows, results = [], []
+    for step in steps:
+        chain = found.get(step.step)
+        if step.link.parent is None:
+            kind, parent = "keyframe", None
+        elif chain is None:
+            kind, parent = "delta, cannot be loaded" if step.link.parent in ids else "delta, parent missing", None
+        else:
+            parent = chain[-2].step
+            kind = f"delta of {parent}"
+        ratio = step.raw_bytes / step.n_bytes
+        saved = "" if step.saved is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(step.saved))
+        notes = ", ".join(entry(key, value) for key, value in step.metadata.items())
+        sizes = (console.count_bytes(step.n_bytes), console.count_bytes(step.raw_bytes), f"{ratio:.2f}")
+        rows.append((f"{step.step}", *sizes, kind, saved, notes))
+        results.append(
+            {
+                "step": step.step,
+                "n_bytes": step.n_bytes,
+                "raw_bytes": step.raw_bytes,
+                "n_leaves": step.n_leaves,
+                "ratio": ratio,
+                "content_id": step.link.content_id.hex(),
+                "parent": step.link.parent.hex() if step.link.parent else None,
+                "parent_step": parent,
+                "is_loadable": chain is not None,
+                "saved": step.saved,
+                "metadata": step.metadata,
+            }
+        )
+    for error in damaged.values():
+        console.complain(options, error)
+    n_bytes, raw_bytes = sum(step.n_bytes for step in steps), sum(step.raw_bytes for step in steps)
+    if options.json:
+        broken = [{"step": number, "reason": str(error)} for number, error in damaged.items()]
+        console.emit({"store": store.url, "steps": results, "damaged": broken, "n_bytes": n_bytes})
+    elif not console.is_quiet(options):
+        heads = ("step", "size", "of", "ratio", "kind", "saved", "metadata")
+        total = f"{_steps_of(len(steps))}, {console.count_bytes(n_bytes)} for {console.count_bytes(raw_bytes)}"
+        if raw_bytes:
+            total += f" (ratio {raw_bytes / n_bytes:.3f})"
+        console.show("\n".join([*table(heads, rows, left=(4, 5, 6), flexible=6), f"{store.url}: {total}"]))
+    return console.FAILED if damaged else console.DONE
+
+
+def verify_store(options: argparse.Namespace, path: str) -> int:
+    """Check every step of a store."""
+    from tricomp.verification import verify_store as verified
+
+    store = _store(path)
+    total = sum(step.raw_bytes for step in _steps(store)[0])
+    with progress.shown(options, path) as draw:
+        report = verified(store, progress.counter(draw, total))
+    if options.json:
+        broken = [{"step": one.step, "reason": one.reason} for one in report.broken]
+        console.emit({"name": path, "is_clean": report.is_clean, "intact": list(report.intact), "broken": broken})
+    for one in report.broken:
+        console.complain(options, f"{path}: step {one.step}: {one.reason}")
+    if not options.json and not console.is_quiet(options):
+        told = f"{_steps_of(len(report.intact))} intact"
+        if report.broken:
+            told += f", {len(report.broken)} damaged or without what they need"
+        console.show(f"{path}: {told}")
+    return console.DONE if report.is_clean else console.FAILED
+
+
+def prune(options: argparse.Namespace) -> int:
+    """Remove what no policy wants and nothing kept needs, or show it."""
+    keep: list[Keep] = []
+    if options.keep_last is not None:
+        keep.append(KeepLast(options.keep_last))
+    if options.keep_every is not None:
+        keep.append(KeepEvery(options.keep_every))
+    if not keep:
+        options.refuse("what is to be kept? Give --keep-last N, --keep-every N, or both")
+    from tricomp.store import Store
+
+    steps, _ = _steps(_store(options.store))
+    sizes = {step.step: step.n_bytes for step in steps}
+    if options.dry_run:
+        removed = to_prune([step.link for step in steps], keep)
+    else:
+        with Store(options.store, keep=keep) as store:
+            removed = store.prune()
+    n_bytes = sum(sizes.get(step, 0) for step in removed)
+    kept = [step for step in sizes if step not in removed]
+    if options.json:
+        emitted = {"removed": list(removed), "kept": kept, "n_bytes": n_bytes, "is_dry_run": options.dry_run}
+        console.emit({"store": options.store, **emitted})
+    elif not console.is_quiet(options):
+        verb = "would be removed" if options.dry_run else "removed"
+        which = f" ({_shown(removed)})" if removed else ""
+        told = f"{_steps_of(len(removed))} {verb}{which}, {console.count_bytes(n_bytes)}; {len(kept)} kept"
+        console.show(f"{options.store}: {told}{f' ({_shown(kept)})' if console.verbosity(options) else ''}")
+    return console.DONE
+
+
+def rebase(options: argparse.Namespace) -> int:
+    """Make a step stand alone."""
+    with _store(options.store) as store:
+        step = _known_step(store, options.step)
+        with store.open_alone(step) as file:
+            before, was_delta = file.n_bytes, file.parent is not None
+        n_bytes = store.rebase(step).file_bytes if was_delta else before
+    if options.json:
+        console.emit({"store": store.url, "step": step, "n_bytes": n_bytes, "n_bytes_before": before})
+    elif not console.is_quiet(options):
+        what = f"{console.count_bytes(n_bytes)}, was {console.count_bytes(before)}" if was_delta else "and did before"
+        console.show(f"{store.url}: step {step} stands alone ({what})")
+    return console.DONE
+
+
+def export_step(options: argparse.Namespace) -> int:
+    """Write a step as a file."""
+    if options.output is None:
+        if options.to is None:
+            raise InvalidArgument("store export: expected -o OUT or --to FORMAT.")
+        options.output = f"step-{options.step}{_suffix(options.to)}"
+    with _store(options.store) as store, store.open(options.step) as file:
+        return _export(options, file)
+
+
+def export(options: argparse.Namespace) -> int:
+    """Write a `.tri` file as a file of another format."""
+    from tricomp.file import File
+
+    with sources.opened([options.file], options.bases) as (file,):
+        if not isinstance(file, File):
+            raise InvalidArgument(f"{options.file}: is a {file.format} file, not a .tri file.")
+        if options.output is None:
+            if options.to is None:
+                raise InvalidArgument("export: expected --to FORMAT or -o OUT.")
+            stem = options.file.removesuffix(f".{_TRI}")
+            if os.path.splitext(stem)[1] in (".safetensors", ".npz", ".npy", *_FORMATS):
+                stem = os.path.splitext(stem)[0]
+            options.output = stem + _suffix(options.to)
+        return _export(options, file)
+
+
+def _export(options: argparse.Namespace, file: File) -> int:
+    """Write an open file, or some leaves of it, to options.output."""
+    from tricomp import archive_names, checkpoint, folder, formats
+    from tricomp.archive_output import put, write
+    from tricomp.inspection import matching
+    from tricomp.subset import Subset
+
+    out = options.output
+    suffix = os.path.splitext(out)[1].lower()
+    to = options.to or _FORMATS.get(suffix, suffix[1:])
+    if not to:
+        raise InvalidArgument(f"{out}: its name does not tell the format. Give --to FORMAT.")
+    is_stream = out == "-"
+    if not is_stream:
+        archive_names.check_output(out, [file.name], options.force)
+    chosen = file if options.leaves is None else Subset(file, matching(file, options.leaves))
+    total = sum(chosen.leaf(path).n_bytes for path in chosen)
+    with progress.shown(options, out) as draw:
+        count = progress.counter(draw, total)
+        if to != _TRI:
+            pieces = _counted(formats.exported(to, chosen), count)
+            n_bytes = write(sys.stdout.buffer, pieces) if is_stream else put(out, pieces)
+        elif is_stream:
+            raise InvalidArgument("export: a .tri file goes to a file, not to standard output. Give -o OUT.")
+        else:
+            where, name = folder.split(out)
+            metadata = {key: value for key, value in chosen.metadata.items() if key != "base"}
+            n_bytes = checkpoint.put(where, name, chosen.content(), metadata=metadata, on_progress=count).file_bytes
+    if options.json and not is_stream:
+        facts = {"format": to, "n_leaves": len(chosen), "raw_bytes": total, "n_bytes": n_bytes}
+        console.emit({"file": file.name, "output": out, **facts})
+    n_leaves = f"{len(chosen):,} leaf" if len(chosen) == 1 else f"{len(chosen):,} leaves"
+    console.note(options, f"{file.name}: {n_leaves} -> {out} ({to}, {console.count_bytes(n_bytes)})")
+    return console.DONE
+
+
+def _counted(pieces: Iterator[Bytes], count: Callable[[int], None] | None) -> Iterator[Bytes]:
+    for piece in pieces:
+        yield piece
+        if count is not None:
+            count(len(piece))
+
+
+def _store(path: str) -> Store:
+    """An existing store. Raises MissingStep if there is none."""
+    from tricomp.store import Store
+
+    store = Store(path)
+    if not store.steps():
+        raise MissingStep(f"there are no checkpoints in {path}. Check the path.")
+    return store
+
+
+def _steps(store: Store) -> tuple[list[_Step], dict[int, TricompError]]:
+    """The steps of a store, ascending, and the errors of those that cannot be opened."""
+    from tricomp.inspection import to_json
+
+    found: list[_Step] = []
+    damaged: dict[int, TricompError] = {}
+    for step in store.steps():
+        try:
+            with store.open_alone(step) as file:
+                parent = bytes.fromhex(file.parent) if file.parent else None
+                link = Link(step, bytes.fromhex(file.content_id), parent, file.since_keyframe)
+                metadata = {key: value for key, value in to_json(file.metadata).items() if key != "origin"}
+                raw_bytes = sum(file.leaf(path).n_bytes for path in file)
+                found.append(_Step(step, file.n_bytes, raw_bytes, len(file), link, metadata, _saved(file)))
+        except MissingStep:  # pruned a moment ago
+            continue
+        except TricompError as error:
+            damaged[step] = error
+    return found, damaged
+
+
+def _saved(file: File) -> float | None:
+    """When a file was written, where the file system tells."""
+    try:
+        return os.stat(file.name).st_mtime
+    except OSError:
+        return None
+
+
+def _known_step(store: Store, step: int | None) -> int:
+    """The step asked for, the latest if None, which is in the store. Raises MissingStep."""
+    steps = store.steps()
+    number = max(steps) if step is None else step
+    if number not in steps:
+        other = nearest(steps, number)
+        raise MissingStep(f"step {number} is not in {store.url}. The nearest is step {other}.")
+    return number
+
+
+def _count(text: str) -> int:
+    """An argument that counts. Raises ValueError."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+def _step(text: str) -> int | None:
+    """An argument that names a step; None: the latest. Raises ValueError."""
+    if text != "latest" and int(text) < 0:
+        raise ValueError(text)
+    return None if text == "latest" else int(text)
+
+
+def _suffix(format: str) -> str:
+    return _SUFFIXES.get(format, f".{format}")
+
+
+def _steps_of(n: int) -> str:
+    return f"{n:,} step" if n == 1 else f"{n:,} steps"
+
+
+def _shown(steps: Sequence[int]) -> str:
+    """Some steps for people: all of a few, else the first and the last ones."""
+    some = [*map(str, steps)] if len(steps) <= 8 else [*map(str, steps[:4]), "...", *map(str, steps[-3:])]
+    return ", ".join(some)

@@ -1,0 +1,173 @@
+"""Whether files are whole: checksums of all bytes, digests of all leaves, in memory for a few pieces. Decodes.
+
+The hard thing: along a chain every leaf is needed again by the next file. So files go together, piece by piece: a
+piece is decoded once, and handed on to those that were made against it. And one damage must not hide another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from tricomp import codec
+from tricomp.chain import Link, chains
+from tricomp.dtypes import to_words
+from tricomp.errors import CorruptFile, CorruptFrame, TricompError, WrongReference
+from tricomp.file import Array, File
+from tricomp.report import BrokenStep, VerifyReport
+from tricomp.store import Store
+
+OnProgress = Callable[[int], None]  # raw bytes decoded since the last call
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What a check of one file found.
+
+    n_skipped: leaves whose checksums alone were compared, since they were coded against a parent that was not given.
+    faults: in words, one a damaged leaf, or one of a place that no leaf shows.
+    """
+
+    name: str
+    n_leaves: int
+    n_skipped: int
+    raw_bytes: int
+    faults: tuple[str, ...]
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether no damage was found."""
+        return not self.faults
+
+
+def verify(file: File, on_progress: OnProgress | None = None) -> Verified:
+    """Compare every checksum and every digest of an open file; damage is told, not raised. Raises LimitExceeded."""
+    return _verify_together([file], [None], on_progress)[0]
+
+
+def verify_store(store: Store, on_progress: OnProgress | None = None) -> VerifyReport:
+    """Verify every step of a store, as Store.verify does, in little memory. Raises LimitExceeded, StorageError."""
+    links: list[Link] = []
+    reasons: dict[int, str] = {}
+    for step in store.steps():
+        try:
+            with store.open_alone(step) as file:
+                parent = bytes.fromhex(file.parent) if file.parent else None
+                links.append(Link(step, bytes.fromhex(file.content_id), parent, file.since_keyframe))
+        except TricompError as error:
+            reasons[step] = str(error)
+    found = chains(links)
+    together: dict[int, list[int]] = {}
+    for step, chain in sorted(found.items(), key=lambda item: len(item[1])):
+        together.setdefault(chain[0].step, []).append(step)
+    for steps in together.values():
+        with ExitStack() as stack:
+            files: dict[int, File] = {}
+            parents = [found[step][-2].step if len(found[step]) > 1 else None for step in steps]
+            for step, above in zip(steps, parents):
+                reference = None if above is None else files[above]
+                files[step] = stack.enter_context(store.open_alone(step, reference))
+            numbers = [None if above is None else steps.index(above) for above in parents]
+            verified = _verify_together([files[step] for step in steps], numbers, on_progress)
+        for step, above, one in zip(steps, parents, verified):
+            if one.faults:
+                more = f" ({len(one.faults) - 1} more leaves are damaged)" if len(one.faults) > 1 else ""
+                reasons[step] = one.faults[0] + more
+            elif above in reasons:
+                reasons[step] = f"needs step {above}, which is broken."
+    for link in links:
+        if link.step not in found:
+            missing = link.parent.hex() if link.parent else "none"
+            reasons[link.step] = f"needs a parent with content id {missing}, which is not there or cannot be loaded."
+    intact = tuple(step for step in sorted(found) if step not in reasons)
+    return VerifyReport(intact, tuple(BrokenStep(step, reasons[step]) for step in sorted(reasons)))
+
+
+@dataclass
+class _Check:
+    """The check of one file so far, and of the leaf that is being decoded."""
+
+    file: File
+    parent: int | None
+    children: list[int] = field(default_factory=list)
+    n_skipped: int = 0
+    faults: dict[str, None] = field(default_factory=dict)
+    digester: codec.Digester = field(default_factory=codec.Digester)
+    is_lost: bool = False  # the leaf cannot be decoded
+
+
+def _verify_together(
+    files: Sequence[File], parents: Sequence[int | None], on_progress: OnProgress | None
+) -> list[Verified]:
+    """Verify files of one chain or tree. parents: position of each file's parent, which comes before it."""
+    checks = [_Check(file, parent) for file, parent in zip(files, parents)]
+    for i, parent in enumerate(parents):
+        if parent is not None:
+            checks[parent].children.append(i)
+    for path in dict.fromkeys(path for file in files for path in file):
+        _verify_leaf(checks, path, on_progress)
+    for check in checks:
+        try:
+            check.file.check()
+        except CorruptFrame as error:
+            if not check.faults:  # damage that no leaf shows
+                check.faults[str(error)] = None
+    return [
+        Verified(
+            check.file.name,
+            len(check.file),
+            check.n_skipped,
+            sum(check.file.leaf(path).n_bytes for path in check.file),
+            tuple(check.faults),
+        )
+        for check in checks
+    ]
+
+
+def _verify_leaf(checks: list[_Check], path: str, on_progress: OnProgress | None) -> None:
+    """Decode one leaf of all files that have it, and compare digests."""
+    having = [check for check in checks if path in check.file]
+    tops = [i for i, check in enumerate(checks) if path in check.file and not _hands_on(checks, check, path)]
+    for check in having:
+        check.digester, check.is_lost = codec.Digester(), False
+    leaves = [(check, check.file.leaf(path)) for check in having]
+    sizes = {id(check): leaf.n_words // leaf.dtype.words_per_element for check, leaf in leaves}
+    for start in range(0, max(sizes.values()), codec.DIGEST_BYTES):  # so many elements: whole chunks, whole blocks
+        pending: list[tuple[int, Array | None]] = [(i, None) for i in tops]
+        while pending:  # depth first, so that few pieces are held
+            i, above = pending.pop()
+            check = checks[i]
+            stop = min(start + codec.DIGEST_BYTES, sizes[id(check)])
+            piece = None if check.is_lost or start >= stop else _piece(check, path, start, stop, above)
+            if piece is not None:
+                check.digester.update(to_words(piece))
+                if on_progress:
+                    on_progress(piece.nbytes)
+            pending += [(child, piece) for child in check.children if _hands_on(checks, checks[child], path)]
+    for check in having:
+        stored, computed = check.file.digest(path), check.digester.digest()
+        if not check.is_lost and stored != computed:
+            fault = f"{check.file.name}: leaf {path!r}: digest {stored:016x} stored, {computed:016x} computed."
+            check.faults[fault] = None
+
+
+def _hands_on(checks: Sequence[_Check], check: _Check, path: str) -> bool:
+    """Whether the leaf of a file's parent can serve to decode its own."""
+    if check.parent is None or path not in check.file or path not in checks[check.parent].file:
+        return False
+    return checks[check.parent].file.leaf(path) == check.file.leaf(path)
+
+
+def _piece(check: _Check, path: str, start: int, stop: int, above: Array | None) -> Array | None:
+    """Elements [start, stop) of a leaf; None, and it is lost, if they cannot be decoded."""
+    is_behind_lost = check.parent is not None and above is None and check.file.plan(path).reference == "parent"
+    try:
+        return check.file.elements(path, start, stop, above)
+    except WrongReference:
+        check.n_skipped += 1
+    except (CorruptFile, CorruptFrame) as error:
+        if not is_behind_lost:  # else the error is the parent's
+            check.faults[str(error)] = None
+    check.is_lost = True
+    return None
