@@ -257,8 +257,13 @@ def test_arguments_are_checked(tmp_path):
             Store(tmp_path, keep=keep)  # type: ignore[arg-type]
     with pytest.raises(InvalidArgument, match="spec: expected a tricomp.Spec, got str 'fast'"):
         Store(tmp_path, spec="fast")  # type: ignore[arg-type]
-    with pytest.raises(InvalidArgument, match="only local folders can be stores"):
-        Store("s3://bucket/run")
+    for url in (None, 3, b"run", ""):
+        with pytest.raises(InvalidArgument, match="store: expected a path or URL as str, got"):
+            Store(url)  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgument, match="'s3:/bucket/run': a URL lost a slash in a Path. Give it as str"):
+        Store(Path("s3://bucket/run"))
+    with pytest.raises(InvalidArgument, match="storage_options and cache are for URLs; this is a local folder"):
+        Store(tmp_path, storage_options={"key": "x"})
     (tmp_path / "file").write_text("")
     with pytest.raises(InvalidArgument, match="is a file. A Store needs a folder"):
         Store(tmp_path / "file").steps()
@@ -567,6 +572,21 @@ def test_what_killed_writers_left_is_invisible_and_removed(folder, tmp_path):
     orphan.write_bytes(b"half")
     tricomp.save(tmp_path / "x.tri", 2)
     assert not orphan.exists()
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_folder_that_moves_under_its_writer_is_told_of(folder, is_replaced):
+    with Store(folder) as store:
+        store.save(1, state(1))
+        os.rename(folder, folder + ".old")
+        if is_replaced:
+            filled(folder, [7])
+        with pytest.raises(StorageError, match="run: was moved, removed or replaced while .* Close the Store and open"):
+            store.save(2, state(2))
+        assert os.path.exists(folder) == is_replaced
+    assert untouched(folder + ".old", [1])
+    with Store(folder + ".old") as store:
+        store.save(2, state(2))
 
 
 def test_a_file_system_without_locks_is_told_of(folder, monkeypatch, caplog):

@@ -80,14 +80,29 @@ class LocalFile:
 class FolderLock:
     """The writer's lock of a folder: an flock, released by the kernel when the process dies, and never inherited."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
+    def __init__(self, file: IO[bytes], path: str, url: str) -> None:
+        """file: open and locked, at path. url: of the folder, for messages."""
+        self._file, self._path, self._url = file, path, url
         self._pid = os.getpid()
         _held.add(self)
 
     @property
     def is_held(self) -> bool:
         return self._pid == os.getpid() and not self._file.closed
+
+    def refresh(self) -> None:
+        """Make sure that the locked file is still the one there. Raises StorageError: the folder was moved."""
+        try:
+            is_same = os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            is_same = False
+        except OSError as error:
+            raise _storage_error(error, f"{self._url}: cannot be looked up") from error
+        if not is_same:
+            raise StorageError(
+                f"{self._url}: was moved, removed or replaced while it was written to: its {LOCK_NAME} is no longer "
+                "the one that this writer holds. Close the Store and open it where the folder is now."
+            )
 
     def release(self) -> None:
         """Let the next writer in."""
@@ -209,7 +224,7 @@ class Folder:
         except BaseException:
             file.close()
             raise
-        return FolderLock(file)
+        return FolderLock(file, path, self.url)
 
     @contextmanager
     def _refusal(self, target: str, n_bytes: int = 0) -> Iterator[None]:

@@ -40,6 +40,9 @@ class HeldLock:
     def is_held(self) -> bool:
         return self._owner._writer is self
 
+    def refresh(self) -> None:
+        """Nothing can take it away."""
+
     def release(self) -> None:
         """Let the next writer in."""
         if self.is_held:

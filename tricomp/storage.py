@@ -6,13 +6,22 @@ The hard thing is in the promise of put: a file is there whole and durable, or n
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import re
+import reprlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from tricomp import folder
 from tricomp.bounds import Bytes
+from tricomp.bucket import Bucket
+from tricomp.cache import Cache
 from tricomp.errors import InvalidArgument
 from tricomp.folder import Folder
+from tricomp.lease import LEASE_SECONDS
+
+_LOCAL = re.compile(r"(file|local)://")
+_SCHEME_OF_PATH = re.compile(r"[a-z][a-z0-9+.-]+:/(?!/)")  # what a pathlib.Path makes of a URL
 
 
 class Source(Protocol):
@@ -33,6 +42,10 @@ class Lock(Protocol):
 
     @property
     def is_held(self) -> bool: ...
+
+    def refresh(self) -> None:
+        """Make sure before a write that the storage is still this writer's. Raises StoreLocked, StorageError."""
+        ...
 
     def release(self) -> None: ...
 
@@ -63,14 +76,54 @@ class Storage(Protocol):
         ...
 
 
-def at(url: str | os.PathLike[str]) -> Storage:
-    """The storage at a path or file:// URL. Raises InvalidArgument for URLs of other kinds."""
-    path = os.fspath(url)
-    if not isinstance(path, str):
-        raise InvalidArgument(f"store {path!r}: expected a path or URL as str.")
-    path = path.removeprefix("file://")
-    if "://" in path:
-        raise InvalidArgument(
-            f"store {path!r}: only local folders can be stores in this version. Give a folder's path."
-        )
-    return Folder(str(Path(path).expanduser()))
+def is_url(path: object) -> bool:
+    """Whether a path names something that fsspec reaches; folders and file:// URLs do not."""
+    return isinstance(path, str) and "://" in path and not _LOCAL.match(path)
+
+
+def at(
+    url: str | os.PathLike[str],
+    storage_options: Mapping[str, Any] | None = None,
+    cache: Cache | None = None,
+    lease: float = LEASE_SECONDS,
+) -> Folder | Bucket:
+    """The storage at a path, or at a URL that fsspec knows. storage_options: for fsspec. cache, lease: of a Bucket.
+
+    Raises InvalidArgument, StorageError.
+    """
+    path = _text(url, "store")
+    if is_url(path):
+        return Bucket(path, storage_options, cache, lease)
+    if storage_options or cache is not None:
+        raise InvalidArgument(f"store {path!r}: storage_options and cache are for URLs; this is a local folder.")
+    return Folder(str(Path(_LOCAL.sub("", path)).expanduser()))
+
+
+def split(
+    path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None
+) -> tuple[Folder, str] | tuple[Bucket, str]:
+    """The storage and the name in it of a file at a path or URL. Raises InvalidArgument, StorageError."""
+    if not is_url(path):
+        if storage_options:
+            raise InvalidArgument(f"{path!r}: storage_options are for URLs; this is a local path.")
+        if isinstance(path, str):
+            path = _LOCAL.sub("", path)
+        elif isinstance(path, os.PathLike) and _SCHEME_OF_PATH.match(str(os.fspath(path))):
+            raise InvalidArgument(f"{os.fspath(path)!r}: a URL lost a slash in a Path. Give it as str.")
+        return folder.split(path)
+    url = _text(path, "path")
+    where, slash, name = url.rpartition("/")
+    if not name or (where.endswith(":/") and not url.startswith("memory:")):
+        raise InvalidArgument(f"{url}: expected the URL of a file, as in s3://bucket/run/model.tri.")
+    return Bucket(where + slash, storage_options), name
+
+
+def _text(path: str | os.PathLike[str], what: str) -> str:
+    """A path or URL as str. Raises InvalidArgument for anything else, and for a URL that went through pathlib."""
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
+    if not isinstance(text, str) or not text or "\0" in text:
+        shown = reprlib.repr(path) if isinstance(path, str | bytes) else f"a {type(path).__name__}"
+        raise InvalidArgument(f"{what}: expected a path or URL as str, got {shown}.")
+    if not isinstance(path, str) and _SCHEME_OF_PATH.match(text):
+        raise InvalidArgument(f"{what} {text!r}: a URL lost a slash in a Path. Give it as str.")
+    return text

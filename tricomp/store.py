@@ -12,7 +12,6 @@ import os
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -302,12 +301,12 @@ class Store:
 
     def _links(self) -> list[Link]:
         """The links of all files whose header, index and tail are sound; read once, and again when a file changes."""
-        return self._links_of(self._files())
+        files = self._files()
+        names = {file.name for file in files.values()}
+        self._known = {name: known for name, known in self._known.items() if name in names}
+        return self._links_of(files)
 
     def _links_of(self, files: Mapping[int, _Stored]) -> list[Link]:
-        names = {file.name for file in files.values()}
-        if len(files) > 1:
-            self._known = {name: known for name, known in self._known.items() if name in names}
         unknown = {}
         for step, file in files.items():
             known = self._known.get(file.name)
