@@ -1,8 +1,8 @@
 """The npy format: one numpy array in a file, or in a member of an npz. Imports no framework.
 
-An array of a dtype that tricomp has is itself; text, dates, records and the like are flat bytes, and the header, kept in
-the origin, says what they are. The hard thing: a header is a Python literal out of a hostile file. Arrays of objects are
-pickles and are refused.
+An array of a dtype that tricomp has is itself; text, dates, records and the like are flat bytes, and the header, kept
+in the origin, says what they are. The hard thing: a header is a Python literal out of a hostile file. Arrays of objects
+are pickles and are refused.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tricomp.file import File
 from tricomp.folder import LocalFile
 from tricomp.formats.export import named_leaves
 from tricomp.formats.origin import Span, TensorFile
-from tricomp.formats.span import decoded, spans_of
+from tricomp.formats.span import decoded, is_shape, spans_of
 from tricomp.layout import Leaf
 from tricomp.storage import Source
 
@@ -35,6 +35,8 @@ MAGIC = b"\x93NUMPY"
 _MAX_HEADER_BYTES = 10_000  # numpy's own limit: a literal is parsed
 _MAX_WHOLE_BYTES = 12 + _MAX_HEADER_BYTES
 _KEYS = {"descr", "fortran_order", "shape"}
+# How numpy names dtypes of ml_dtypes; raw bytes would be "|V2". (The other float8 are all "<V1": bytes.)
+_ML_DTYPES = {"<V2": np.dtype(ml_dtypes.bfloat16), "<f1": np.dtype(ml_dtypes.float8_e5m2)}
 _LONG = re.compile(r"(?<=[0-9])L\b")  # Python 2 wrote sizes as 3L
 
 
@@ -90,7 +92,9 @@ def _written(leaf: Leaf, file: File) -> Iterator[Bytes]:
 def head_of(leaf: Leaf) -> bytes:
     """The magic and header for a leaf, in C order."""
     head = io.BytesIO()
-    described = {"descr": leaf.dtype.numpy.str, "fortran_order": False, "shape": leaf.shape}
+    dtype = leaf.dtype.numpy
+    descr = dtype.str if dtype.isbuiltin == 1 else f"<V{dtype.itemsize}"  # such as bfloat16: what np.load can read
+    described = {"descr": descr, "fortran_order": False, "shape": leaf.shape}
     np.lib.format.write_array_header_1_0(head, described)
     return head.getvalue()
 
@@ -113,10 +117,9 @@ def array_at(source: Source, start: int, n_bytes: int, what: str) -> Placed:
     flat = np.frombuffer(data, np.uint8) if expected else np.zeros(0, np.uint8)
     if not _is_known(dtype) or (dtype == np.bool_ and flat.max(initial=0) > 1):
         return Placed(flat, start + offset, expected, None, False)
-    try:
-        array = flat.view(dtype).reshape(shape, order="F" if is_fortran else "C")
-    except ValueError as error:
-        raise InvalidArgument(f"{what}: expected a shape that numpy takes, got {list(shape)}: {error}.") from None
+    if not is_shape(shape):
+        raise InvalidArgument(f"{what}: expected a shape that numpy takes, got {list(shape)}. Save it again.")
+    array = flat.view(dtype).reshape(shape, order="F" if is_fortran else "C")
     axes = tuple(reversed(range(len(shape)))) if is_fortran and not array.flags.c_contiguous else None
     return Placed(array, start + offset, expected, axes, dtype.byteorder == ">")
 
@@ -147,9 +150,8 @@ def _header(head: bytes, what: str) -> tuple[np.dtype[Any], bool, tuple[int, ...
             raise ValueError(f"the shape is {shape!r}"[:100])
         if not isinstance(is_fortran, bool):
             raise ValueError(f"the order is {is_fortran!r}"[:100])
-        dtype = np.lib.format.descr_to_dtype(described["descr"])
-        if described["descr"] == "<V2":  # numpy writes "|V2" for raw bytes: this is ml_dtypes' bfloat16
-            dtype = np.dtype(ml_dtypes.bfloat16)
+        descr = described["descr"]
+        dtype = _ML_DTYPES[descr] if str(descr) in _ML_DTYPES else np.lib.format.descr_to_dtype(descr)
     except (ValueError, TypeError, SyntaxError, AttributeError, LookupError, MemoryError, RecursionError) as error:
         raise InvalidArgument(f"{what}: its npy header is damaged: {error}. Copy it again.") from None
     return dtype, is_fortran, shape, end

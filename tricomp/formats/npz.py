@@ -1,7 +1,7 @@
 """The npz format: arrays in a zip. Stored members are views of the file; compressed ones are inflated to a spool.
 
-Members that are no arrays are flat bytes. Imports no framework. The hard thing: a zip says everything twice, and may lie
-about sizes; so what is read is bounded by what is there, and two members never share bytes.
+Members that are no arrays are flat bytes. Imports no framework. The hard thing: a zip says everything twice, and may
+lie about sizes; so what is read is bounded by what is there, and two members never share bytes.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _begin(info: zipfile.ZipInfo, source: Source) -> int:
         signature, _, flags, method, *_, n_name, n_extra = _LOCAL.unpack(source.read(info.header_offset, _LOCAL.size))
     except CorruptFile:
         signature, flags, method, n_name, n_extra = b"", 0, -1, 0, 0
-    begin = info.header_offset + _LOCAL.size + n_name + n_extra
+    begin: int = info.header_offset + _LOCAL.size + n_name + n_extra
     if signature != b"PK\x03\x04" or flags & 1 or method != info.compress_type:
         raise _refused(source, f"{info.filename!r}: expected its header at {info.header_offset}, got none")
     if info.compress_size < 0 or begin + info.compress_size > source.n_bytes:
@@ -249,8 +249,9 @@ class _Sink:
         self._parts.append(bytes(data))
         return len(data)
 
-    def flush(self) -> None:
-        pass
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
 
     def take(self) -> list[bytes]:
         parts, self._parts = self._parts, []
@@ -259,7 +260,7 @@ class _Sink:
 
 def _zipped(members: Iterator[_Member]) -> Iterator[Bytes]:
     sink = _Sink()
-    with zipfile.ZipFile(sink, "w") as archive:  # type: ignore[arg-type]
+    with zipfile.ZipFile(sink, "w") as archive:
         for name, is_deflated, content in members:
             info = zipfile.ZipInfo(name, _DATE)
             info.compress_type = zipfile.ZIP_DEFLATED if is_deflated else zipfile.ZIP_STORED

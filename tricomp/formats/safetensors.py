@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any, NoReturn
 
 import numpy as np
@@ -25,7 +24,7 @@ from tricomp.folder import LocalFile
 from tricomp.formats import header
 from tricomp.formats.export import named_leaves
 from tricomp.formats.origin import Span, TensorFile, is_plain_name
-from tricomp.formats.span import decoded, spans_of
+from tricomp.formats.span import decoded, is_shape, spans_of
 
 Array = np.ndarray[Any, Any]
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
@@ -123,15 +122,12 @@ def _read_file(path: str) -> TensorFile:
 
 
 def _array(tensor: _Tensor, data: Bytes) -> Array:
-    """The view of a tensor: of its own dtype and shape, or flat bytes where numpy has no such, or bools are none."""
+    """The view of a tensor: of its own dtype and shape, or flat bytes where none can be: odd dtypes, shapes, bools."""
     flat = np.frombuffer(data, np.uint8) if len(data) else np.zeros(0, np.uint8)
     name = header.DTYPES.get(tensor.dtype)
-    if name is None or (name == "bool" and flat.max(initial=0) > 1):
+    if name is None or (name == "bool" and flat.max(initial=0) > 1) or not is_shape(tensor.shape):
         return flat
-    try:
-        return flat.view(dtypes.by_name(name).numpy).reshape(tensor.shape)
-    except ValueError:  # more than 64 dimensions, or none of whose sizes fit into 64 bits; then it is empty
-        return flat
+    return flat.view(dtypes.by_name(name).numpy).reshape(tensor.shape)
 
 
 def _refuse(source: LocalFile, what: str, advice: str = _ADVICE) -> NoReturn:
@@ -299,7 +295,7 @@ def _read_index(path: str) -> TensorFile:
         for part in parts:
             part.close()
         raise
-    shared: dict[str, str] = dict(reduce(lambda a, b: dict(a.items() & b.items()), notes)) if notes else {}
+    shared = dict(set.intersection(*(set(note.items()) for note in notes))) if notes else {}
     return TensorFile(
         os.path.basename(path),
         "safetensors",

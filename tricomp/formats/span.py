@@ -1,11 +1,12 @@
 """Spans: where leaves stand in a file, and a leaf's bytes on their way into one. Imports numpy; knows no format.
 
-The hard thing: a leaf may be larger than memory, and a tree may have 100,000 small ones. So a large one is decoded piece
-by piece, and small ones many at a time.
+The hard thing: a leaf may be larger than memory, and a tree may have 100,000 small ones. So a large one is decoded
+piece by piece, and small ones many at a time.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,11 @@ def fault_of(span: Span, leaf: Leaf | None) -> str:
         if span.n_bytes != leaf.n_bytes:
             return "axes, and not the whole leaf"
     return ""
+
+
+def is_shape(shape: Sequence[int]) -> bool:
+    """Whether an array, and a leaf of a `.tri` file, can be of this shape, which an empty one may exceed."""
+    return len(shape) <= 64 and math.prod(max(size, 1) for size in shape) < 1 << 59
 
 
 def element_bytes(leaf: Leaf) -> int:

@@ -1,7 +1,7 @@
 """Bytes that exist nowhere in one piece, put into a nameless temporary file and mapped: a Source. Imports no framework.
 
-What is inflated or joined goes here, so that memory stays bounded; the disk it takes is free again when the last view is
-gone. The hard thing: it may not fit, and then whoever reads must hear where it was and how to choose another place.
+What is inflated or joined goes here, so that memory stays bounded; the disk it takes is free again when the last view
+is gone. The hard thing: it may not fit, and then whoever reads must hear where it was and how to choose another place.
 """
 
 from __future__ import annotations
