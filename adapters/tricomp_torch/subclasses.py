@@ -74,8 +74,11 @@ def take_apart(tensor: torch.Tensor, path: str) -> tuple[dict[str, torch.Tensor]
     """Inner tensors by name, and the note that `put_together` needs. Raises UnsupportedNode, naming the path."""
     cls = type(tensor)
     _require_known(cls, path)
-    names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-    inner = {name: getattr(tensor, name) for name in names}
+    try:
+        names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        inner = {name: getattr(tensor, name) for name in names}
+    except Exception as error:  # a file may have made it without what its class relies on
+        raise UnsupportedNode(f"leaf {path!r}: this {cls.__name__} cannot be taken apart ({error}).") from error
     for name, value in inner.items():
         if not isinstance(value, torch.Tensor):
             kind = type(value).__name__
@@ -142,14 +145,14 @@ def is_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(size) is int and 0 <= size < 1 << 63 for size in value)
 
 
-def imports_for(names: set[str]) -> list[Any]:
-    """Those classes of the tables that are among the names, imported: what torch.load needs to be allowed."""
-    found = []
+def known_classes(names: set[str]) -> dict[str, Any]:
+    """Those classes of the tables that are among the names, imported; without those that are not installed."""
+    found = {}
     for name in sorted(names & (_KNOWN_TENSORS | _KNOWN_VALUES)):
         try:
-            found.append(_import(name))
+            found[name] = _import(name)
         except (ImportError, AttributeError):
-            continue  # torch.load then names it
+            continue
     return found
 
 

@@ -77,7 +77,8 @@ def dtype_of(array: Array, path: str) -> torch.dtype:
     name = array.dtype.name
     if name not in _TORCH_BY_NAME:
         raise UnsupportedDtype(f"leaf {path!r}: torch has no dtype {name!r}. Load this file with tricomp.load.")
-    return _TORCH_BY_NAME[name]
+    dtype: torch.dtype = _TORCH_BY_NAME[name]
+    return dtype
 
 
 def unusual_strides(tensor: torch.Tensor) -> tuple[int, ...] | None:

@@ -35,11 +35,11 @@ class TieFinder:
 
 
 class TieMaker:
-    """Makes tensors of arrays so that tied paths share storage."""
+    """Makes tensors of arrays so that tied paths share storage, with the strides that are noted for them."""
 
-    def __init__(self, ties: Mapping[str, str], strides: Mapping[str, Sequence[int]] | None = None) -> None:
-        self._ties, self._strides = ties, strides or {}
-        self._made: dict[str, tuple[Array, torch.Tensor]] = {}
+    def __init__(self, ties: Mapping[str, str], strides: Mapping[str, Sequence[int]]) -> None:
+        self._ties, self._strides = ties, strides
+        self._made: dict[str, tuple[str, Array, torch.Tensor]] = {}
 
     def tensor(self, path: str, array: Array, device: torch.device | None) -> torch.Tensor:
         """The tensor of path, or a view of the tensor it is tied to.
@@ -48,8 +48,8 @@ class TieMaker:
         """
         first = self._ties.get(path, path)
         if first in self._made:
-            other, made = self._made[first]
-            if not is_same(other, array):
+            other, held, made = self._made[first]
+            if not self.is_tied(other, held, path, array):
                 raise CorruptFile(
                     f"leaf {path!r} is noted as tied to {first!r}, but their values differ. "
                     "Read the file with tricomp.load, which does not tie, and save it again."
@@ -61,9 +61,17 @@ class TieMaker:
                 f"leaf {path!r} is noted to have the strides {list(strides)}, which do not fit its shape "
                 f"{list(array.shape)}. Read the file with tricomp.load, which does not use them, and save it again."
             )
-        made = to_tensor(array, path, device, strides)
-        self._made[first] = (array, made)
+        made = self.make(path, array, device, strides)
+        self._made[first] = (path, array, made)
         return made
+
+    def make(self, path: str, array: Array, device: torch.device | None, strides: Sequence[int] | None) -> torch.Tensor:
+        """The tensor of an array, untied."""
+        return to_tensor(array, path, device, strides)
+
+    def is_tied(self, first: str, held: Array, path: str, array: Array) -> bool:
+        """Whether two leaves, paths and arrays, can be one tensor."""
+        return is_same(held, array)
 
 
 def is_same(a: Array, b: Array) -> bool:

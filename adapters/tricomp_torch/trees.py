@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tricomp.errors import CorruptFile, UnsupportedNode
+from tricomp.errors import CorruptFile, LimitExceeded, UnsupportedNode
 from tricomp.tree import join
 from tricomp_torch import subclasses
 from tricomp_torch.tensors import PLAIN, Array, to_array, unusual_strides
@@ -55,11 +55,12 @@ class Flat:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-def flatten(tree: Any) -> Flat:
+def flatten(tree: Any, on_leaf: Callable[[str, torch.Tensor], None] | None = None) -> Flat:
     """The core's tree for a tree of tensors and plain values.
 
     CPU tensors share memory with the result, so it must be used before they change; other devices are copied to the
-    host. Raises UnsupportedNode or UnsupportedDtype, naming the path; what the core can judge is left to it.
+    host. on_leaf gets path and tensor of every leaf. Raises UnsupportedNode or UnsupportedDtype, naming the path, and
+    LimitExceeded if the tree is too deep (or holds itself); what else the core can judge is left to it.
     """
     ties = TieFinder()
     kinds: dict[str, str] = {}
@@ -70,6 +71,8 @@ def flatten(tree: Any) -> Flat:
     def leaf(tensor: torch.Tensor, path: str) -> Array:
         array = to_array(tensor, path)
         ties.add(path, tensor)
+        if on_leaf is not None:
+            on_leaf(path, tensor)
         unusual = unusual_strides(tensor)
         if unusual is not None:
             strides[path] = list(unusual)
@@ -109,7 +112,10 @@ def flatten(tree: Any) -> Flat:
         _refuse_known(node, name)
         return node
 
-    flat = walk(tree, None)
+    try:
+        flat = walk(tree, None)
+    except RecursionError:
+        raise LimitExceeded("tree: it is nested too deeply, or holds itself. Flatten it first.") from None
     notes = {"ties": ties.ties, "kinds": kinds, "modules": modules, "strides": strides, "subclasses": parts}
     return Flat(flat, {key: value for key, value in notes.items() if value})
 
@@ -175,9 +181,9 @@ def unflatten_leaves(leaves: Mapping[str, Array], notes: Mapping[str, Any], devi
     return made
 
 
-def maker_of(notes: Mapping[str, Any]) -> TieMaker:
+def maker_of(notes: Mapping[str, Any], kind: Callable[..., TieMaker] = TieMaker) -> TieMaker:
     """What makes the tensors of leaves. Raises CorruptFile if the notes on ties and strides are damaged."""
-    return TieMaker(_table(notes, "ties"), _table(notes, "strides"))
+    return kind(_table(notes, "ties"), _table(notes, "strides"))
 
 
 def plain_leaves(tensor: torch.Tensor, path: str) -> Iterator[tuple[str, torch.Tensor]]:
