@@ -55,7 +55,9 @@ class Selection:
         if block.size == 0:
             return block
         run, starts_of = self._runs()
-        rows = block.reshape(-1, run)
+        # Bits, for numpy makes no strided view of some dtypes of ml_dtypes; those of more than 8 bytes are numpy's own.
+        carrier = np.dtype(f"u{dtype.itemsize}") if dtype.itemsize <= 8 else dtype
+        rows = block.reshape(-1, run).view(carrier)
         done = 0
         for starts in starts_of:
             is_cut = (np.diff(starts) >= run + chunk_elements) | (np.diff(starts // _SPAN) != 0)
@@ -64,7 +66,7 @@ class Selection:
                 if end - begin == 1:
                     _copy(elements, first, stop, rows[done + begin])
                 else:
-                    part = elements(first, stop)
+                    part = elements(first, stop).view(carrier)
                     windows = np.lib.stride_tricks.sliding_window_view(part, run)
                     rows[done + begin : done + end] = windows[starts[begin:end] - first]
             done += len(starts)
@@ -212,5 +214,5 @@ def _copy(elements: Callable[[int, int], Array], start: int, stop: int, out: Arr
     at = start
     while at < stop:
         end = min((at // _SPAN + 1) * _SPAN, stop)
-        out[at - start : end - start] = elements(at, end)
+        out[at - start : end - start] = elements(at, end).view(out.dtype)
         at = end

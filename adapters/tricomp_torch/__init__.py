@@ -8,7 +8,21 @@ if __name__ != "tricomp_torch":
     raise ImportError(f"import tricomp_torch by that name, not as {__name__!r}; 'adapters' is a folder, not a package")
 
 from tricomp_torch.checkpointer import Checkpointer, Restored
+from tricomp_torch.compressed import CompressedStateDict
 from tricomp_torch.files import load, save
+from tricomp_torch.safe import load_file, safe_open, save_file
 from tricomp_torch.trees import Flat, flatten, unflatten
 
-__all__ = ["Checkpointer", "Flat", "Restored", "flatten", "load", "save", "unflatten"]
+__all__ = [
+    "Checkpointer",
+    "CompressedStateDict",
+    "Flat",
+    "Restored",
+    "flatten",
+    "load",
+    "load_file",
+    "safe_open",
+    "save",
+    "save_file",
+    "unflatten",
+]

@@ -37,7 +37,7 @@ def save(
         raise InvalidArgument(f"save: expected a path, as in tricomp_torch.save(obj, path), got a {kind}.")
     flat = flatten(obj)
     metadata = with_notes(metadata, flat.notes)
-    return tricomp.save(os.fspath(path), flat.tree, reference=_reference(reference), spec=spec, metadata=metadata)
+    return tricomp.save(os.fspath(path), flat.tree, reference=plain_reference(reference), spec=spec, metadata=metadata)
 
 
 def load(
@@ -56,7 +56,7 @@ def load(
     Raises CorruptFile, CorruptFrame, WrongReference, MissingLeaf, UnsupportedVersion, UnsupportedDtype.
     """
     device = device_of(map_location)
-    with tricomp.open(os.fspath(path), reference=_reference(reference)) as file:
+    with tricomp.open(os.fspath(path), reference=plain_reference(reference)) as file:
         notes = notes_of(file.metadata)
         if leaves is None:
             return unflatten(Flat(file.load(), notes), device)
@@ -79,7 +79,7 @@ def notes_of(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     return dict(notes) if isinstance(notes, Mapping) else {}
 
 
-def _reference(reference: Any) -> Any:
+def plain_reference(reference: Any) -> Any:
     """What the core takes as a reference: paths and open files as they are, torch trees flattened."""
     if reference is None or isinstance(reference, str | os.PathLike | tricomp.File):
         return reference
