@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from tricomp import bounds, codec, folder
+from tricomp import bounds, codec, storage
 from tricomp.bounds import Limits
 from tricomp.container import Writing
 from tricomp.content import Content, content_of
@@ -24,16 +24,22 @@ from tricomp.storage import Storage
 Path = str | os.PathLike[str]
 
 
-def open_file(path: Path, reference: Path | File | Any = None, limits: Limits = bounds.DEFAULTS) -> File:
+def open_file(
+    path: Path,
+    reference: Path | File | Any = None,
+    limits: Limits = bounds.DEFAULTS,
+    storage_options: Mapping[str, Any] | None = None,
+) -> File:
     """Open a `.tri` file; nothing is decoded yet.
 
-    path: of a local file. reference: for a delta, what it was saved against: a path, an open File or a tree.
+    path: of a local file, or a URL that fsspec knows; storage_options go to fsspec. reference: for a delta, what it was
+    saved against: a path or URL, an open File or a tree.
     Raises MissingFile, CorruptFile, UnsupportedVersion, LimitExceeded, WrongReference, StorageError.
     """
-    source = folder.LocalFile(os.fspath(path))
+    source = storage.source(path, storage_options)
     base: File | Content | None = None
     try:
-        base = _base(reference, limits)
+        base = _base(reference, limits, storage_options)
         file = File(source, base, limits)
     except BaseException:
         source.close()
@@ -45,12 +51,17 @@ def open_file(path: Path, reference: Path | File | Any = None, limits: Limits = 
     return file
 
 
-def load(path: Path, reference: Path | File | Any = None, leaves: Iterable[str] | None = None) -> Any:
+def load(
+    path: Path,
+    reference: Path | File | Any = None,
+    leaves: Iterable[str] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Any:
     """The tree in a `.tri` file; or, given leaves (paths or fnmatch patterns), a dict of path to array.
 
     Raises what open_file and File.load raise.
     """
-    with open_file(path, reference) as file:
+    with open_file(path, reference, storage_options=storage_options) as file:
         return file.load(leaves)
 
 
@@ -60,16 +71,19 @@ def save(
     reference: Path | File | Any = None,
     spec: Spec | None = None,
     metadata: dict[str, Any] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> Report:
     """Write a tree of numpy arrays and plain values to one file, atomically: a file that is there stays until the end.
 
-    reference: a path, an open File or a tree to encode against; it is needed again to load. metadata: plain values.
+    path: of a local file, or a URL that fsspec knows; storage_options go to fsspec. reference: a path or URL, an open
+    File or a tree to encode against; it is needed again to load. metadata: plain values.
     Raises UnsupportedNode, UnsupportedDtype (naming the leaf), InvalidArgument, StorageError.
     """
-    where, name = folder.split(path)
-    base = _base(reference, bounds.DEFAULTS)
+    where, name = storage.split(path, storage_options)
+    base = _base(reference, bounds.DEFAULTS, storage_options)
     try:
-        if isinstance(base, File) and os.path.realpath(base.name) == os.path.join(where.url, name):
+        target = os.path.join(where.url, name)
+        if isinstance(base, File) and target in (base.name, os.path.realpath(base.name)):
             raise InvalidArgument(f"{os.fspath(path)}: would replace its own reference. Save to another path.")
         since_keyframe = base.since_keyframe + 1 if isinstance(base, File) else int(base is not None)
         return put(where, name, content_of(tree), base, spec, metadata, since_keyframe)
@@ -111,10 +125,11 @@ def put(
     return report_of(os.path.join(where.url, name), written, time.perf_counter() - began)
 
 
-def _base(reference: Any, limits: Limits) -> File | Content | None:
+def _base(reference: Any, limits: Limits, storage_options: Mapping[str, Any] | None) -> File | Content | None:
     """What reference names: an open File (opened here if it is a path), or a tree held in memory."""
     if reference is None or isinstance(reference, (File, Content)):
         return reference
     if isinstance(reference, (str, os.PathLike)):
-        return open_file(reference, None, limits)
+        is_far = storage.is_url(reference)  # the options of one storage mean nothing to another kind
+        return open_file(reference, None, limits, storage_options if is_far else None)
     return content_of(reference)

@@ -107,7 +107,7 @@ def split(
         if storage_options:
             raise InvalidArgument(f"{path!r}: storage_options are for URLs; this is a local path.")
         if isinstance(path, str):
-            path = _LOCAL.sub("", path)
+            path = os.path.expanduser(_LOCAL.sub("", path))
         elif isinstance(path, os.PathLike) and _SCHEME_OF_PATH.match(str(os.fspath(path))):
             raise InvalidArgument(f"{os.fspath(path)!r}: a URL lost a slash in a Path. Give it as str.")
         return folder.split(path)
@@ -116,6 +116,17 @@ def split(
     if not name or (where.endswith(":/") and not url.startswith("memory:")):
         raise InvalidArgument(f"{url}: expected the URL of a file, as in s3://bucket/run/model.tri.")
     return Bucket(where + slash, storage_options), name
+
+
+def source(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Source:
+    """A file at a path or URL, open for reading. Raises InvalidArgument, MissingFile, StorageError."""
+    text = _text(path, "open")
+    if is_url(text):
+        where, name = split(text, storage_options)
+        return where.get(name)
+    if storage_options:
+        raise InvalidArgument(f"{text!r}: storage_options are for URLs; this is a local path.")
+    return folder.LocalFile(os.path.expanduser(_LOCAL.sub("", text)))
 
 
 def _text(path: str | os.PathLike[str], what: str) -> str:
