@@ -83,7 +83,7 @@ def expand(short: bytes, placed: Sequence[tuple[Leaf, int]], n_bytes: int, what:
     """The header of n_bytes that was abridged. Raises CorruptFile, naming what, if it does not come out so."""
     rest = iter(placed)
     parts: list[bytes] = [short[:8]]
-    missing = n_bytes - 8
+    missing = n_bytes - len(parts[0])
     for part in re.split(_MARKS, short[8:]):
         if part in (_ENTRY, _SKIP):
             leaf, offset = next(rest, (None, 0))

@@ -19,7 +19,7 @@ import numpy as np
 from tricomp import bounds
 from tricomp import tree as trees
 from tricomp.bounds import Bytes
-from tricomp.errors import CorruptFile, InvalidArgument
+from tricomp.errors import CorruptFile, InvalidArgument, StorageError
 from tricomp.file import File
 from tricomp.folder import LocalFile
 from tricomp.formats import npy
@@ -105,6 +105,10 @@ def _members(archive: zipfile.ZipFile, source: Source) -> dict[str, zipfile.ZipI
             raise _refused(source, f"expected each name once, got two of {key!r}")
         if info.flag_bits & 1:
             raise _refused(source, f"{info.filename!r} is encrypted")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others may ask for any memory
+            raise _refused(
+                source, f"{info.filename!r}: expected it stored or deflated, got method {info.compress_type}"
+            )
         members[key] = info
     return members
 
@@ -171,7 +175,7 @@ def _read_inflated(
 def _inflate(archive: zipfile.ZipFile, info: zipfile.ZipInfo, source: Source, spool: Spool) -> int:
     """Append a member's content to the spool; returns where it begins there."""
     _begin(info, source)
-    if info.compress_type == zipfile.ZIP_DEFLATED and info.file_size > info.compress_size * _MOST_INFLATED + 64:
+    if info.file_size > info.compress_size * _MOST_INFLATED + 64:
         raise _refused(
             source, f"{info.filename!r}: {info.compress_size} bytes cannot hold the {info.file_size} declared"
         )
@@ -182,6 +186,8 @@ def _inflate(archive: zipfile.ZipFile, info: zipfile.ZipInfo, source: Source, sp
         with archive.open(info) as member:
             while piece := member.read(_PIECE_BYTES):
                 spool.append(piece)
+    except StorageError:  # of the spool
+        raise
     except _FAULTS as error:
         raise _refused(source, f"{info.filename!r}: cannot be inflated: {error}") from None
     if spool.n_bytes - start != info.file_size:

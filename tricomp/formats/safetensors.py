@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -28,7 +29,7 @@ from tricomp.formats.span import decoded, is_shape, spans_of
 
 Array = np.ndarray[Any, Any]
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
-INDEX_SUFFIX = ".safetensors.index.json"
+_INDEX = re.compile(r"\.safetensors\.index(\.[^./]+)?\.json$", re.IGNORECASE)  # "fp16" may stand in it
 _METADATA = "__metadata__"
 _ADVICE = "Download or copy it again."
 
@@ -52,18 +53,18 @@ class Safetensors:
     """The format "safetensors", see tricomp.formats.base.Format."""
 
     name = "safetensors"
-    suffixes = (".safetensors", INDEX_SUFFIX)
+    suffixes = (".safetensors", ".safetensors.index.json")
 
     def matches(self, head: bytes, path: str) -> bool:
         """A plausible length and the brace of a header, or an index of shards."""
-        if path.lower().endswith(INDEX_SUFFIX):
+        if _INDEX.search(path):
             return head.lstrip()[:1] == b"{"
         n_bytes = int.from_bytes(head[:8], "little")
         return 2 <= n_bytes <= MAX_HEADER_BYTES and head[8:].lstrip(b" \t\r\n")[:1] == b"{"
 
     def read(self, path: str) -> TensorFile:
         """The flat dict of a file's tensors in the order of their data; of all shards', given their index."""
-        return _read_index(path) if path.lower().endswith(INDEX_SUFFIX) else _read_file(path)
+        return _read_index(path) if _INDEX.search(path) else _read_file(path)
 
     def pieces(self, file: File) -> Iterator[Bytes]:
         """As the library writes it: by alignment, then by name; with the text metadata the file came with."""
