@@ -133,11 +133,16 @@ def _load(path: str, archive: Archive | None) -> Any:
         found = re.search(r"GLOBAL (\S+)", str(error))
         if found:
             _refuse(path, [found[1]])
-        said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InvalidArgument(
-            f"{path}: torch.load(weights_only=True) cannot read it: {said[:200]}. "
+            f"{path}: torch.load(weights_only=True) cannot read it: {_reason(error)}. "
             "It is damaged, or holds more than tensors and plain values."
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What torch says is wrong, in one line, without its advice to trust the file."""
+    said = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+    return said.partition("\n")[0].strip().rstrip(".")[:200] or type(error).__name__
 
 
 def _unsafe_globals(path: str) -> set[str]:

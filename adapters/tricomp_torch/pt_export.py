@@ -26,7 +26,7 @@ from tricomp.folder import LocalFile
 from tricomp.formats import Origin, TensorFile
 from tricomp_torch.archive import Record, read_archive
 from tricomp_torch.files import notes_of
-from tricomp_torch.tensors import Array, view_as_tensor
+from tricomp_torch.tensors import Array, to_tensor, view_as_tensor
 from tricomp_torch.ties import TieMaker
 from tricomp_torch.trees import Flat, maker_of, unflatten
 
@@ -38,19 +38,19 @@ def written(file: File, read: Callable[[str], TensorFile]) -> Iterator[Bytes]:
 
     Raises, before the first piece, InvalidArgument for what torch.load(weights_only=True) would not take back.
     """
-    blanks = _Blanks(file)
     try:
-        with tempfile.TemporaryDirectory(prefix="tricomp-") as folder:
+        with contextlib.closing(_Blanks(file)) as blanks, tempfile.TemporaryDirectory(prefix="tricomp-") as folder:
             path = os.path.join(folder, "archive.pt")
             _save(blanks.tree(), path, file)
             origin, records = _places(path, read, file)
+    except StorageError:
+        raise
     except OSError as error:
-        if isinstance(error, StorageError):
-            raise
-        where = tempfile.gettempdir()
-        raise StorageError(f"{file.name}: no file can be written in {where}: {error}. Set TMPDIR.") from error
-    finally:
-        blanks.close()
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise StorageError(
+            f"{file.name}: no temporary file can be written in {tempfile.gettempdir()}: {reason}. "
+            "Set TMPDIR to another folder."
+        ) from error
     return _with_checksums(origin.pieces(file), records)
 
 
@@ -97,6 +97,8 @@ class _BlankMaker(TieMaker):
         self._file = file
 
     def make(self, path: str, array: Array, device: torch.device | None, strides: Sequence[int] | None) -> torch.Tensor:
+        if not array.size:  # not at the address of the next leaf
+            return to_tensor(array, path, device, strides)
         tensor = view_as_tensor(array, path)
         return tensor if strides is None else tensor.as_strided(tensor.shape, tuple(strides))
 
