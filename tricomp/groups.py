@@ -10,7 +10,9 @@ import re
 from collections.abc import Iterable, Sequence
 
 MOST_GROUPS = 16  # that a split of one large group leads to
-_MOST_SLOTS = 8  # names behind a number that are told apart: an optimizer has a few, a model in a list hundreds
+_MOST_SLOTS = (
+    8  # names behind a number, or beside all dicts, that are told apart: an optimizer has few, a model hundreds
+)
 _SEPARATOR = re.compile(r"([/.])")
 _NUMBERED = re.compile(r"(.*[^0-9]_?)?[0-9]+")
 
@@ -31,8 +33,11 @@ def _top_level(paths: Sequence[str]) -> list[str]:
     for parts, end in zip(keys, ends):
         if end > 1:
             slots.setdefault(_starred(parts[: end - 1]), set()).add(parts[end - 1])
+    n_alone = len({_star(parts[0]) for parts, end in zip(keys, ends) if end == 0})
     names = []
     for parts, end in zip(keys, ends):
+        if end == 0 and n_alone <= _MOST_SLOTS:
+            end = 1
         if end > 1 and len(slots[_starred(parts[: end - 1])]) > _MOST_SLOTS:
             end -= 1
         names.append("/".join(_starred(parts[:end])))

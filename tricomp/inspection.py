@@ -84,6 +84,16 @@ class GroupFacts:
 
 
 @dataclass(frozen=True)
+class OriginFacts:
+    """A file that a `.tri` file was made of, as that tells. is_exact: it can be restored byte for byte."""
+
+    format: str
+    name: str
+    n_bytes: int
+    is_exact: bool
+
+
+@dataclass(frozen=True)
 class FileFacts:
     """A whole file. parent: content id, None for one that stands alone. origins: the files that it was made of.
 
@@ -100,7 +110,7 @@ class FileFacts:
     parent: str | None
     since_keyframe: int
     metadata: dict[str, Any]
-    origins: tuple[dict[str, Any], ...]
+    origins: tuple[OriginFacts, ...]
     base: str | None
     n_leaves: int
     raw_bytes: int
@@ -123,7 +133,7 @@ class FileFacts:
             return {**found, "ratio": facts.ratio}
 
         nested = {"groups": [plain(group) for group in self.groups], "leaves": [plain(leaf) for leaf in self.leaves]}
-        return {**plain(self), **nested}
+        return {**plain(self), **nested, "origins": [asdict(origin) for origin in self.origins]}
 
 
 def inspect(file: File, leaves: Iterable[str] | None = None) -> FileFacts:
@@ -253,14 +263,15 @@ def _group(name: str, leaves: Sequence[LeafFacts]) -> GroupFacts:
     )
 
 
-def _origins(packed: Any) -> tuple[dict[str, Any], ...]:
-    """What a file says of the files that it was made of; what stands between their leaves is left out."""
-    if not isinstance(packed, (list, tuple)):
-        return ()
-    kept = ("format", "name", "n_bytes")
-    return tuple(
-        {key: to_json(entry[key]) for key in kept if key in entry} for entry in packed if isinstance(entry, dict)
-    )
+def _origins(packed: Any) -> tuple[OriginFacts, ...]:
+    """What a file says of the files that it was made of, as far as that is well formed; skeletons are not read."""
+    found = []
+    for entry in packed if isinstance(packed, (list, tuple)) else ():
+        if isinstance(entry, dict):
+            format, name, n_bytes = entry.get("format"), entry.get("name"), entry.get("bytes")
+            if isinstance(format, str) and isinstance(name, str) and type(n_bytes) is int:
+                found.append(OriginFacts(format, name, n_bytes, entry.get("spans") is not None))
+    return tuple(found)
 
 
 def _bits(n_bytes: int, n_elements: int) -> float | None:

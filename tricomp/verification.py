@@ -139,7 +139,17 @@ def _verify_leaf(checks: list[_Check], path: str, on_progress: OnProgress | None
             i, above = pending.pop()
             check = checks[i]
             stop = min(start + codec.DIGEST_BYTES, sizes[id(check)])
-            piece = None if check.is_lost or start >= stop else _piece(check, path, start, stop, above)
+            piece = None
+            if start < stop and not check.is_lost:
+                try:
+                    piece = check.file.elements(path, start, stop, above)
+                except WrongReference:
+                    check.n_skipped += 1
+                    check.is_lost = True
+                except (CorruptFile, CorruptFrame) as error:
+                    check.is_lost = True
+                    if not any(str(error).startswith(f"{other.file.name}: ") for other in checks if other is not check):
+                        check.faults[str(error)] = None
             if piece is not None:
                 check.digester.update(to_words(piece))
                 if on_progress:
@@ -157,17 +167,3 @@ def _hands_on(checks: Sequence[_Check], check: _Check, path: str) -> bool:
     if check.parent is None or path not in check.file or path not in checks[check.parent].file:
         return False
     return checks[check.parent].file.leaf(path) == check.file.leaf(path)
-
-
-def _piece(check: _Check, path: str, start: int, stop: int, above: Array | None) -> Array | None:
-    """Elements [start, stop) of a leaf; None, and it is lost, if they cannot be decoded."""
-    is_behind_lost = check.parent is not None and above is None and check.file.plan(path).reference == "parent"
-    try:
-        return check.file.elements(path, start, stop, above)
-    except WrongReference:
-        check.n_skipped += 1
-    except (CorruptFile, CorruptFrame) as error:
-        if not is_behind_lost:  # else the error is the parent's
-            check.faults[str(error)] = None
-    check.is_lost = True
-    return None

@@ -182,10 +182,10 @@ def _described(facts: FileFacts, sort: str, is_listed: bool) -> list[str]:
         saves = f", {facts.since_keyframe} saves after a keyframe" if facts.since_keyframe > 1 else ""
         lines.append(f"  delta of content id {facts.parent}{name}{saves}")
     if facts.origins:
-        sizes = [console.count_bytes(origin["n_bytes"]) for origin in facts.origins if "n_bytes" in origin]
-        shown = [f"{origin.get('name')} ({origin.get('format')})" for origin in facts.origins[:3]]
-        more = f" and {len(facts.origins) - 3} more" if len(facts.origins) > 3 else f", {sizes[0]}" if sizes else ""
-        lines.append(f"  made of {', '.join(shown)}{more}")
+        shown = [f"{one.name} ({one.format}, {console.count_bytes(one.n_bytes)})" for one in facts.origins[:3]]
+        more = f" and {len(facts.origins) - 3} more" if len(facts.origins) > 3 else ""
+        how = "byte for byte" if all(one.is_exact for one in facts.origins) else "as an equal file"
+        lines.append(f"  made of {', '.join(shown)}{more}, restored {how}")
     if facts.metadata:
         lines.append("  metadata: " + ", ".join(entry(key, value) for key, value in facts.metadata.items()))
     rounded: dict[int, int] = {}
@@ -221,7 +221,7 @@ def _group_table(groups: Sequence[GroupFacts]) -> list[str]:
         dtype = next(iter(group.dtypes)) if len(group.dtypes) == 1 else f"{len(group.dtypes)} dtypes"
         sizes = (console.count_bytes(group.raw_bytes), console.count_bytes(group.coded_bytes))
         numbers = (_number(group.bits), _number(group.ratio))
-        rows.append((group.name or "(all)", f"{group.n_leaves:,}", dtype, *sizes, *numbers, *_parts(group)))
+        rows.append((group.name or "(no group)", f"{group.n_leaves:,}", dtype, *sizes, *numbers, *_parts(group)))
     lines = table(heads, rows)
     return [*lines, f"and {len(groups) - _MOST_GROUPS} more groups"] if len(groups) > _MOST_GROUPS else lines
 
@@ -276,7 +276,7 @@ def _told(a: str, b: str, found: Comparison, is_verbose: bool) -> list[str]:
     )
     parts += [f"{_leaves(len(what))} {how}" for what, how in counts if what]
     if found.values:
-        parts.append(f"{len(found.values):,} plain values")
+        parts.append(f"{len(found.values):,} plain value{'s' * (len(found.values) > 1)}")
     lines = [f"{a} and {b} differ: {'; '.join(parts)}"]
     if is_verbose:
         lines += [f"  only in {a}: {path}" for path in found.only_in_a]

@@ -73,7 +73,10 @@ class _Sources:
 
     def __init__(self, stack: ExitStack, names: Sequence[str], bases: Sequence[str]) -> None:
         self._stack, self._has_bases = stack, bool(bases)
-        self._opened: list[Opened] = [stack.enter_context(_open(name)) for name in [*names, *bases]]
+        self._opened: list[Opened] = []
+        for name in [*names, *bases]:
+            self._opened.append(_open(name))
+            stack.callback(self._opened[-1].close)
         self._is_done = [step_of(name) is not None for name in [*names, *bases]]  # a Store opens the whole chain
         self._contents: dict[int, Content] = {}
 
