@@ -255,6 +255,16 @@ def test_a_capturable_state_keeps_tensors_where_others_have_numbers(tmp_path):
     assert all(entry["step"].dtype == torch.float32 for entry in again.state.values())
 
 
+def test_a_learning_rate_goes_to_the_device_it_is_on_in_this_process(tmp_path):
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(1, optimizer=begin("adamw-lr-tensor")[1])
+    again = begin("adamw-lr-tensor")[1]
+    again.param_groups[1]["lr"] = torch.empty((), device="meta")  # in the place of an accelerator
+    checkpointer.restore(optimizer=again)
+    assert again.param_groups[0]["lr"] == 3e-3
+    assert again.param_groups[1]["lr"].device.type == "meta"
+
+
 def test_inner_tensors_of_torchao_are_leaves_of_their_own(tmp_path):
     run = begin("torchao-8bit")
     train(run, range(2))

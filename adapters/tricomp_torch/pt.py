@@ -21,7 +21,7 @@ from tricomp.errors import CorruptFile, InvalidArgument, TricompError, Unsupport
 from tricomp.file import File
 from tricomp.folder import LocalFile
 from tricomp.formats import Span, TensorFile
-from tricomp_torch.archive import Archive, read_archive, spans_of
+from tricomp_torch.pt_archive import Archive, read_archive, spans_of
 from tricomp_torch.pt_export import written
 from tricomp_torch.subclasses import known_classes
 from tricomp_torch.trees import NOTES_KEY, flatten
@@ -78,7 +78,7 @@ class Torch:
                 raise type(error)(f"{path}: {error}") from error
             spans: tuple[Span, ...] | None = None
             if archive is not None and archive.is_mappable and archive.is_little:
-                spans = spans_of(leaves, archive)
+                spans = spans_of(leaves, archive, source)
         except BaseException:
             source.close()
             raise
@@ -96,6 +96,10 @@ FORMAT = Torch()
 def _archive(path: str, source: LocalFile) -> Archive | None:
     """The zip archive that a file is; None: it is of the earlier form. Raises InvalidArgument, UnsupportedFormat."""
     head = bytes(source.read(0, min(source.n_bytes, 64)))
+    if not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):
+        raise UnsupportedFormat(
+            f"{path}: reading files of torch.save needs torch 2.6 or later, this is {torch.__version__}."
+        )
     if not head.startswith(_ZIP):
         if _LEGACY in head[:40]:
             return None

@@ -24,8 +24,8 @@ from tricomp.errors import InvalidArgument, LimitExceeded, StorageError
 from tricomp.file import File
 from tricomp.folder import LocalFile
 from tricomp.formats import Origin, TensorFile
-from tricomp_torch.archive import Record, read_archive
 from tricomp_torch.files import notes_of
+from tricomp_torch.pt_archive import Record, read_archive
 from tricomp_torch.tensors import Array, to_tensor, view_as_tensor
 from tricomp_torch.ties import TieMaker
 from tricomp_torch.trees import Flat, maker_of, unflatten

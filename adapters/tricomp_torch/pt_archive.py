@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from tricomp.errors import InvalidArgument
@@ -24,6 +25,7 @@ _LOCAL = struct.Struct("<4s5H3I2H")  # signature, five fields, crc, sizes, lengt
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
 _CRC_IN_CENTRAL = 16
 _DESCRIPTOR = b"PK\7\b"  # then crc and sizes, behind a record's bytes
+_MOST_UNUSED = 64  # records that no leaf is of
 _MOST_UNCOVERED = 1 << 16, 64  # bytes of records, at least, and one part in so many, that a skeleton may hold
 
 
@@ -70,6 +72,8 @@ def read_archive(path: str, source: LocalFile) -> Archive | None:
             top = next((name[: -len("/data.pkl")] for name in names if name.endswith("/data.pkl")), None)
             if top is None:
                 return None
+            if all(entry.header_offset for entry in entries):  # torch would look for entries elsewhere than zipfile
+                raise zipfile.BadZipFile("something stands before its zip archive")
             order = f"{top}/byteorder"
             is_little = order not in names or opened.read(order) == b"little"
             places = _central_places(source, opened.start_dir, len(entries))
@@ -86,19 +90,22 @@ def read_archive(path: str, source: LocalFile) -> Archive | None:
     return Archive(top, frozenset(names), tuple(records), is_little, pickle_bytes)
 
 
-def spans_of(leaves: Iterable[tuple[str, torch.Tensor]], archive: Archive) -> tuple[Span, ...] | None:
+def spans_of(
+    leaves: Iterable[tuple[str, torch.Tensor]], archive: Archive, source: LocalFile
+) -> tuple[Span, ...] | None:
     """Where leaves loaded from a mapped archive stand in it; None if too little of it is leaves' to be worth it."""
     leaves = [(path, tensor) for path, tensor in leaves if tensor.numel()]
-    base = _map_address([tensor.untyped_storage() for _, tensor in leaves], archive)
+    base = _map_address([tensor.untyped_storage() for _, tensor in leaves], archive, source)
     if base is None:
         return None
-    stops = {record.offset: record.offset + record.n_bytes for record in archive.records}
+    starts = {record.offset for record in archive.records}
     found = []
     for path, tensor in leaves:
-        start = tensor.data_ptr() - base
-        is_inside = tensor.untyped_storage().data_ptr() - base in stops  # a resolved conjugate is not
-        if is_inside and fills_memory(tensor.shape, tensor.stride()) and not (tensor.is_conj() or tensor.is_neg()):
-            found.append(Span(path, start, tensor.numel() * tensor.element_size(), _axes(tensor)))
+        is_inside = tensor.untyped_storage().data_ptr() - base in starts
+        is_plain = not (tensor.is_conj() or tensor.is_neg())  # the leaf is a copy of such
+        if is_inside and is_plain and fills_memory(tensor.shape, tensor.stride()):
+            n_bytes = tensor.numel() * tensor.element_size()
+            found.append(Span(path, tensor.data_ptr() - base, n_bytes, _axes(tensor)))
     found.sort(key=lambda span: (span.offset, -span.n_bytes))
     spans: list[Span] = []
     at = 0
@@ -112,23 +119,35 @@ def spans_of(leaves: Iterable[tuple[str, torch.Tensor]], archive: Archive) -> tu
     return tuple(spans) if uncovered <= max(least, total // part) else None
 
 
-def _map_address(storages: Sequence[torch.UntypedStorage], archive: Archive) -> int | None:
+def _map_address(storages: Sequence[torch.UntypedStorage], archive: Archive, source: LocalFile) -> int | None:
     """The address at which the archive is mapped, told from those of storages; None if that is not certain."""
-    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    by_address = {storage.data_ptr(): storage for storage in storages}
     records = {record.offset: record.n_bytes for record in archive.records if record.n_bytes}
-    if not sizes:
+    n_unused = len(records) - len(by_address)
+    if not by_address:
         return 0
-    if len(sizes) > len(records):
+    if not 0 <= n_unused <= _MOST_UNUSED:
         return None
-    first = min(sizes)
-    # Unless the archive holds storages that no leaf uses, the first one in memory is the first one in the file.
-    candidates = [first - offset for offset in sorted(records)[: len(records) - len(sizes) + 1]]
+    first = min(by_address)
+    # Each storage begins where a record does. So the first in memory is the first in the file, but for unused ones.
     fitting = [
         base
-        for base in candidates[:64]
-        if base % mmap.PAGESIZE == 0 and all(records.get(address - base) == size for address, size in sizes.items())
+        for base in (first - offset for offset in sorted(records)[: n_unused + 1])
+        if base % mmap.PAGESIZE == 0
+        and all(records.get(address - base) == storage.nbytes() for address, storage in by_address.items())
     ]
-    return fitting[0] if len(fitting) == 1 else None
+    if len(fitting) != 1:
+        return None
+    (base,) = fitting
+    if n_unused and not all(_is_at(storage, address - base, source) for address, storage in by_address.items()):
+        return None
+    return base
+
+
+def _is_at(storage: torch.UntypedStorage, offset: int, source: LocalFile) -> bool:
+    """Whether a storage's bytes are those in the file there."""
+    held = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),), (1,)).numpy()
+    return np.array_equal(held, np.frombuffer(source.read(offset, storage.nbytes()), np.uint8))
 
 
 def _axes(tensor: torch.Tensor) -> tuple[int, ...] | None:
