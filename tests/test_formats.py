@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import zipfile
+import zlib
 from typing import Any
 
 import ml_dtypes
@@ -22,7 +23,15 @@ import tricomp
 from tests.cases import equal, of_dtype, weights
 from tests.format_cases import is_exact, safetensors_of, there_and_back
 from tricomp import dtypes, formats
-from tricomp.errors import InvalidArgument, LimitExceeded, MissingFile, StorageError, TricompError, UnsupportedFormat
+from tricomp.errors import (
+    CorruptFile,
+    InvalidArgument,
+    LimitExceeded,
+    MissingFile,
+    StorageError,
+    TricompError,
+    UnsupportedFormat,
+)
 from tricomp.formats import flax_writer, header
 
 ENTRY = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
@@ -207,7 +216,7 @@ def safetensors_files(draw):
 
 
 @given(safetensors_files())
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_legal_safetensors_file(put, data):
     expected = {name: bytes(found["data"]) for name, found in deserialize(data)}
     path = put(data)
@@ -568,6 +577,30 @@ def test_export_to_npz(tmp_path):
         assert opened.tree["model/b/0"].dtype == ml_dtypes.bfloat16
 
 
+@pytest.mark.parametrize("notes", [3, "a", {"contents": 1}, None])
+def test_metadata_of_those_names_may_be_anything(tmp_path, notes):
+    tricomp.save(tmp_path / "x.tri", {"a": np.arange(3)}, metadata={"npz": notes, "safetensors": notes})
+    assert np.load(io.BytesIO(exported(tmp_path / "x.tri", "npz")))["a"].tolist() == [0, 1, 2]
+    assert list(safetensors.numpy.load(exported(tmp_path / "x.tri", "safetensors"))) == ["a"]
+
+
+@pytest.mark.parametrize(
+    "members", [3, b"", zlib.compress(b"\x90"), zlib.compress(b"\x91\x01"), zlib.compress(b"\xc1")]
+)
+def test_hostile_notes_of_an_npz(tmp_path, members):
+    path = str(tmp_path / "x.npz")
+    np.savez_compressed(path, a=np.arange(3))
+    with formats.read(path) as opened:
+        notes = opened.metadata["npz"]
+        contents = notes["contents"]
+        changes = [{**notes, "members": members}, {**notes, "contents": {**contents, "bytes": 9}}]
+        changes.append({**notes, "contents": {key: contents[key] for key in ("format", "name", "bytes")}})
+        for change in changes:
+            tricomp.save(f"{path}.tri", opened.tree, metadata={"npz": change})
+            with pytest.raises(CorruptFile, match="x.npz.tri: "):
+                exported(f"{path}.tri", "npz")
+
+
 def test_export_to_npy(tmp_path):
     tricomp.save(tmp_path / "x.tri", weights((5, 7)))
     assert equal(np.load(io.BytesIO(exported(tmp_path / "x.tri", "npy"))), weights((5, 7)))
@@ -783,7 +816,8 @@ def test_write_to_a_stream_and_to_a_path(tmp_path):
     out = io.BytesIO()
     with tricomp.open(tmp_path / "x.tri") as file:
         assert formats.write("safetensors", file, out) == len(out.getvalue())
-        formats.write("safetensors", file, str(tmp_path / "y"))
+        formats.write("safetensors", file, tmp_path / "y")
+        assert equal(formats.read(tmp_path / "y").tree, {"a": np.arange(3)})
         tricomp.save(tmp_path / "z.tri", {"a": np.arange(3), "step": 1})
         with tricomp.open(tmp_path / "z.tri") as other, pytest.raises(InvalidArgument):
             formats.write("safetensors", other, str(tmp_path / "y"))

@@ -7,6 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -160,6 +161,81 @@ def test_opening_a_huge_file_reads_its_table_only(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1 << 20
+
+
+# from FORMAT.md alone
+
+
+def swapped(data, dtype):
+    n_bytes = dtypes.by_name(dtype.name).word_bits // 8
+    return np.frombuffer(data, f"u{n_bytes}").byteswap().tobytes()
+
+
+def plain_entry(path, array, begin):
+    """How safetensors writes the entry of a leaf, as FORMAT.md says."""
+    name = json.dumps(path.replace("~1", "/").replace("~0", "~"), ensure_ascii=False)
+    shape = ",".join(map(str, array.shape))
+    code = {"float16": "F16", "float32": "F32", "bool": "BOOL"}[array.dtype.name]
+    text = f'{name}:{{"dtype":"{code}","shape":[{shape}],"data_offsets":[{begin},{begin + array.nbytes}]}}'
+    return text.encode()
+
+
+def plain_rebuild(origin, leaves):
+    """A file rebuilt with nothing but zlib. leaves: (path, array) in the order of the `.tri` file."""
+    table, short = (zlib.decompress(origin[key][8:]) for key in ("spans", "skeleton"))
+    n_spans = len(table) // 40
+    rows = [[int.from_bytes(table[i : i + 8], "little", signed=True) for i in range(0, len(table), 8)]]
+    rows = [rows[0][i * n_spans : (i + 1) * n_spans] for i in range(5)]
+    found, number, at = [], -1, 0
+    for step, gap, code, start, size in zip(*rows):
+        number += 1 + step
+        path, array = leaves[number]
+        data = (array.transpose(origin["axes"][(code >> 2) - 1]) if code >> 2 else array).tobytes()
+        data = swapped(data, array.dtype) if code & 1 else data
+        found.append((at + gap, data[start : start + size] if code & 2 else data, path, array))
+        at = found[-1][0] + len(found[-1][1])
+    if origin["is_abridged"]:
+        begin = 8 + int.from_bytes(short[:8], "little")
+        rest, skeleton = iter(found), short[:8]
+        for byte in short[8:]:
+            if byte not in (1, 2):
+                skeleton += bytes((byte,))
+                continue
+            offset, _, path, array = next(rest)
+            skeleton += plain_entry(path, array, offset - begin) if byte == 1 else b""
+    else:
+        skeleton = short
+    assert len(skeleton) == origin["skeleton_bytes"]
+    out, done = b"", 0
+    for offset, data, _, _ in found:
+        gap = offset - len(out)
+        out += skeleton[done : done + gap] + data
+        done += gap
+    out += skeleton[done:]
+    assert len(out) == origin["bytes"]
+    return out
+
+
+def test_the_documented_way_rebuilds_a_file(tmp_path):
+    parts = [
+        b"#!",
+        ("a", weights((5, 3, 2)), (2, 0, 1), True),
+        ("b", weights((0,)), None, False),
+        b"!",
+        ("c", weights((9,)), None, True),
+    ]
+    opened, data = laid_out(tmp_path, parts)
+    (packed,) = opened.to_metadata()["origin"]
+    assert plain_rebuild(packed, list(opened.tree.items())) == data
+    names = {"é/~": weights((3, 2)), "empty": np.zeros((0, 2), np.float16), "flags": np.array([True, False])}
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(safetensors.numpy.save(names, {"a": "b"}))
+    with formats.read(str(path)) as other:
+        (packed,) = other.to_metadata()["origin"]
+        _, paths, arrays = tricomp.tree.flatten(other.tree)
+    assert packed["is_abridged"]
+    assert zlib.decompress(packed["skeleton"][8:]).count(b"\x01") == 3
+    assert plain_rebuild(packed, list(zip(paths, arrays))) == path.read_bytes()
 
 
 # what does not fit

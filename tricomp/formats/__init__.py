@@ -13,6 +13,7 @@ loaded, only when none of the formats here fits.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from importlib import metadata
 from typing import BinaryIO
@@ -28,6 +29,7 @@ from tricomp.formats.npy import Npy
 from tricomp.formats.npz import Npz
 from tricomp.formats.origin import Origin, Span, TensorFile
 from tricomp.formats.safetensors import Safetensors
+from tricomp.formats.span import Leaves
 
 __all__ = ["Format", "Origin", "Span", "TensorFile", "exported", "names", "origins", "read", "restored", "write"]
 
@@ -40,12 +42,13 @@ def names() -> tuple[str, ...]:
     return tuple(sorted({format.name for format in _CORE} | {entry.name for entry in _entry_points()}))
 
 
-def read(path: str) -> TensorFile:
+def read(path: str | os.PathLike[str]) -> TensorFile:
     """Open a tensor file of any known format, told by its content; nothing but its table is read yet.
 
     Raises UnsupportedFormat if it is of none, InvalidArgument if it is damaged or holds code, MissingFile,
     StorageError.
     """
+    path = os.fspath(path)
     source = folder.LocalFile(path)
     with contextlib.closing(source):
         head = bytes(source.read(0, min(source.n_bytes, HEAD_BYTES)))
@@ -67,7 +70,8 @@ def origins(file: File, limits: Limits = bounds.DEFAULTS) -> list[Origin]:
     packed = file.metadata.get("origin", [])
     if not isinstance(packed, list):
         raise CorruptFile(f"{file.name}: origin: expected a list, got {type(packed).__name__}.")
-    found = [Origin.from_metadata(each, file, limits) for each in packed]
+    leaves = Leaves(map(file.leaf, file))
+    found = [Origin.from_metadata(each, file, limits, leaves) for each in packed]
     if len({origin.name for origin in found}) != len(found):
         raise CorruptFile(f"{file.name}: origin: two files of one name.")
     return found
@@ -91,7 +95,7 @@ def exported(format: str, file: File) -> Iterator[Bytes]:
     raise UnsupportedFormat(f"format {format!r}: expected one of {', '.join(names())}.{hint}")
 
 
-def write(format: str, file: File, target: str | BinaryIO) -> int:
+def write(format: str, file: File, target: str | os.PathLike[str] | BinaryIO) -> int:
     """Write what exported gives to a path (atomically, replacing what is there) or a binary stream. Returns its size.
 
     Raises what exported raises, StorageError.
@@ -105,7 +109,7 @@ def write(format: str, file: File, target: str | BinaryIO) -> int:
             yield piece
 
     pieces = exported(format, file)
-    if isinstance(target, str):
+    if isinstance(target, str | os.PathLike):
         where, name = folder.split(target)
         where.put(name, counted())
     else:

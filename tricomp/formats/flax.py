@@ -24,8 +24,8 @@ from tricomp.file import File
 from tricomp.folder import LocalFile
 from tricomp.formats import flax_writer
 from tricomp.formats.origin import Span, TensorFile
+from tricomp.formats.scratch import Scratch
 from tricomp.formats.span import is_shape
-from tricomp.formats.spool import Spool
 
 Array = np.ndarray[Any, Any]
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3  # extension codes
@@ -141,21 +141,21 @@ def _shaped(flat: Array, found: _Found, source: LocalFile) -> Array:
 
 
 def _joined(node: dict[Any, Any], source: LocalFile, placed: _Placed) -> Array:
-    """A chunked array. Its chunks do not stand in a row, so they are copied to a spool, not to memory."""
+    """A chunked array. Its chunks do not stand in a row, so they are copied to a scratch file, not to memory."""
     shape, chunks = _row(node.get("shape")), _row(node.get("chunks"))
     is_fit = chunks and all(isinstance(chunk, _Found) and chunk.dtype == chunks[0].dtype for chunk in chunks)
     if shape is None or not chunks or not is_fit or not all(type(size) is int and size >= 0 for size in shape):
         _refuse(source, "an array in chunks: expected its shape and chunks of one dtype, got something else")
     parts: list[tuple[int, int, int]] = []
-    spool = Spool(source.name)
+    scratch = Scratch(source.name)
     for chunk in chunks:
-        parts.append((spool.n_bytes, chunk.offset, chunk.n_bytes))
+        parts.append((scratch.n_bytes, chunk.offset, chunk.n_bytes))
         for start in range(0, chunk.n_bytes, 1 << 24):
-            spool.append(source.read(chunk.offset + start, min(1 << 24, chunk.n_bytes - start)))
-    whole = _Found(chunks[0].dtype, tuple(shape), chunks[0].offset, spool.n_bytes)
-    data = spool.read(0, spool.n_bytes)
-    array = _shaped(np.frombuffer(data, np.uint8) if spool.n_bytes else np.zeros(0, np.uint8), whole, source)
-    spool.close()
+            scratch.append(source.read(chunk.offset + start, min(1 << 24, chunk.n_bytes - start)))
+    whole = _Found(chunks[0].dtype, tuple(shape), chunks[0].offset, scratch.n_bytes)
+    data = scratch.read(0, scratch.n_bytes)
+    array = _shaped(np.frombuffer(data, np.uint8) if scratch.n_bytes else np.zeros(0, np.uint8), whole, source)
+    scratch.close()
     return placed.add(array, parts)
 
 

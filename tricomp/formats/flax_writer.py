@@ -15,7 +15,7 @@ from tricomp import bounds
 from tricomp.bounds import LEAF, Bytes
 from tricomp.errors import InvalidArgument
 from tricomp.file import File
-from tricomp.formats.span import Span, decoded, element_bytes
+from tricomp.formats.span import Leaves, Span, decoded, element_bytes
 from tricomp.layout import Leaf
 
 MAX_CHUNK_BYTES = 1 << 30
@@ -33,7 +33,7 @@ def pieces(file: File) -> Iterator[Bytes]:
 
 def _written(parts: list[bytes | tuple[Leaf, Span]], file: File) -> Iterator[Bytes]:
     placed = [part for part in parts if not isinstance(part, bytes)]
-    contents = decoded([span for _, span in placed], [leaf for leaf, _ in placed], file)
+    contents = decoded([span for _, span in placed], Leaves(leaf for leaf, _ in placed), file)
     for part in parts:
         if isinstance(part, bytes):
             yield part

@@ -26,7 +26,7 @@ from tricomp.file import File
 from tricomp.folder import LocalFile
 from tricomp.formats.export import named_leaves
 from tricomp.formats.origin import Span, TensorFile
-from tricomp.formats.span import decoded, is_shape, spans_of
+from tricomp.formats.span import Leaves, decoded, is_shape, spans_of
 from tricomp.layout import Leaf
 from tricomp.storage import Source
 
@@ -85,7 +85,7 @@ class Npy:
 
 def _written(leaf: Leaf, file: File) -> Iterator[Bytes]:
     yield head_of(leaf)
-    for _, found in decoded(spans_of([leaf]), [leaf], file):
+    for _, found in decoded(spans_of([leaf]), Leaves([leaf]), file):
         yield from found
 
 

@@ -1,4 +1,4 @@
-"""The npz format: arrays in a zip. Stored members are views of the file; compressed ones are inflated to a spool.
+"""The npz format: arrays in a zip. Stored members are views of the file; compressed ones are inflated to a file.
 
 Members that are no arrays are flat bytes. Imports no framework. The hard thing: a zip says everything twice, and may
 lie about sizes; so what is read is bounded by what is there, and two members never share bytes.
@@ -25,8 +25,8 @@ from tricomp.folder import LocalFile
 from tricomp.formats import npy
 from tricomp.formats.export import named_leaves
 from tricomp.formats.origin import Origin, Span, TensorFile
-from tricomp.formats.span import decoded, spans_of
-from tricomp.formats.spool import Spool
+from tricomp.formats.scratch import Scratch
+from tricomp.formats.span import Leaves, decoded, spans_of
 from tricomp.layout import Leaf
 from tricomp.storage import Source
 
@@ -74,8 +74,9 @@ class Npz:
 
         bfloat16 and float8 as numpy itself writes them: np.load gives raw V2 or V1, to be viewed as the dtype.
         """
-        if "npz" in file.metadata:
-            return _zipped(_inflated_members(file))
+        notes = file.metadata.get("npz")
+        if isinstance(notes, dict) and {"contents", "members"} <= notes.keys():
+            return _zipped(_inflated_members(file, notes))
         leaves = named_leaves(file, "npz")
         names: set[str] = set()
         for name, leaf in leaves:
@@ -153,45 +154,45 @@ def _read_stored(path: str, source: LocalFile, members: dict[str, zipfile.ZipInf
 def _read_inflated(
     path: str, source: LocalFile, archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo]
 ) -> TensorFile:
-    """The arrays are views of a spool with all members' contents in a row; its origin is noted for the writer."""
+    """The arrays are views of a scratch file of all members' contents; its origin is noted for the writer."""
     name = os.path.basename(path)
-    spool = Spool(source.name)
+    scratch = Scratch(source.name)
     try:
-        starts = {key: _inflate(archive, info, source, spool) for key, info in members.items()}
+        starts = {key: _inflate(archive, info, source, scratch) for key, info in members.items()}
         placed = {
-            key: _placed(spool, starts[key], info.file_size, f"{source.name}: {info.filename!r}")
+            key: _placed(scratch, starts[key], info.file_size, f"{source.name}: {info.filename!r}")
             for key, info in members.items()
         }
         spans = tuple(each.span(trees.join(None, key)) for key, each in placed.items())
         tree = {key: each.array for key, each in placed.items()}
-        contents = TensorFile(name, "npz", tree, spool.n_bytes, spans, spool).origins()[0]
+        contents = TensorFile(name, "npz", tree, scratch.n_bytes, spans, scratch).origins()[0]
     finally:
-        spool.close()
+        scratch.close()
     listed = [[info.filename, info.file_size, info.compress_type != zipfile.ZIP_STORED] for info in members.values()]
     notes = {"contents": contents.to_metadata(), "members": zlib.compress(msgpack.packb(listed), 9)}
     return TensorFile(name, "npz", tree, source.n_bytes, None, source, {"npz": notes})
 
 
-def _inflate(archive: zipfile.ZipFile, info: zipfile.ZipInfo, source: Source, spool: Spool) -> int:
-    """Append a member's content to the spool; returns where it begins there."""
+def _inflate(archive: zipfile.ZipFile, info: zipfile.ZipInfo, source: Source, scratch: Scratch) -> int:
+    """Append a member's content to a scratch file; returns where it begins there."""
     _begin(info, source)
     if info.file_size > info.compress_size * _MOST_INFLATED + 64:
         raise _refused(
             source, f"{info.filename!r}: {info.compress_size} bytes cannot hold the {info.file_size} declared"
         )
     what = f"{source.name}: {info.filename!r}: bytes to inflate"
-    bounds.DEFAULTS.check("max_decoded_bytes", spool.n_bytes + info.file_size, what)
-    start = spool.n_bytes
+    bounds.DEFAULTS.check("max_decoded_bytes", scratch.n_bytes + info.file_size, what)
+    start = scratch.n_bytes
     try:
         with archive.open(info) as member:
             while piece := member.read(_PIECE_BYTES):
-                spool.append(piece)
-    except StorageError:  # of the spool
+                scratch.append(piece)
+    except StorageError:  # of the scratch file
         raise
     except _FAULTS as error:
         raise _refused(source, f"{info.filename!r}: cannot be inflated: {error}") from None
-    if spool.n_bytes - start != info.file_size:
-        raise _refused(source, f"{info.filename!r}: expected {info.file_size} bytes, got {spool.n_bytes - start}")
+    if scratch.n_bytes - start != info.file_size:
+        raise _refused(source, f"{info.filename!r}: expected {info.file_size} bytes, got {scratch.n_bytes - start}")
     return start
 
 
@@ -200,7 +201,7 @@ _Member = tuple[str, bool, Iterable[Bytes]]  # name, is_deflated, content
 
 def _stored_members(leaves: Sequence[tuple[str, Leaf]], file: File) -> Iterator[_Member]:
     only = [leaf for _, leaf in leaves]
-    for (name, leaf), (_, found) in zip(leaves, decoded(spans_of(only), only, file), strict=True):
+    for (name, leaf), (_, found) in zip(leaves, decoded(spans_of(only), Leaves(only), file), strict=True):
         yield f"{name}.npy", False, _behind(npy.head_of(leaf), found)
 
 
@@ -209,14 +210,13 @@ def _behind(head: bytes, rest: Iterator[Bytes]) -> Iterator[Bytes]:
     yield from rest
 
 
-def _inflated_members(file: File) -> Iterator[_Member]:
+def _inflated_members(file: File, notes: dict[str, Any]) -> Iterator[_Member]:
     """The members that were inflated, as noted by the reader. Raises CorruptFile."""
     what = f"{file.name}: metadata of an npz"
-    notes = file.metadata["npz"]
-    packed = notes.get("members") if isinstance(notes, dict) else None
+    packed = notes["members"]
     if not isinstance(packed, bytes):
         raise CorruptFile(f"{what}: expected its members, got {type(packed).__name__}.")
-    contents = Origin.from_metadata(notes.get("contents"), file)
+    contents = Origin.from_metadata(notes["contents"], file)
     if not contents.is_exact:
         raise CorruptFile(f"{what}: expected the contents of its members, got none.")
     inflater = zlib.decompressobj()

@@ -21,7 +21,7 @@ from tricomp import tree as trees
 from tricomp.bounds import Bytes, Limits
 from tricomp.errors import CorruptFile, InvalidArgument
 from tricomp.formats import header
-from tricomp.formats.span import Span, decoded, fault_of
+from tricomp.formats.span import Leaves, Span, decoded, fault_of
 from tricomp.layout import Leaf
 from tricomp.storage import Source
 
@@ -55,7 +55,7 @@ class TensorFile:
     def origins(self) -> list[Origin]:
         """The Origin of this file, then of its parts. Raises InvalidArgument if spans do not fit the file or tree."""
         _, paths, arrays = trees.flatten(self.tree)
-        leaves = tuple(Leaf(path, dtypes.of(array, path), array.shape) for path, array in zip(paths, arrays))
+        leaves = Leaves(Leaf(path, dtypes.of(array, path), array.shape) for path, array in zip(paths, arrays))
         return [_origin_of(opened, leaves) for opened in (self, *self.parts)]
 
     def to_metadata(self) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class Origin:
     """One file that leaves came from, for metadata["origin"].
 
     spans: in file order; None if only an equal file can be written, by the format's writer. skeleton: all bytes outside
-    the spans. leaves: all of the tree's, in its order.
+    the spans. leaves: all of the tree's.
     """
 
     format: str
@@ -88,7 +88,7 @@ class Origin:
     n_bytes: int
     spans: tuple[Span, ...] | None
     skeleton: bytes
-    leaves: tuple[Leaf, ...]
+    leaves: Leaves
 
     @property
     def is_exact(self) -> bool:
@@ -112,8 +112,13 @@ class Origin:
         return known
 
     @classmethod
-    def from_metadata(cls, packed: Any, file: File, limits: Limits = bounds.DEFAULTS) -> Origin:
-        """One entry of metadata["origin"], checked against its file's leaves. Raises CorruptFile, LimitExceeded."""
+    def from_metadata(
+        cls, packed: Any, file: File, limits: Limits = bounds.DEFAULTS, leaves: Leaves | None = None
+    ) -> Origin:
+        """One entry of metadata["origin"], checked against its file's leaves. Raises CorruptFile, LimitExceeded.
+
+        leaves: of the file, if they are at hand.
+        """
         what = f"{file.name}: origin"
         if not isinstance(packed, dict) or not isinstance(packed.get("format"), str):
             raise CorruptFile(f"{what}: expected a map that names a format, got {type(packed).__name__}.")
@@ -123,7 +128,7 @@ class Origin:
         if type(n_bytes) is not int or not 0 <= n_bytes < 1 << 62:
             raise CorruptFile(f"{what}: {name!r}: {n_bytes!r} is no size of a file.")
         what = f"{what}: {name!r}"
-        leaves = tuple(map(file.leaf, file))
+        leaves = leaves or Leaves(map(file.leaf, file))
         if packed.get("spans") is None:
             return cls(packed["format"], name, n_bytes, None, b"", leaves)
         n_skeleton, is_abridged = packed.get("skeleton_bytes"), packed.get("is_abridged")
@@ -171,19 +176,18 @@ def _plain_name(name: str) -> str:
     return safe if is_plain_name(safe) else f"file{os.path.splitext(safe)[1][:20]}"
 
 
-def _origin_of(opened: TensorFile, leaves: tuple[Leaf, ...]) -> Origin:
+def _origin_of(opened: TensorFile, leaves: Leaves) -> Origin:
     """The Origin of one opened file. leaves: of the whole tree."""
     name = _plain_name(opened.name)
     inexact = Origin(opened.format, name, opened.source.n_bytes, None, b"", leaves)
     if opened.spans is None:
         return inexact
     spans = tuple(sorted(opened.spans, key=lambda span: (span.offset, span.n_bytes)))
-    by_path = {leaf.path: leaf for leaf in leaves}
     n_bytes = opened.source.n_bytes
     gaps: list[tuple[int, int]] = []
     at = 0
     for span in spans:
-        fault = fault_of(span, by_path.get(span.leaf))
+        fault = fault_of(span, leaves.find(span.leaf))
         if fault or span.offset < at or span.offset + span.n_bytes > n_bytes:
             raise InvalidArgument(
                 f"{opened.name}: leaf {span.leaf!r} at {span.offset}, {span.n_bytes} bytes: "
@@ -199,19 +203,17 @@ def _origin_of(opened: TensorFile, leaves: tuple[Leaf, ...]) -> Origin:
     return Origin(opened.format, name, n_bytes, spans, skeleton, leaves)
 
 
-def _placed(spans: Sequence[Span], leaves: Sequence[Leaf]) -> list[tuple[Leaf, int]]:
-    by_path = {leaf.path: leaf for leaf in leaves}
-    return [(by_path[span.leaf], span.offset) for span in spans]
+def _placed(spans: Sequence[Span], leaves: Leaves) -> list[tuple[Leaf, int]]:
+    return [(leaves[leaves.number(span.leaf)], span.offset) for span in spans]
 
 
-def _columns(spans: Sequence[Span], leaves: Sequence[Leaf], axes: Sequence[tuple[int, ...]]) -> Array:
+def _columns(spans: Sequence[Span], leaves: Leaves, axes: Sequence[tuple[int, ...]]) -> Array:
     """The spans as int64[5, n_spans]: steps of leaf numbers, gaps, codes, starts, sizes; nearly all 1 or 0."""
-    numbers = {leaf.path: number for number, leaf in enumerate(leaves)}
     code_of = {each: (1 + i) << 2 for i, each in enumerate(axes)}
     table = np.zeros((5, len(spans)), "<i8")
     number, at = -1, 0
     for i, span in enumerate(spans):
-        found = numbers[span.leaf]
+        found = leaves.number(span.leaf)
         is_part = span.n_bytes != leaves[found].n_bytes
         code = int(span.is_swapped) | is_part << 1 | (code_of[span.axes] if span.axes is not None else 0)
         table[:, i] = found - number - 1, span.offset - at, code, *((span.start, span.n_bytes) if is_part else (0, 0))
@@ -219,9 +221,7 @@ def _columns(spans: Sequence[Span], leaves: Sequence[Leaf], axes: Sequence[tuple
     return table
 
 
-def _spans(
-    raw: bytes, axes: Any, leaves: Sequence[Leaf], n_leaf_bytes: int, n_bytes: int, what: str
-) -> tuple[Span, ...]:
+def _spans(raw: bytes, axes: Any, leaves: Leaves, n_leaf_bytes: int, n_bytes: int, what: str) -> tuple[Span, ...]:
     """The spans of _columns, checked: n_leaf_bytes in all, in a file of n_bytes."""
     if len(raw) % 40:
         raise CorruptFile(f"{what}: {len(raw)} bytes are no columns of five integers.")

@@ -25,7 +25,7 @@ from tricomp.folder import LocalFile
 from tricomp.formats import header
 from tricomp.formats.export import named_leaves
 from tricomp.formats.origin import Span, TensorFile, is_plain_name
-from tricomp.formats.span import decoded, is_shape, spans_of
+from tricomp.formats.span import Leaves, decoded, is_shape, spans_of
 
 Array = np.ndarray[Any, Any]
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
@@ -95,13 +95,13 @@ class Safetensors:
 
 def _written(head: bytes, spans: Sequence[Span], leaves: Sequence[Any], file: File) -> Iterator[Bytes]:
     yield len(head).to_bytes(8, "little") + head
-    for _, found in decoded(spans, leaves, file):
+    for _, found in decoded(spans, Leaves(leaves), file):
         yield from found
 
 
 def _texts_of(metadata: dict[str, Any]) -> dict[str, str]:
     """Metadata of a `.tri` file that a header can hold: that of the file it came from, else its own texts."""
-    own = metadata.get("safetensors", metadata)
+    own = metadata["safetensors"] if isinstance(metadata.get("safetensors"), dict) else metadata
     return {key: value for key, value in own.items() if isinstance(key, str) and isinstance(value, str)}
 
 

@@ -7,7 +7,7 @@ piece by piece, and small ones many at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,29 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 _PIECE_BYTES = 4 << 20  # decoded at a time, about
+
+
+class Leaves:
+    """The leaves of a tree in its order, found by number and by path; shared by the origins of a tree's many files."""
+
+    def __init__(self, leaves: Iterable[Leaf]) -> None:
+        self._leaves = tuple(leaves)
+        self._numbers = {leaf.path: number for number, leaf in enumerate(self._leaves)}
+
+    def __len__(self) -> int:
+        return len(self._leaves)
+
+    def __getitem__(self, number: int) -> Leaf:
+        return self._leaves[number]
+
+    def number(self, path: str) -> int:
+        """Raises KeyError."""
+        return self._numbers[path]
+
+    def find(self, path: str) -> Leaf | None:
+        """The leaf of a path, or None."""
+        number = self._numbers.get(path)
+        return None if number is None else self._leaves[number]
 
 
 @dataclass(frozen=True)
@@ -74,24 +97,23 @@ def spans_of(leaves: Sequence[Leaf]) -> tuple[Span, ...]:
     return tuple(spans)
 
 
-def decoded(spans: Sequence[Span], leaves: Sequence[Leaf], file: File) -> Iterator[tuple[Span, Iterator[Bytes]]]:
+def decoded(spans: Sequence[Span], leaves: Leaves, file: File) -> Iterator[tuple[Span, Iterator[Bytes]]]:
     """Each span, and pieces of a few MB of what stands in it, to be taken before the next span is.
 
     leaves: at least those of the spans. Raises what decoding raises.
     """
-    by_path = {leaf.path: leaf for leaf in leaves}
-    for batch in _batches(spans, by_path):
+    for batch in _batches(spans, leaves):
         small = file.load([span.leaf for span in batch]) if len(batch) > 1 else {}
         for span in batch:
-            yield span, _span_bytes(span, by_path[span.leaf], file, small.get(span.leaf))
+            yield span, _span_bytes(span, leaves[leaves.number(span.leaf)], file, small.get(span.leaf))
 
 
-def _batches(spans: Sequence[Span], by_path: Mapping[str, Leaf]) -> Iterator[list[Span]]:
+def _batches(spans: Sequence[Span], leaves: Leaves) -> Iterator[list[Span]]:
     """Spans in order: small leaves together, which are quicker to decode at once, each of the others alone."""
     batch: list[Span] = []
     n_bytes = 0
     for span in spans:
-        is_small = by_path[span.leaf].n_bytes < _PIECE_BYTES // 8
+        is_small = leaves[leaves.number(span.leaf)].n_bytes < _PIECE_BYTES // 8
         if batch and (not is_small or n_bytes + span.n_bytes > _PIECE_BYTES):
             yield batch
             batch, n_bytes = [], 0

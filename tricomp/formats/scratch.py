@@ -16,7 +16,7 @@ from tricomp.bounds import Bytes
 from tricomp.errors import CorruptFile, InvalidArgument, StorageError
 
 
-class Spool:
+class Scratch:
     """Written first, then read as a Source; append returns where in it the bytes begin. name is for messages."""
 
     def __init__(self, name: str) -> None:
@@ -66,8 +66,8 @@ class Spool:
 class _Refusal:
     """Turns an OSError into a StorageError that says where the bytes were to go."""
 
-    def __init__(self, spool: Spool) -> None:
-        self._spool = spool
+    def __init__(self, scratch: Scratch) -> None:
+        self._scratch = scratch
 
     def __enter__(self) -> None:
         pass
@@ -76,6 +76,6 @@ class _Refusal:
         if isinstance(error, OSError):
             reason = os.strerror(error.errno) if error.errno else str(error)
             raise StorageError(
-                f"{self._spool.name}: cannot be unpacked in {tempfile.gettempdir()} (after {self._spool.n_bytes} "
+                f"{self._scratch.name}: cannot be unpacked in {tempfile.gettempdir()} (after {self._scratch.n_bytes} "
                 f"bytes): {reason}. Set TMPDIR to a folder with more room."
             ) from error
