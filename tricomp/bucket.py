@@ -51,6 +51,7 @@ class Bucket:
         self._cache, self._lease = cache, lease
         self._lock: weakref.ref[LeaseLock] | None = None
         self._listed: dict[str, Entry] = {}  # by the name of the file, which may stand under another as yet
+        self._spares: set[str] = set()
         self._whole: dict[str, tuple[object, bool]] = {}
         self._held: OrderedDict[str, tuple[object, list[tuple[int, bytes]]]] = OrderedDict()
         self._n_puts: dict[str, int] = {}
@@ -139,9 +140,10 @@ class Bucket:
         """Names of the files there, whole or not, but for hidden ones, each with a stamp. Raises StorageError."""
         entries = self._objects.listed()
         self._listed = {name: entry for name, entry in entries.items() if not name.startswith(".")}
-        for name in [] if self._objects.is_atomic else entries:
-            if (target := _target(name)) is not None and self._is_whole(entries[name]):
-                self._listed[target] = entries[name]
+        self._spares = {name for name in entries if _target(name) is not None and not self._objects.is_atomic}
+        for spare in self._spares:
+            if (target := _target(spare)) is not None and self._is_whole(entries[spare]):
+                self._listed[target] = entries[spare]
         return {name: self._stamp(name, entry) for name, entry in self._listed.items()}
 
     def delete(self, name: str) -> None:
@@ -167,6 +169,9 @@ class Bucket:
             return
         names = [name for name in self.list() if is_ours(name)]
         moved = {name: self._listed[name].name for name in names if self._listed[name].name != name}
+        for spare in self._spares - set(moved.values()):
+            if (target := _target(spare)) is not None and is_ours(target):
+                self._objects.delete_object(spare)
         for name in self.torn([name for name in names if name not in moved]):
             _log.warning("%s: has no sound end, and its writer is gone: removed", self._objects.shown(name))
             self.delete(name)

@@ -108,23 +108,31 @@ class Objects:
         """Write one object from pieces, while they come; its size is compared afterwards.
 
         is_new: nothing that readers see has its name, so that what is there after a failure is removed. beat: called
-        now and then, and with True when only the end is missing. Whatever pieces and beat raise passes through.
+        now and then, and with True when only the last piece is missing. Whatever pieces and beat raise passes through.
         """
         target = self.shown(name)
         n_bytes, is_closing = 0, False
         with self._refusal(f"{target}: cannot be written"):
             self._make_folder()
             file = self._fs.open(self._path(name), "wb", block_size=_UPLOAD_BYTES)
+
+        def write(piece: Bytes) -> None:
+            nonlocal n_bytes
+            view = memoryview(piece)
+            for start in range(0, len(view), _UPLOAD_BYTES):  # in parts that need not be held for long
+                part = view[start : start + _UPLOAD_BYTES]
+                with self._refusal(f"{target}: cannot be written (after {n_bytes} bytes)"):
+                    file.write(part)
+                n_bytes += len(part)
+                beat(False)
+
         try:
+            last: Bytes = b""
             for piece in pieces:
-                view = memoryview(piece)
-                for start in range(0, len(view), _UPLOAD_BYTES):  # in parts that need not be held for long
-                    part = view[start : start + _UPLOAD_BYTES]
-                    with self._refusal(f"{target}: cannot be written (after {n_bytes} bytes)"):
-                        file.write(part)
-                    n_bytes += len(part)
-                    beat(False)
-            beat(True)
+                write(last)
+                last = piece
+            beat(True)  # before the last piece, since some file systems show it at once
+            write(last)
             is_closing = True
             with self._refusal(f"{target}: cannot be written (after {n_bytes} bytes)"):
                 file.close()

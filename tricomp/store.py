@@ -338,8 +338,11 @@ class Store:
             except TricompError as error:
                 yield name, error
 
-    def _open(self, step: int, files: Mapping[int, _Stored] | None = None) -> File:
-        """The File of a step with its chain behind it. Raises MissingParent, CorruptFile and the like."""
+    def _open(self, step: int, files: Mapping[int, _Stored] | None = None, is_reference: bool = False) -> File:
+        """The File of a step with its chain behind it. is_reference: a file is about to be coded against all of it.
+
+        Raises MissingParent, CorruptFile and the like.
+        """
         chain = self._chain(step, self._files() if files is None else files)
         if chain is None:
             raise self._fault(step)
@@ -347,7 +350,7 @@ class Store:
         try:
             for link in chain:
                 try:
-                    below = File(self._source(_file_name(link.step), link.step != step), file)
+                    below = File(self._source(_file_name(link.step), is_reference or link.step != step), file)
                 except MissingFile:
                     raise MissingStep(f"step {link.step} was removed from {self.url} while it was opened.") from None
                 if file is not None:
@@ -437,7 +440,7 @@ class Store:
             return put(self._folder, name, content, self._held, self._spec, metadata, since_keyframe)
         self._held = None
         try:
-            with self._open(parent.step) as file:
+            with self._open(parent.step, is_reference=True) as file:
                 base = file.content() if self._reference_in == "host" else file
                 return put(self._folder, name, content, base, self._spec, metadata, since_keyframe)
         except (CorruptFile, CorruptFrame, MissingStep) as error:
