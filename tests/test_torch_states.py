@@ -102,7 +102,6 @@ def matrices(groups):
 
 OPTIMIZERS: dict[str, Any] = {
     "adamw": lambda g: optim.AdamW(g),
-    "adamw-single": lambda g: optim.AdamW(g, foreach=False),
     "adamw-foreach": lambda g: optim.AdamW(g, foreach=True),
     "adamw-fused": lambda g: optim.AdamW(g, fused=True),
     "adamw-amsgrad": lambda g: optim.AdamW(g, amsgrad=True, maximize=True),
