@@ -264,7 +264,7 @@ def _places(path: str, out: str | None, origins: Sequence[Origin]) -> list[str]:
     """Where the files of a compressed file go."""
     is_folder = out is not None and (os.path.isdir(out) or out.endswith(os.sep))
     if len(origins) > 1:
-        if out is not None and not is_folder:
+        if out is not None and os.path.lexists(out) and not is_folder:
             raise InvalidArgument(f"{path}: holds {len(origins)} files. Give a folder for them: -o FOLDER/.")
         target = os.path.dirname(path) if out is None else out
         return archive_names.inside(target, [origin.name for origin in origins], path)

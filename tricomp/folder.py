@@ -143,9 +143,11 @@ class Folder:
         with self._refusal(target):
             _make_folder(self._path)
             _remove_orphans(self._path, f".{name}.")
-            temporary = os.path.join(self._path, f".{name}.{secrets.token_hex(4)}.tmp")
-            file = open(temporary, "xb")  # noqa: SIM115 - closed below, before the rename
-        try:
+        temporary = os.path.join(self._path, f".{name}.{secrets.token_hex(4)}.tmp")
+        file: IO[bytes] | None = None
+        try:  # the file is made in here, so that a signal at any instant leaves none
+            with self._refusal(target):
+                file = open(temporary, "xb")  # noqa: SIM115 - closed below, before the rename
             _try_lock(file)
             for piece in pieces:
                 with self._refusal(target, n_bytes):
@@ -160,7 +162,8 @@ class Folder:
             with suppress(OSError):
                 os.unlink(temporary)
             with suppress(OSError):  # what is still buffered cannot be written: that is known already
-                file.close()
+                if file is not None:
+                    file.close()
             raise
         with self._refusal(target, n_bytes):
             _sync_folder(self._path)

@@ -86,7 +86,7 @@ class Batch:
         with inputs.spooled(given.path) as path, _named(path, given), progress.shown(options, label) as draw:
             done = one(given, path, self._out(given), draw)
         self.outputs.update(map(os.path.realpath, done.outputs))
-        console.note(options, done.text)
+        console.note(options, done.text, least=int(self.stream is not None))
         for line in done.details:
             console.note(options, f"  {line}", least=1)
         if options.json:

@@ -7,7 +7,6 @@ is marked as found: it is left alone, not refused, when it is no tensor file; an
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -85,7 +84,8 @@ def spooled(path: str) -> Iterator[str]:
         raise InvalidArgument("standard input is a terminal. Pipe a file into the command, or name one.")
     with tempfile.NamedTemporaryFile(prefix="tricomp-") as spool:
         try:
-            shutil.copyfileobj(sys.stdin.buffer, spool, 1 << 20)
+            while piece := sys.stdin.buffer.read1(1 << 20):  # whole reads would look for signals too rarely
+                spool.write(piece)
             spool.flush()
         except OSError as error:
             raise StorageError(

@@ -6,9 +6,11 @@ The hard thing is to show nothing anywhere else: what is piped or logged holds r
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from tricomp.cli import console
 
@@ -24,8 +26,9 @@ def shown(options: argparse.Namespace, what: str) -> Iterator[Callable[[int, int
     except ModuleNotFoundError:
         yield None
         return
-    label = console.printable(what)
-    with tqdm(desc=label, unit="B", unit_scale=True, unit_divisor=1024, leave=False, file=sys.stderr) as bar:
+    looks: dict[str, Any] = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "leave": False}
+    looks |= {} if _has_size() else {"ncols": 80, "nrows": 24}  # else tqdm would draw nothing
+    with tqdm(desc=console.printable(what), file=sys.stderr, **looks) as bar:
 
         def draw(done: int, total: int) -> None:
             bar.total = total
@@ -50,3 +53,12 @@ def counter(draw: Callable[[int, int], None] | None, total: int) -> Callable[[in
 
 def _is_terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
+
+
+def _has_size() -> bool:
+    """Whether the terminal knows its size, which one that a program made may not."""
+    try:
+        size = os.get_terminal_size(sys.stderr.fileno())
+    except (OSError, ValueError, AttributeError):
+        return False
+    return size.columns > 0 and size.lines > 0
