@@ -22,7 +22,7 @@ from tricomp_torch.trees import NOTES_KEY, Flat, unflatten
 
 import tricomp
 from tests.test_torch_states import begin, exact, train
-from tricomp import formats
+from tricomp import archive, formats
 from tricomp.errors import InvalidArgument, TricompError, UnsupportedFormat
 
 optim: Any = torch.optim
@@ -518,3 +518,16 @@ def test_notes_make_the_object_again(tmp_path):
     path = saved(tmp_path / "x.pt", obj := {"x": conv(), "n": collections.Counter("ab")})
     with FORMAT.read(path) as opened:
         assert exact(unflatten(Flat(opened.tree, opened.metadata[NOTES_KEY]))) == exact(obj)
+
+
+def test_a_fine_tune_against_its_base_in_either_form(tmp_path):
+    weights = {"w": torch.randn(200, 300, generator=torch.Generator().manual_seed(3)), "b": torch.ones(40)}
+    saved(tmp_path / "base.pt", weights)
+    weights["w"].view(-1)[::150] *= 1.5
+    saved(tmp_path / "tuned.pt", weights)
+    archive.compress(tmp_path / "base.pt")
+    archive.compress(tmp_path / "tuned.pt", base=tmp_path / "base.pt")
+    assert os.path.getsize(tmp_path / "tuned.pt.tri") < 0.03 * os.path.getsize(tmp_path / "tuned.pt")
+    for base in ("base.pt", "base.pt.tri"):
+        archive.decompress(tmp_path / "tuned.pt.tri", tmp_path / "again.pt", base=tmp_path / base, overwrite=True)
+        assert (tmp_path / "again.pt").read_bytes() == (tmp_path / "tuned.pt").read_bytes()

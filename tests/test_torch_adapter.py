@@ -278,6 +278,11 @@ REFUSED = {
     "meta": (lambda: torch.empty(3, device="meta"), "it is on the meta device and has no data. Materialise it"),
     "quantized": (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "it is quantized. Store"),
     "nested": (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "it is a nested tensor"),
+    "jagged": (
+        lambda: torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged),
+        "NestedTensor, a nested tensor",
+    ),
+    "storage": (lambda: torch.ones(2).untyped_storage(), "expected a tensor, got its storage. Store the tensor"),
     "subclass": (lambda: torch.ones(2).as_subclass(Named), "expected a torch.Tensor, got its subclass Named"),
     "lazy": (lambda: torch.nn.LazyLinear(3).weight, "subclass UninitializedParameter, which has no data yet. Run the"),
     "complex32": (lambda: torch.ones(2, dtype=torch.complex32), "torch.complex32 is not one of float64, float32"),

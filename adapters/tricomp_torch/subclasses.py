@@ -172,6 +172,8 @@ def _require_known(cls: type, path: str) -> None:
     what = f"leaf {path!r}: expected a torch.Tensor, got its subclass {cls.__name__}"
     if name.startswith("torch.distributed."):
         raise UnsupportedNode(f"{what}. Distributed tensors are not in this version; store its full_tensor().")
+    if name.startswith("torch.nested."):
+        raise UnsupportedNode(f"{what}, a nested tensor. Store the list of its parts, unbind().")
     if name.startswith("torch.nn.parameter.Uninitialized"):
         raise UnsupportedNode(f"{what}, which has no data yet. Run the module once before saving.")
     if hasattr(cls, "__tensor_flatten__") and hasattr(cls, "__tensor_unflatten__"):

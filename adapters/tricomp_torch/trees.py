@@ -241,6 +241,8 @@ def _plain(node: Any) -> tuple[str, Any]:
 def _refuse_known(node: Any, name: str) -> None:
     """Refuse by name what torch users pass by mistake, with what to do; the core refuses everything else unknown."""
     kind = type(node).__name__
+    if isinstance(node, torch.UntypedStorage | torch.storage.TypedStorage):
+        raise UnsupportedNode(f"{name!r}: expected a tensor, got its storage. Store the tensor, or torch.tensor(...).")
     if isinstance(node, torch.Generator):
         raise UnsupportedNode(f"{name!r}: expected plain data, got a Generator. Store its get_state().")
     if callable(getattr(node, "state_dict", None)):
