@@ -259,10 +259,11 @@ def test_selections_are_numpys_and_torchs_and_fetch_no_chunk_in_vain(monkeypatch
         size, first = rng.choice([1, 4, 64]), rng.choice([0, 3])  # chunks, and where in one the array begins
         touched: set[int] = set()
 
-        def elements(start, stop, whole=whole, size=size, first=first, touched=touched):
-            assert 0 <= start < stop <= whole.size
-            touched.update(range((start + first) // size, (stop - 1 + first) // size + 1))
-            return whole.reshape(-1)[start:stop]
+        def elements(runs, whole=whole, size=size, first=first, touched=touched):
+            for run in runs:
+                assert 0 <= run.start < run.stop <= whole.size
+                touched.update(range((run.start + first) // size, (run.stop - 1 + first) // size + 1))
+            return [whole.reshape(-1)[run.start : run.stop] for run in runs]
 
         try:
             expected = whole[index]
@@ -296,7 +297,7 @@ def test_masks_and_repeated_positions(dtype):
         ([[0, 1]], [[2], [3]]),
     ):
         wanted = select(whole.shape, index)
-        block = wanted.fetch(lambda start, stop: whole.reshape(-1)[start:stop], whole.dtype, 16)
+        block = wanted.fetch(lambda runs: [whole.reshape(-1)[run.start : run.stop] for run in runs], whole.dtype, 16)
         assert same_bits(wanted.of(block), whole[index])
 
 
@@ -336,25 +337,43 @@ def chain(tmp_path_factory):
 def test_a_slice_decodes_its_chunks_alone(chain, monkeypatch, name):
     (first, second, third), arrays = chain
     shape, index = SHAPES[name]
-    decoded: set[int] = set()
-    original = codec.decode_part
+    decoded: list[range] = []
+    original = codec.decode_parts
 
-    def noted(leaves, plan, data, words, *rest):
-        decoded.update(range(words.start >> plan.chunk_log2, -(-words.stop >> plan.chunk_log2)))
-        return original(leaves, plan, data, words, *rest)
+    def noted(leaves, plan, data, parts, *rest):
+        for part in parts:
+            decoded.append(range(part.start >> plan.chunk_log2, -(-part.stop >> plan.chunk_log2)))
+        return original(leaves, plan, data, parts, *rest)
 
-    monkeypatch.setattr(codec, "decode_part", noted)
+    monkeypatch.setattr(codec, "decode_parts", noted)
     monkeypatch.setattr(codec, "decode_many", None)
     needed = set((np.arange(np.prod(shape)).reshape(shape)[index].reshape(-1) >> 10).tolist())
     with tricomp.open(first) as keyframe, tricomp.open(second, reference=keyframe) as middle:
-        for path, reference, expected in zip((first, second, third), (None, keyframe, middle), arrays, strict=True):
+        levels = zip((first, second, third), (None, keyframe, middle), arrays, strict=True)
+        for n_files, (path, reference, expected) in enumerate(levels, 1):
             decoded.clear()
             with tricomp.numpy.safe_open(path, reference=reference) as opened:
                 assert same_bits(opened.get_slice(name)[index], np.array(expected[name][index]))
-            assert decoded == needed
+            chunks = [chunk for part in decoded for chunk in part]
+            assert set(chunks) == needed
+            assert len(chunks) == n_files * len(needed)  # each once
         with tricomp_torch.safe_open(third, reference=middle) as tensors:
             ours = tensors.get_slice(name)[index]
             assert ours.numpy().tobytes() == arrays[2][name][index].tobytes()
+
+
+def test_runs_are_elements_decoded_together(chain):
+    (first, second, _), arrays = chain
+    asked = [range(1), range(2047, 2049), range(30_000, 39_000), range(5, 5), range(4, 7)]
+    with tricomp.open(second, reference=first) as file:
+        for name in ("rows", "one huge row"):
+            flat = arrays[1][name].reshape(-1)
+            runs = file.runs(name, asked)
+            assert [run.tobytes() for run in runs] == [flat[part.start : part.stop].tobytes() for part in asked]
+            assert file.runs(name, []) == []
+            for bad in (range(-1, 3), range(5, 4), range(0, 10, 2), range(7, flat.size + 1)):
+                with pytest.raises(InvalidArgument, match=f"leaf '{name}': range.* of {flat.size} elements"):
+                    file.runs(name, [range(3), bad])
 
 
 @pytest.mark.parametrize("damaged", [0, 1])
@@ -528,6 +547,7 @@ class Named(torch.Tensor):
     """A subclass such as users and libraries define."""
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
 @pytest.mark.parametrize(
     ("make", "text"),
     [

@@ -40,7 +40,7 @@ __all__ = [
     "breakdown",
     "decode",
     "decode_many",
-    "decode_part",
+    "decode_parts",
     "digest",
     "encode",
 ]
@@ -348,23 +348,27 @@ def decode_many(
     return out
 
 
-def decode_part(
+def decode_parts(
     leaves: Sequence[Leaf],
     plan: Plan,
     data: Bytes | Cut,
-    words: range,
-    parent: Words | None,
-    sibling: tuple[Leaf, Words] | None,
+    parts: Sequence[range],
+    parents: Sequence[Words] | None,
+    siblings: Sequence[tuple[Leaf, Words]] | None,
     threads: int | None = None,
     backend: str | None = None,
-) -> Words:
-    """Some words of a frame: those of `words`, which begins at a chunk and ends at one or at the frame's end.
+) -> list[Words]:
+    """Some words of a frame: those of each of parts, which begins at a chunk and ends at one or at the frame's end.
 
-    data: of the whole frame; only its head and the chunks asked for are read. parent, sibling: as in decode_many, but
-    of these words alone. Raises what decode_many raises.
+    data: of the whole frame; only its head and the chunks asked for are read. parents, siblings: as in decode_many, but
+    for each part the words of that part alone. Raises what decode_many raises.
     """
     _check_backend(backend)
-    return _decoder.decode([_decode_job(leaves, plan, data, parent, sibling, words)])[0]
+    jobs = []
+    for i, part in enumerate(parts):
+        parent, sibling = parents[i] if parents else None, siblings[i] if siblings else None
+        jobs.append(_decode_job(leaves, plan, data, parent, sibling, part))
+    return _decoder.decode(jobs)
 
 
 def breakdown(plan: Plan, data: Bytes | Cut) -> dict[str, int]:

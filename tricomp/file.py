@@ -56,7 +56,7 @@ class File(Mapping[str, Array]):
         self._index = {leaf.path: number for number, leaf in enumerate(self._contents.leaves)}
         self._frame_of = {number: entry for entry in self._contents.frames for number in entry.leaves}
         self._plans: dict[int, Plan] = {}
-        self._cache: OrderedDict[int, list[Words]] = OrderedDict()
+        self._cache: OrderedDict[int, dict[int, Words]] = OrderedDict()  # by first leaf of a shared frame
         self._check_reference()
 
     @property
@@ -177,6 +177,19 @@ class File(Mapping[str, Array]):
             raise InvalidArgument(f"leaf {path!r}: the parent's elements are {len(given)} words of {given.dtype}.")
         words = self._part(number, range(start * n_each, stop * n_each), given)
         return from_words(words, leaf.dtype, (stop - start,))
+
+    def runs(self, path: str, runs: Sequence[range]) -> list[Array]:
+        """Several runs of elements of a leaf, each as `elements` gives it, but decoded together: chunks that are far
+        apart cost one decoding, not one each. Raises what elements raises."""
+        number = self._number(path)
+        leaf = self._contents.leaves[number]
+        n_each = leaf.dtype.words_per_element
+        n_elements = leaf.n_words // n_each
+        for run in runs:
+            if not 0 <= run.start <= run.stop <= n_elements or run.step != 1:
+                raise InvalidArgument(f"leaf {path!r}: {run} of {n_elements} elements. Ask for elements inside it.")
+        words = self._parts(number, [range(run.start * n_each, run.stop * n_each) for run in runs])
+        return [from_words(part, leaf.dtype, (len(run),)) for part, run in zip(words, runs, strict=True)]
 
     def pieces(self, path: str, n_elements: int = 1 << 22) -> Iterator[Array]:
         """A whole leaf in order, as one-dimensional arrays of about n_elements each: however large, in little memory.
@@ -313,6 +326,9 @@ class File(Mapping[str, Array]):
 
     def _decode(self, numbers: Sequence[int], done: Mapping[int, Words] | None = None) -> dict[int, Words]:
         """Words of leaves by number, decoded along the chain of files. done: leaves of this file decoded before."""
+        if len(numbers) == 1 and (held := self._cache.get(self._frame_of[numbers[0]].leaves[0])) is not None:
+            self._cache.move_to_end(self._frame_of[numbers[0]].leaves[0])
+            return {numbers[0]: held[numbers[0]]}  # not all of a frame for each of its thousands of leaves
         levels: list[tuple[File, list[Entry]]] = []
         file, known = self, dict(done or {})
         words: dict[str, tuple[Leaf, Words]] = {}
@@ -356,23 +372,27 @@ class File(Mapping[str, Array]):
         return list(wanted.values())
 
     def _part(self, number: int, wanted: range, parent: Words | None = None) -> Words:
-        """Words of a leaf, from the chunks that hold them alone, in this file and down its chain.
+        """Words of a leaf; see _parts. parent: the words wanted, of the parent's leaf, if they are known."""
+        return self._parts(number, [wanted], parent)[0]
 
-        parent: the words wanted, of the parent's leaf, if they are known.
-        """
-        self._limits.check("max_decoded_bytes", len(wanted), f"{self.name}: words to decode")
-        steps: list[tuple[File, int, range, range]] = []
+    def _parts(self, number: int, wanted: Sequence[range], parent: Words | None = None) -> list[Words]:
+        """Words of a leaf, from the chunks that hold them alone, in this file and down its chain."""
+        self._limits.check("max_decoded_bytes", sum(map(len, wanted)), f"{self.name}: words to decode")
+        steps: list[tuple[File, int, Sequence[range], Sequence[range]]] = []  # words asked for; those of their chunks
         file = self
-        words: Words | None = None
+        words: list[Words] | None = None
         source: Leaf | None = None
         while words is None:
             entry = file._frame_of[number]
             plan, leaf = file._plan(entry), file._contents.leaves[number]
             if len(entry.leaves) > 1:
-                words, source = file._decode([number])[number][wanted.start : wanted.stop].copy(), leaf
+                whole = file._decode([number])[number]
+                words, source = [whole[part.start : part.stop].copy() for part in wanted], leaf
                 break
             size = 1 << plan.chunk_log2 if plan.n_chunks else 1
-            around = range(wanted.start // size * size, min(-(-wanted.stop // size) * size, leaf.n_words))
+            around = [
+                range(part.start // size * size, min(-(-part.stop // size) * size, leaf.n_words)) for part in wanted
+            ]
             steps.append((file, number, wanted, around))
             wanted = around
             if plan.reference == "none":
@@ -380,38 +400,46 @@ class File(Mapping[str, Array]):
             if plan.reference == "sibling":
                 number = file._sibling(entry)
                 continue
-            if parent is not None and len(steps) == 1 and len(parent) == len(around):
-                words = parent
+            if parent is not None and len(steps) == 1 and [len(parent)] == [len(part) for part in around]:
+                words = [parent]
                 break
             above = file._parent_for(leaf.path)
             if isinstance(above, Content):
                 found = above.find(leaf.path)
-                words = file._parent_words([leaf], {leaf.path: found} if found else {})[around.start : around.stop]
+                whole = file._parent_words([leaf], {leaf.path: found} if found else {})
+                words = [whole[part.start : part.stop] for part in around]
             else:
                 other = above._index.get(leaf.path)
                 file._require_parent(leaf, None if other is None else above._contents.leaves[other])
                 assert other is not None
                 file, number = above, other
-        for file, number, wanted, around in reversed(steps):
-            words = file._decode_part(number, around, words, source)
-            words = words[wanted.start - around.start : wanted.stop - around.start]
+        for file, number, asked, held in reversed(steps):
+            decoded = file._decode_parts(number, held, words, source)
+            words = [
+                part[inner.start - outer.start : inner.stop - outer.start]
+                for part, inner, outer in zip(decoded, asked, held, strict=True)
+            ]
             source = file._contents.leaves[number]
         assert words is not None  # there is at least one step, or a shared frame
         return words
 
-    def _decode_part(self, number: int, part: range, reference: Words | None, source: Leaf | None) -> Words:
-        """Some words of a leaf that has a frame of its own. reference: these words of its parent or its sibling."""
+    def _decode_parts(
+        self, number: int, parts: Sequence[range], references: Sequence[Words] | None, source: Leaf | None
+    ) -> list[Words]:
+        """Some words of a leaf that has a frame of its own. references: these words of its parent or its sibling."""
         entry, leaf = self._frame_of[number], self._contents.leaves[number]
         plan = self._plan(entry)
-        sibling = None
-        if plan.reference == "sibling" and reference is not None and source is not None:
-            sibling = source, reference
-        parent = reference if plan.reference == "parent" else None
+        siblings = None
+        if plan.reference == "sibling" and references is not None and source is not None:
+            siblings = [(source, words) for words in references]
+        parents = references if plan.reference == "parent" else None
         data = container.FrameBytes(self._source, entry)
         try:
-            return codec.decode_part([leaf], plan, data, part, parent, sibling)
+            return codec.decode_parts([leaf], plan, data, parts, parents, siblings)
         except MemoryError:
-            raise LimitExceeded(f"{self.name}: no memory to decode {len(part)} words of {leaf.path!r}.") from None
+            raise LimitExceeded(
+                f"{self.name}: no memory to decode {sum(map(len, parts))} words of {leaf.path!r}."
+            ) from None
         except CorruptFrame as error:
             raise CorruptFrame(f"{self.name}: {error}") from error
 
@@ -447,7 +475,7 @@ class File(Mapping[str, Array]):
         for entry in entries:
             if entry.leaves[0] in self._cache:
                 self._cache.move_to_end(entry.leaves[0])
-                decoded.update(zip(entry.leaves, self._cache[entry.leaves[0]], strict=True))
+                decoded.update(self._cache[entry.leaves[0]])
             else:
                 waiting.append(entry)
         try:
@@ -464,7 +492,7 @@ class File(Mapping[str, Array]):
                 self._compare(number, codec.digest(leaf_words))
             decoded.update(zip(entry.leaves, words, strict=True))
             if len(words) > 1 and is_asked:
-                self._cache[entry.leaves[0]] = words
+                self._cache[entry.leaves[0]] = dict(zip(entry.leaves, words, strict=True))
                 if len(self._cache) > _CACHED_FRAMES:
                     self._cache.popitem(last=False)
 

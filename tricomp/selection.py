@@ -22,6 +22,7 @@ from tricomp.errors import InvalidIndex
 
 Array = np.ndarray[Any, Any]
 Positions = range | NDArray[np.int64]  # ascending, each once
+RunsOf = Callable[[Sequence[range]], Sequence[Array]]
 _SPAN = 1 << 22  # most elements fetched at a time
 _BATCH_RUNS = 1 << 18  # runs told at a time
 
@@ -45,11 +46,11 @@ class Selection:
         """Whether every element is needed."""
         return all(len(positions) == n for positions, n in zip(self.axes, self.shape, strict=True))
 
-    def fetch(self, elements: Callable[[int, int], Array], dtype: np.dtype[Any], chunk_elements: int) -> Array:
-        """The block: the product of the positions. elements(start, stop): that part of the array, flat, in C order.
+    def fetch(self, runs_of: RunsOf, dtype: np.dtype[Any], chunk_elements: int) -> Array:
+        """The block: the product of the positions. runs_of: the runs of the array, flat, in C order, for ranges of it.
 
         What lies between two needed elements is fetched too if it holds no whole chunk of chunk_elements, wherever
-        chunks begin; so no chunk is asked for in vain. Memory: the block, and some MB.
+        chunks begin; so no chunk is asked for in vain. Memory: the block, and what some MB take when decoded.
         """
         block = np.empty([len(positions) for positions in self.axes], dtype)
         if block.size == 0:
@@ -58,18 +59,15 @@ class Selection:
         # Bits, for numpy makes no strided view of some dtypes of ml_dtypes; those of more than 8 bytes are numpy's own.
         carrier = np.dtype(f"u{dtype.itemsize}") if dtype.itemsize <= 8 else dtype
         rows = block.reshape(-1, run).view(carrier)
-        done = 0
-        for starts in starts_of:
-            is_cut = (np.diff(starts) >= run + chunk_elements) | (np.diff(starts // _SPAN) != 0)
-            for begin, end in pairwise([0, *(np.flatnonzero(is_cut) + 1).tolist(), len(starts)]):
-                first, stop = int(starts[begin]), int(starts[end - 1]) + run
-                if end - begin == 1:
-                    _copy(elements, first, stop, rows[done + begin])
-                else:
-                    part = elements(first, stop).view(carrier)
-                    windows = np.lib.stride_tricks.sliding_window_view(part, run)
-                    rows[done + begin : done + end] = windows[starts[begin:end] - first]
-            done += len(starts)
+        waiting: list[_Window] = []
+        n_waiting = 0
+        for window in _windows(starts_of, run, chunk_elements, rows):
+            waiting.append(window)
+            n_waiting += len(window.elements) + chunk_elements  # for it is whole chunks that are decoded
+            if n_waiting >= _SPAN:
+                _fill(waiting, runs_of)
+                waiting, n_waiting = [], 0
+        _fill(waiting, runs_of)
         return block
 
     def of(self, block: Array, is_int_first: bool = False) -> Array:
@@ -209,10 +207,40 @@ def _starts(axes: Sequence[Positions], steps: Sequence[int], offset: int) -> Ite
         yield starts
 
 
-def _copy(elements: Callable[[int, int], Array], start: int, stop: int, out: Array) -> None:
-    """Elements [start, stop) into out, some MB at a time."""
-    at = start
-    while at < stop:
-        end = min((at // _SPAN + 1) * _SPAN, stop)
-        out[at - start : end - start] = elements(at, end).view(out.dtype)
-        at = end
+@dataclass(frozen=True)
+class _Window:
+    """Elements fetched in one piece, and the rows of the block to put them in. at: where in the piece each row begins;
+    None: the piece is what the rows take, in order."""
+
+    elements: range
+    rows: Array
+    at: NDArray[np.int64] | None = None
+
+
+def _windows(starts_of: Iterator[NDArray[np.int64]], run: int, chunk_elements: int, rows: Array) -> Iterator[_Window]:
+    """Windows over the runs that begin at starts, of about _SPAN elements at most. rows: one for each run."""
+    done = 0
+    for starts in starts_of:
+        is_cut = (np.diff(starts) >= run + chunk_elements) | (np.diff(starts // _SPAN) != 0)
+        for begin, end in pairwise([0, *(np.flatnonzero(is_cut) + 1).tolist(), len(starts)]):
+            first, stop = int(starts[begin]), int(starts[end - 1]) + run
+            if end - begin > 1:
+                yield _Window(range(first, stop), rows[done + begin : done + end], starts[begin:end] - first)
+                continue
+            at = first
+            while at < stop:
+                following = min((at // _SPAN + 1) * _SPAN, stop)
+                yield _Window(range(at, following), rows[done + begin, at - first : following - first])
+                at = following
+        done += len(starts)
+
+
+def _fill(windows: Sequence[_Window], runs_of: RunsOf) -> None:
+    if not windows:
+        return
+    for window, part in zip(windows, runs_of([window.elements for window in windows]), strict=True):
+        bits = part.view(window.rows.dtype)
+        if window.at is None:
+            window.rows[...] = bits
+        else:
+            window.rows[...] = np.lib.stride_tricks.sliding_window_view(bits, window.rows.shape[-1])[window.at]

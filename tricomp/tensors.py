@@ -73,9 +73,7 @@ class Slice(Generic[Tensor]):
         else:
             plan = file.plan(self._path)
             chunk_elements = (1 << plan.chunk_log2) // leaf.dtype.words_per_element
-            block = wanted.fetch(
-                lambda start, stop: file.elements(self._path, start, stop), leaf.dtype.numpy, chunk_elements
-            )
+            block = wanted.fetch(lambda runs: file.runs(self._path, runs), leaf.dtype.numpy, chunk_elements)
         return self._opened.made(self._path, wanted.of(block, self._opened.is_int_first))
 
 
