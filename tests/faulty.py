@@ -99,7 +99,7 @@ class _Growing:
             self.world.call("close", self.path, is_after=True)
 
 
-class _Uploading(AbstractBufferedFile):
+class _Uploading(AbstractBufferedFile):  # type: ignore[misc]
     """A file that is seen when it is complete; in parts of 700 bytes. Closing it completes it, as fsspec's do."""
 
     DEFAULT_BLOCK_SIZE = 700
@@ -128,7 +128,7 @@ class _Uploading(AbstractBufferedFile):
         self.parts = None
 
 
-class FaultyFileSystem(AbstractFileSystem):
+class FaultyFileSystem(AbstractFileSystem):  # type: ignore[misc]
     """world: the name of the World it shows."""
 
     protocol: Any = "faulty"

@@ -52,6 +52,7 @@ class Place:
 
     def __init__(self, url, options):
         self.url, self.options = url, options
+        self.world = WORLDS.get("test")
 
     def store(self, **options):
         return Store(self.url, storage_options=self.options, **options)
@@ -116,9 +117,7 @@ def place(request, quick):
 @pytest.fixture(params=["faulty", "faultystore"])
 def faulty(request, quick):
     WORLDS["test"] = World()
-    found = Place(f"{request.param}://run", {"world": "test"})
-    found.world = WORLDS["test"]
-    return found
+    return Place(f"{request.param}://run", {"world": "test"})
 
 
 def filled(place, steps, make=state, **options):
@@ -740,7 +739,7 @@ def test_what_dead_processes_left_in_a_cache_is_removed(faulty, tmp_path):
 def test_cache_arguments_are_checked(tmp_path):
     for folder in (3, "s3://x/y"):
         with pytest.raises(InvalidArgument, match="cache: expected a local folder, got"):
-            Cache(folder, 1)
+            Cache(folder, 1)  # type: ignore[arg-type]
     with pytest.raises(InvalidArgument, match="cache_bytes: expected a number of bytes, got -1"):
         Store("memory://run", cache=tmp_path, cache_bytes=-1)
     with pytest.raises(InvalidArgument, match="lease: expected seconds, above 0, got 0"):
