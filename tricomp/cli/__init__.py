@@ -21,8 +21,6 @@ from tricomp.cli import console
 from tricomp.container import VERSION
 from tricomp.errors import TricompError
 
-_MODULES = ("compress", "inspection", "stores", "completion", "demo")
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line argv (None: of this process).
@@ -30,11 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns 0, 1 after an error, which goes to stderr in one line, or 128 + the number of the signal that stopped it.
     Exits with 2 on wrong use.
     """
-    options = parser().parse_args(argv)
+    options = argparse.Namespace(command="")
     try:
-        with _stoppable(), _logging(options):
-            code: int = options.run(options)
-            sys.stdout.flush()
+        with _stoppable():
+            options = parser().parse_args(argv)
+            with _logging(options):
+                code: int = options.run(options)
+                sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would complain at exit
         return console.FAILED
@@ -50,18 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command."""
-    from importlib import import_module
+    from tricomp.cli import completion, compress, demo, inspection, stores
 
     made = argparse.ArgumentParser(prog="tricomp", description="Lossless compression of training checkpoints.")
     made.add_argument("--version", action=_Version, help="show the version and the backends that are live")
     commands = made.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name in _MODULES:
-        try:
-            module = import_module(f"tricomp.cli.{name}")
-        except ModuleNotFoundError as error:
-            if error.name != f"tricomp.cli.{name}":
-                raise
-            continue
+    for module in (compress, inspection, stores, completion, demo):
         module.add(commands, [console.common()])
     return made
 

@@ -140,7 +140,8 @@ def _plans(report: Report) -> Iterator[str]:
         for i, n in enumerate((1, leaf.raw_bytes, leaf.coded_bytes)):
             way[i] += n
     for name, (n, raw, coded) in sorted(ways.items(), key=lambda way: -way[1][1]):
-        yield f"{name}: {n} {'leaf' if n == 1 else 'leaves'}, {console.count_bytes(raw)} => {console.count_bytes(coded)}"
+        sizes = f"{console.count_bytes(raw)} => {console.count_bytes(coded)}"
+        yield f"{name}: {n} {'leaf' if n == 1 else 'leaves'}, {sizes}"
 
 
 def _threads(text: str) -> int:

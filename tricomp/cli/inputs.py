@@ -84,7 +84,7 @@ def spooled(path: str) -> Iterator[str]:
         raise InvalidArgument("standard input is a terminal. Pipe a file into the command, or name one.")
     with tempfile.NamedTemporaryFile(prefix="tricomp-") as spool:
         try:
-            while piece := sys.stdin.buffer.read1(1 << 20):  # whole reads would look for signals too rarely
+            while piece := os.read(sys.stdin.fileno(), 1 << 20):  # buffered reads look for signals too rarely
                 spool.write(piece)
             spool.flush()
         except OSError as error:
