@@ -774,3 +774,9 @@ def test_decode_says_what_it_expects():
     for other in ("abc", None, 3, [1]):
         with pytest.raises(InvalidArgument, match=r"decode: expected the bytes that encode gave, got \w+\."):
             tricomp.decode(other)  # type: ignore[arg-type]
+
+
+def test_a_shape_that_no_reader_takes_is_not_written(path):
+    with pytest.raises(InvalidArgument, match=r"leaf 'a': shape \[0, 4611686018427387904\]: its sizes multiply to"):
+        tricomp.save(path, {"a": np.empty((0, 1 << 62), np.uint8)})
+    assert not os.path.exists(path)

@@ -1,5 +1,6 @@
 """Lossless compression of training checkpoints: one array, one file, or a Store of a run's steps."""
 
+from tricomp.archive import compress, decompress
 from tricomp.blob import decode, encode
 from tricomp.bounds import Limits
 from tricomp.chain import KeepEvery, KeepLast, KeyframeEvery
@@ -63,8 +64,10 @@ __all__ = [
     "UnsupportedVersion",
     "VerifyReport",
     "WrongReference",
+    "compress",
     "content_id",
     "decode",
+    "decompress",
     "encode",
     "load",
     "open",

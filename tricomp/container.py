@@ -112,6 +112,11 @@ class Writing:
         metadata: dict[str, Any] | None = None,
     ) -> None:
         self.structure, self.leaves, self.parent = structure, tuple(leaves), parent
+        for leaf in self.leaves:
+            if not _is_shape(leaf.shape):
+                raise InvalidArgument(
+                    f"leaf {leaf.path!r}: shape {list(leaf.shape)}: its sizes multiply to 2^59 or more. Drop the leaf."
+                )
         self.entries: list[Entry] = []
         self.digests: list[int] = [0] * len(self.leaves)
         self.content_id = b""
@@ -342,6 +347,11 @@ def _leaf_table(leaves: Sequence[Leaf]) -> bytes:
     return packed
 
 
+def _is_shape(shape: Sequence[int]) -> bool:
+    """Whether a leaf can be of this shape: in bytes, below what an address can hold, also if another size is 0."""
+    return math.prod(max(n, 1) for n in shape) < 1 << 59
+
+
 def _ints(found: Any, what: str, low: int = 0, high: int = 1 << 63) -> list[int]:
     if not isinstance(found, list) or not all(type(value) is int and low <= value < high for value in found):
         raise CorruptFile(f"{what}: expected an array of integers from {low} to below {high}. {_ADVICE}")
@@ -368,7 +378,7 @@ def _leaves(found: Any, paths: Sequence[str], limits: Limits, what: str) -> tupl
     for shape in shapes:
         known.append(tuple(_ints(shape, what)))
         limits.check("max_dimensions", len(shape), what)
-        if math.prod(max(n, 1) for n in shape) >= 1 << 59:  # in bytes, below what an address can hold
+        if not _is_shape(known[-1]):
             raise CorruptFile(f"{what}: a leaf of shape {known[-1]}. {_ADVICE}")
     chosen = _ints(which, what, high=len(known))
     return tuple(

@@ -11,6 +11,7 @@ from tricomp_torch.checkpointer import Checkpointer, Restored
 from tricomp_torch.compressed import CompressedStateDict
 from tricomp_torch.files import load, save
 from tricomp_torch.safe import load_file, safe_open, save_file
+from tricomp_torch.subclasses import register_tensor
 from tricomp_torch.trees import Flat, flatten, unflatten
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "flatten",
     "load",
     "load_file",
+    "register_tensor",
     "safe_open",
     "save",
     "save_file",
