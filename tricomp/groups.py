@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 MOST_GROUPS = 16  # that a split of one large group leads to
 _MOST_SLOTS = (
@@ -56,6 +57,7 @@ def _starred(parts: Iterable[str]) -> tuple[str, ...]:
     return tuple(_star(part) for part in parts)
 
 
+@lru_cache(maxsize=1 << 16)
 def _star(part: str) -> str:
     """A key with the number that it is, or that it ends with, as "*": 12, layer12 and Dense_12."""
     found = _NUMBERED.fullmatch(part)

@@ -215,7 +215,7 @@ def _sorted(facts: Sequence[Any], sort: str, name: str) -> list[Any]:
 
 
 def _group_table(groups: Sequence[GroupFacts]) -> list[str]:
-    heads = ("group", "leaves", "dtype", "raw", "coded", "bits", "ratio", *_PARTS)
+    heads = ("group", "leaves", "dtype", "size", "coded", "bits", "ratio", *_PARTS)
     rows = []
     for group in groups[:_MOST_GROUPS]:
         dtype = next(iter(group.dtypes)) if len(group.dtypes) == 1 else f"{len(group.dtypes)} dtypes"
