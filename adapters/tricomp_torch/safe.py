@@ -18,7 +18,6 @@ from tricomp.errors import InvalidArgument, UnsupportedNode
 from tricomp.tensors import SafeOpen, arrays_of, require_tensors, require_text
 from tricomp_torch.files import notes_of, plain_reference, with_notes
 from tricomp_torch.tensors import PLAIN, Array, to_tensor
-from tricomp_torch.ties import TieMaker
 from tricomp_torch.trees import flatten, maker_of
 
 Path = str | os.PathLike[str]
@@ -46,14 +45,10 @@ class TorchSafeOpen(SafeOpen[torch.Tensor]):
 
     def get_tensors(self) -> dict[str, torch.Tensor]:
         """All tensors by name, in the order of the file; those that were tied are tied."""
-        notes = notes_of(self.file.metadata)
-        together = maker_of(notes)
-        ties, strides = notes.get("ties", {}), notes.get("strides", {})
-        tied = {*ties, *ties.values()}
+        maker = maker_of(notes_of(self.file.metadata))
         names = {self.path_of(name): name for name in self.offset_keys()}
         made: dict[str, torch.Tensor] = {}
         for path, array in arrays_of(self.file, names):
-            maker = together if path in tied else TieMaker({}, strides)  # for a maker keeps each array it was given
             made[names[path]] = maker.tensor(path, array, self._device)
         return made
 
