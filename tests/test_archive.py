@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 
 import ml_dtypes
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 
 import tricomp
 from tests.cases import stepped, weights
-from tricomp import archive_names
+from tricomp import archive_base, archive_names
 from tricomp.archive import compress, compress_file, decompress
 from tricomp.archive_base import Base
 
@@ -132,6 +133,18 @@ def test_a_base_may_come_in_any_form(tmp_path):
             restored = decompress(packed, out=tmp_path / "again", base=base, overwrite=True)
             assert (tmp_path / "again").read_bytes() == data
             assert restored.base is not None
+
+
+def test_large_leaves_of_a_compressed_base_wait_on_a_disk(tmp_path, monkeypatch):
+    fine_tune(tmp_path)
+    for name in ("in-memory", "on-disk"):
+        report = compress(tmp_path / "tuned.safetensors", out=tmp_path / name, base=tmp_path / "base.safetensors.tri")
+        assert report.parent is not None
+        monkeypatch.setattr(archive_base, "MEMORY_BYTES", 100)
+    assert (tmp_path / "on-disk").read_bytes() == (tmp_path / "in-memory").read_bytes()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(tricomp.StorageError, match="a large leaf of the base waits there"):
+        compress(tmp_path / "tuned.safetensors", out=tmp_path / "x", base=tmp_path / "base.safetensors.tri")
 
 
 def test_a_base_that_is_missing_or_another_is_told(tmp_path):

@@ -8,15 +8,44 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 
-from tricomp import archive_names, checkpoint, formats
+import numpy as np
+
+from tricomp import archive_names, folder, formats
 from tricomp.archive_output import unchanged
 from tricomp.content import Content, content_of
-from tricomp.errors import InvalidArgument, WrongReference
+from tricomp.dtypes import Words, to_words
+from tricomp.errors import InvalidArgument, StorageError, TricompError, WrongReference
 from tricomp.file import File
 from tricomp.formats import TensorFile
+from tricomp.layout import Leaf
+from tricomp.spool import MEMORY_BYTES
 
 _log = logging.getLogger("tricomp")
+
+
+class BaseFile(File):
+    """A `.tri` file that others are compressed against: its large leaves wait decoded on a disk, not in memory."""
+
+    def find(self, path: str) -> tuple[Leaf, Words] | None:
+        """Leaf and words of that path, or None. Raises StorageError when there is no room for a large leaf."""
+        if path not in self or self.leaf(path).n_bytes <= MEMORY_BYTES:
+            return super().find(path)
+        leaf = self.leaf(path)
+        try:
+            with tempfile.TemporaryFile(prefix="tricomp-") as file:
+                for piece in self.pieces(path):
+                    file.write(to_words(piece).data)
+                file.flush()
+                return leaf, np.memmap(file, leaf.dtype.word_dtype, "r").view(np.ndarray)
+        except TricompError:
+            raise
+        except OSError as error:
+            raise StorageError(
+                f"{tempfile.gettempdir()}: a large leaf of the base waits there: {error.strerror}. "
+                f"Free some space, or set TMPDIR to a folder that has it."
+            ) from error
 
 
 class Base:
@@ -34,7 +63,7 @@ class Base:
         self._opened: File | TensorFile
         self.content: File | Content
         if archive_names.is_compressed(self.path):
-            self._opened = self.content = checkpoint.open_file(self.path)
+            self._opened = self.content = BaseFile(folder.LocalFile(self.path))
             if self._opened.parent is not None:
                 told = told_base(self._opened)
                 self.close()
