@@ -134,7 +134,7 @@ def test_verify(run):
     assert run("store", "verify", "run", "-q") == (0, "", "")
     damage(file_of(20))
     code, out, err = run("store", "verify", "run")
-    assert (code, out) == (1, "run: 4 steps intact, 2 damaged or without what they need\n")
+    assert (code, out) == (1, "run: 4 steps intact (0, 10, 40, 50), 2 damaged or without what they need\n")
     lines = err.splitlines()
     assert lines[0].startswith("tricomp store: run: step 20: run/step-000000000020.tri: ")
     assert lines[1:] == ["tricomp store: run: step 30: needs step 20, which is broken."]
@@ -296,6 +296,19 @@ def test_the_model_of_a_step_under_its_own_names(run):
         model = checkpoint(20)["model"]
         assert set(arrays) == set(model)
         assert all(equal(arrays[name], model[name]) for name in model)
+
+
+def test_export_to_torch(run):
+    torch = pytest.importorskip("torch")
+    assert run("store", "export", "run", "20", "--leaves", "model/*", "-o", "m.pt")[0] == 0
+    state = torch.load("m.pt", weights_only=True)
+    model = checkpoint(20)["model"]
+    assert set(state) == set(model)
+    assert all(equal(state[name].numpy(), model[name]) for name in model)
+    assert run("store", "export", "run", "20", "--to", "torch")[0] == 0
+    assert torch.load("step-20.pt", weights_only=True)["optimizer"]["lr"] == 1 / 21
+    assert run("diff", "m.pt", "run@20")[0] == 1
+    assert run("diff", "step-20.pt", "run@20")[0] == 0
 
 
 def test_export_takes_deltas_with_their_bases(run):

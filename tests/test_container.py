@@ -732,7 +732,7 @@ def test_a_wrong_path_is_refused_by_name(tmp_path, monkeypatch):
 
 def test_damage_names_a_way_to_find_what_is_intact(tmp_path):
     (tmp_path / "a.tri").write_bytes(b"")
-    with pytest.raises(CorruptFile, match=r"list intact steps with tricomp.Store\(folder\).verify\(\)"):
+    with pytest.raises(CorruptFile, match="or list a store's intact steps: tricomp verify FOLDER"):
         tricomp.load(tmp_path / "a.tri")
 
 

@@ -34,7 +34,7 @@ MAGIC = b"\x89TRI\r\n\x1a\n"
 MAX_BIN_BYTES = (1 << 30) - 1
 _TAIL = struct.Struct("<QQQQQ16s")  # header bytes, its check, index offset, index bytes, its check, content id
 TAIL_BYTES = 2 + _TAIL.size + 8 + len(MAGIC)
-_ADVICE = "Restore it from another copy, or list intact steps with tricomp.Store(folder).verify()."
+_ADVICE = "Restore it from another copy, or list a store's intact steps: tricomp verify FOLDER."
 
 
 @dataclass(frozen=True)

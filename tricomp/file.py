@@ -513,7 +513,7 @@ class File(Mapping[str, Array]):
             raise CorruptFrame(
                 f"{self.name}: leaf {self._contents.leaves[number].path!r}: digest {stored:016x} stored, "
                 f"{computed:016x} computed. Restore the file from another copy, "
-                f"or list intact steps with tricomp.Store(folder).verify()."
+                f"or list a store's intact steps: tricomp verify FOLDER."
             )
 
     def _parent_words(self, leaves: Sequence[Leaf], above: Mapping[str, tuple[Leaf, Words]]) -> Words:

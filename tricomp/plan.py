@@ -192,7 +192,7 @@ class Plan:
         return plan
 
 
-_ADVICE = "The file is damaged: restore it from another copy, or list intact steps with tricomp.Store(folder).verify()."
+_ADVICE = "The file is damaged: restore it from another copy, or list a store's intact steps: tricomp verify FOLDER."
 
 
 def _field_from_wire(spec: Any, value: Any, leaf: str) -> Any:

@@ -177,6 +177,8 @@ def verify_store(options: argparse.Namespace, path: str) -> int:
         console.complain(options, f"{path}: step {one.step}: {one.reason}")
     if not options.json and not console.is_quiet(options):
         told = f"{_steps_of(len(report.intact))} intact"
+        if report.intact and (report.broken or console.verbosity(options)):
+            told += f" ({', '.join(map(str, report.intact))})"
         if report.broken:
             told += f", {len(report.broken)} damaged or without what they need"
         console.show(f"{path}: {told}")

@@ -37,7 +37,7 @@ from tricomp.reference.side import Side
 
 Array = np.ndarray[Any, Any]
 
-_ADVICE = "Restore the file from another copy, or list intact steps with tricomp.Store(folder).verify()."
+_ADVICE = "Restore the file from another copy, or list a store's intact steps: tricomp verify FOLDER."
 
 
 @dataclass(frozen=True)
