@@ -14,6 +14,7 @@ from tests.cases import equal, moments, stepped, weights
 from tricomp import codec
 from tricomp.cli import main
 from tricomp.file import File
+from tricomp.reference import decode as decoder
 from tricomp.subset import Subset
 from tricomp.verification import verify, verify_store
 
@@ -161,7 +162,7 @@ def test_verify_finds_what_the_store_finds(folder):
 def test_verify_decodes_every_chunk_once(folder, monkeypatch):
     """A step is not decoded again for each step behind it: the work grows with the store, not with its square."""
     n_decoded: dict[str, int] = {}
-    decode = codec._decoder.decode
+    decode = decoder.decode
 
     def spied(jobs):
         jobs = list(jobs)
@@ -170,7 +171,7 @@ def test_verify_decodes_every_chunk_once(folder, monkeypatch):
             n_decoded[job.name] = n_decoded.get(job.name, 0) + n_words
         return decode(jobs)
 
-    monkeypatch.setattr(codec._decoder, "decode", spied)
+    monkeypatch.setattr(decoder, "decode", spied)
     assert verify_store(tricomp.Store("run")).is_clean
     assert n_decoded["model/0.weight"] == 130 * 129 * (len(STEPS) + 1)  # once more for its copy in step 0
     n_words = sum(130 * 129 * n for n in (1, 1, 2)) + 3 * 33
@@ -387,3 +388,22 @@ def test_a_subset_is_a_file_of_its_own(folder):
     tricomp.save("odd.tri", {"a/b": {"~": np.arange(3)}, "c": np.arange(4)})
     with tricomp.open("odd.tri") as file:
         assert equal(Subset(file, list(file)).load(), {"a/b": {"~": np.arange(3)}, "c": np.arange(4)})
+
+
+def test_stores_on_urls(run):
+    pytest.importorskip("fsspec")
+    url = "memory://tricomp-cli/run"
+    with tricomp.Store(url) as store:
+        for step in (0, 10, 20):
+            store.save(step, checkpoint(step))
+    facts = json.loads(run("store", "list", url, "--json")[1])
+    assert [step["parent_step"] for step in facts["steps"]] == [None, 0, 10]
+    assert run("verify", url)[:2] == (0, f"{url}: 3 steps intact\n")
+    assert run("diff", f"{url}@20", "run@20") == (0, f"{url}@20 and run@20 are equal: 7 leaves, 67,179 words\n", "")
+    assert run("inspect", f"{url}@latest")[1].startswith(f"{url}/step-000000000020.tri: 7 leaves, ")
+    assert run("export", f"{url}@10", "--to", "tri")[0] == 0
+    assert equal(tricomp.load("run@10.tri"), checkpoint(10))
+    assert run("store", "rebase", url, "20")[0] == 0
+    assert "2 steps removed (0, 10)" in run("store", "prune", url, "--keep-last", "1")[1]
+    assert tricomp.Store(url).steps() == [20]
+    assert run("store", "list", "memory://tricomp-cli/nope")[0] == 1

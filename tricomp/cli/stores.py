@@ -1,4 +1,4 @@
-"""`tricomp store list|verify|prune|rebase|export` and `tricomp export`: the steps of a run, and files for others.
+"""`tricomp store list|verify|prune|rebase|export`: the steps of a run.
 
 The hard thing: what removes or replaces files says before and after what it does, and a store that is not there is an
 error, never an empty store that gets made.
@@ -8,32 +8,26 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tricomp.chain import Keep, KeepEvery, KeepLast, Link, chains, nearest, to_prune
-from tricomp.cli import console, progress, sources
+from tricomp.cli import console, export, progress
 from tricomp.cli.table import entry, table
-from tricomp.errors import InvalidArgument, MissingStep, TricompError
+from tricomp.errors import MissingStep, TricompError
 
 if TYPE_CHECKING:
-    from tricomp.bounds import Bytes
     from tricomp.file import File
     from tricomp.store import Store
-
-_SUFFIXES = {"torch": ".pt", "flax": ".msgpack"}  # of formats that are not called as their files are
-_FORMATS = {".pt": "torch", ".pth": "torch", ".ckpt": "torch", ".bin": "torch", ".msgpack": "flax"}
-_TRI = "tri"
 
 
 def add(
     commands: argparse._SubParsersAction[argparse.ArgumentParser],
     common: list[argparse.ArgumentParser],
 ) -> None:
-    """Add the subcommands store and export."""
+    """Add the subcommand store, and export, which is of a file what store export is of a step."""
     store = commands.add_parser(
         "store",
         help="list, verify, prune, rebase or export the steps of a store",
@@ -72,30 +66,9 @@ def add(
 
     parser = action("export", "write a step as a file", "Write one step as a file that stands alone.")
     parser.add_argument("step", type=_step, metavar="STEP", help="number of the step, or latest")
-    _add_output(parser, "required unless --to is given")
+    export.add_output(parser, "required unless --to is given")
     parser.set_defaults(run=export_step)
-
-    parser = commands.add_parser(
-        "export",
-        parents=common,
-        help="write a .tri file as safetensors, torch or npz",
-        description="Write the leaves of a .tri file as a file of another format, or as a .tri file that stands alone. "
-        "With --leaves, the leaves that match alone, without the keys that all of them share: "
-        "--leaves 'model/*' gives the model of a checkpoint under the names that it has in torch.",
-    )
-    console.takes_files(parser.add_argument("file", metavar="FILE", help="a .tri file or STORE@STEP"))
-    _add_output(parser, "default: FILE with the suffix of the format; - is standard output")
-    sources.add_base(parser)
-    parser.set_defaults(run=export)
-
-
-def _add_output(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument(
-        "--to", metavar="FORMAT", help="safetensors, torch, npz, npy, flax or tri (default: told by the suffix of OUT)"
-    )
-    console.takes_files(parser.add_argument("-o", "--output", metavar="OUT", help=f"file to write ({default})"))
-    parser.add_argument("--leaves", action="append", metavar="PATTERN", help="only leaves that match; may be repeated")
-    parser.add_argument("-f", "--force", action="store_true", help="replace OUT if it is there")
+    export.add(commands, common)
 
 
 @dataclass(frozen=True)
@@ -233,72 +206,8 @@ def rebase(options: argparse.Namespace) -> int:
 
 def export_step(options: argparse.Namespace) -> int:
     """Write a step as a file."""
-    if options.output is None:
-        if options.to is None:
-            raise InvalidArgument("store export: expected -o OUT or --to FORMAT.")
-        options.output = f"step-{options.step}{_suffix(options.to)}"
     with _store(options.store) as store, store.open(options.step) as file:
-        return _export(options, file)
-
-
-def export(options: argparse.Namespace) -> int:
-    """Write a `.tri` file as a file of another format."""
-    from tricomp.file import File
-
-    with sources.opened([options.file], options.bases) as (file,):
-        if not isinstance(file, File):
-            raise InvalidArgument(f"{options.file}: is a {file.format} file, not a .tri file.")
-        if options.output is None:
-            if options.to is None:
-                raise InvalidArgument("export: expected --to FORMAT or -o OUT.")
-            stem = options.file.removesuffix(f".{_TRI}")
-            if os.path.splitext(stem)[1] in (".safetensors", ".npz", ".npy", *_FORMATS):
-                stem = os.path.splitext(stem)[0]
-            options.output = stem + _suffix(options.to)
-        return _export(options, file)
-
-
-def _export(options: argparse.Namespace, file: File) -> int:
-    """Write an open file, or some leaves of it, to options.output."""
-    from tricomp import archive_names, checkpoint, folder, formats
-    from tricomp.archive_output import put, write
-    from tricomp.inspection import matching
-    from tricomp.subset import Subset
-
-    out = options.output
-    suffix = os.path.splitext(out)[1].lower()
-    to = options.to or _FORMATS.get(suffix, suffix[1:])
-    if not to:
-        raise InvalidArgument(f"{out}: its name does not tell the format. Give --to FORMAT.")
-    is_stream = out == "-"
-    if not is_stream:
-        archive_names.check_output(out, [file.name], options.force)
-    chosen = file if options.leaves is None else Subset(file, matching(file, options.leaves))
-    total = sum(chosen.leaf(path).n_bytes for path in chosen)
-    with progress.shown(options, out) as draw:
-        count = progress.counter(draw, total)
-        if to != _TRI:
-            pieces = _counted(formats.exported(to, chosen), count)
-            n_bytes = write(sys.stdout.buffer, pieces) if is_stream else put(out, pieces)
-        elif is_stream:
-            raise InvalidArgument("export: a .tri file goes to a file, not to standard output. Give -o OUT.")
-        else:
-            where, name = folder.split(out)
-            metadata = {key: value for key, value in chosen.metadata.items() if key != "base"}
-            n_bytes = checkpoint.put(where, name, chosen.content(), metadata=metadata, on_progress=count).file_bytes
-    if options.json and not is_stream:
-        facts = {"format": to, "n_leaves": len(chosen), "raw_bytes": total, "n_bytes": n_bytes}
-        console.emit({"file": file.name, "output": out, **facts})
-    n_leaves = f"{len(chosen):,} leaf" if len(chosen) == 1 else f"{len(chosen):,} leaves"
-    console.note(options, f"{file.name}: {n_leaves} -> {out} ({to}, {console.count_bytes(n_bytes)})")
-    return console.DONE
-
-
-def _counted(pieces: Iterator[Bytes], count: Callable[[int], None] | None) -> Iterator[Bytes]:
-    for piece in pieces:
-        yield piece
-        if count is not None:
-            count(len(piece))
+        return export.write(options, file, f"step-{_known_step(store, options.step)}")
 
 
 def _store(path: str) -> Store:
@@ -362,10 +271,6 @@ def _step(text: str) -> int | None:
     if text != "latest" and int(text) < 0:
         raise ValueError(text)
     return None if text == "latest" else int(text)
-
-
-def _suffix(format: str) -> str:
-    return _SUFFIXES.get(format, f".{format}")
 
 
 def _steps_of(n: int) -> str:

@@ -1,0 +1,112 @@
+"""`tricomp export`: the leaves of a `.tri` file as a file of another format, or as one that stands alone.
+
+The hard thing: what a flat format cannot hold is refused by name before a byte is written, and a file is there whole or
+not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from tricomp.cli import console, progress, sources
+from tricomp.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from tricomp.bounds import Bytes
+    from tricomp.file import File
+
+_SUFFIXES = {"torch": ".pt", "flax": ".msgpack"}  # of formats that are not called as their files are
+_FORMATS = {".pt": "torch", ".pth": "torch", ".ckpt": "torch", ".bin": "torch", ".msgpack": "flax"}
+_TRI = "tri"
+
+
+def add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    common: list[argparse.ArgumentParser],
+) -> None:
+    """Add the subcommand export."""
+    parser = commands.add_parser(
+        "export",
+        parents=common,
+        help="write a .tri file as safetensors, torch or npz",
+        description="Write the leaves of a .tri file as a file of another format, or as a .tri file that stands alone. "
+        "With --leaves, the leaves that match alone, without the keys that all of them share: "
+        "--leaves 'model/*' gives the model of a checkpoint under the names that it has in torch.",
+    )
+    console.takes_files(parser.add_argument("file", metavar="FILE", help="a .tri file or STORE@STEP"))
+    add_output(parser, "default: FILE with the suffix of the format; - is standard output")
+    sources.add_base(parser)
+    parser.set_defaults(run=export)
+
+
+def add_output(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add the options that say what to write, and where. default: of OUT, for the help."""
+    parser.add_argument(
+        "--to", metavar="FORMAT", help="safetensors, torch, npz, npy, flax or tri (default: told by the suffix of OUT)"
+    )
+    console.takes_files(parser.add_argument("-o", "--output", metavar="OUT", help=f"file to write ({default})"))
+    parser.add_argument("--leaves", action="append", metavar="PATTERN", help="only leaves that match; may be repeated")
+    parser.add_argument("-f", "--force", action="store_true", help="replace OUT if it is there")
+
+
+def export(options: argparse.Namespace) -> int:
+    """Write a `.tri` file as a file of another format."""
+    from tricomp.file import File
+
+    with sources.opened([options.file], options.bases) as (file,):
+        if not isinstance(file, File):
+            raise InvalidArgument(f"{options.file}: is a {file.format} file, not a .tri file.")
+        stem = (os.path.basename(options.file) if "://" in options.file else options.file).removesuffix(f".{_TRI}")
+        if os.path.splitext(stem)[1] in (".safetensors", ".npz", ".npy", *_FORMATS):
+            stem = os.path.splitext(stem)[0]
+        return write(options, file, stem)
+
+
+def write(options: argparse.Namespace, file: File, stem: str) -> int:
+    """Write an open file, or some leaves of it, as options ask. stem: the output's name but for its suffix."""
+    from tricomp import archive_names, checkpoint, folder, formats
+    from tricomp.archive_output import put
+    from tricomp.archive_output import write as stream
+    from tricomp.inspection import matching
+    from tricomp.subset import Subset
+
+    if options.output is None and options.to is None:
+        raise InvalidArgument("export: expected --to FORMAT or -o OUT.")
+    out: str = options.output or stem + _SUFFIXES.get(options.to, f".{options.to}")
+    suffix = os.path.splitext(out)[1].lower()
+    to = options.to or _FORMATS.get(suffix, suffix[1:])
+    if not to:
+        raise InvalidArgument(f"{out}: its name does not tell the format. Give --to FORMAT.")
+    is_stream = out == "-"
+    if not is_stream:
+        archive_names.check_output(out, [file.name], options.force)
+    chosen = file if options.leaves is None else Subset(file, matching(file, options.leaves))
+    total = sum(chosen.leaf(path).n_bytes for path in chosen)
+    with progress.shown(options, out) as draw:
+        count = progress.counter(draw, total)
+        if to != _TRI:
+            pieces = _counted(formats.exported(to, chosen), count)
+            n_bytes = stream(sys.stdout.buffer, pieces) if is_stream else put(out, pieces)
+        elif is_stream:
+            raise InvalidArgument("export: a .tri file goes to a file, not to standard output. Give -o OUT.")
+        else:
+            where, name = folder.split(out)
+            metadata = {key: value for key, value in chosen.metadata.items() if key != "base"}
+            n_bytes = checkpoint.put(where, name, chosen.content(), metadata=metadata, on_progress=count).file_bytes
+    if options.json and not is_stream:
+        facts = {"format": to, "n_leaves": len(chosen), "raw_bytes": total, "n_bytes": n_bytes}
+        console.emit({"file": file.name, "output": out, **facts})
+    n_leaves = f"{len(chosen):,} leaf" if len(chosen) == 1 else f"{len(chosen):,} leaves"
+    console.note(options, f"{file.name}: {n_leaves} -> {out} ({to}, {console.count_bytes(n_bytes)})")
+    return console.DONE
+
+
+def _counted(pieces: Iterator[Bytes], count: Callable[[int], None] | None) -> Iterator[Bytes]:
+    for piece in pieces:
+        yield piece
+        if count is not None:
+            count(len(piece))
