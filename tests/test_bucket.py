@@ -240,6 +240,43 @@ def test_an_object_without_a_sound_end_is_no_checkpoint(place, n_bytes, caplog):
     assert "notes.tri" in place.names()
 
 
+def test_a_file_of_a_newer_format_is_never_removed(faulty, caplog):
+    filled(faulty, [1], tiny)
+    newer = b"\x87\xa7tricomp\x02" + bytes(90)
+    faulty.write(name_of(2), newer)
+    with faulty.store() as store:
+        assert store.steps() == [1]
+        store.save(3, tiny(3))
+        assert "000002.tri: is of a newer format, or damaged: left alone" in caplog.text
+        assert "was written by format 2" in str(store.verify())
+    assert faulty.read(name_of(2)) == newer
+
+
+def test_a_server_that_knows_no_exclusive_creation(faulty, monkeypatch):
+    def refuse(self, path, value, mode="overwrite", **_):
+        if mode == "create":
+            raise OSError(5, "A header you provided implies functionality that is not implemented")
+        self.world.set(path, bytes(value))
+
+    monkeypatch.setattr("tests.faulty.FaultyFileSystem.pipe_file", refuse)
+    with faulty.store() as store, faulty.store() as other:
+        store.save(1, tiny(1))
+        with pytest.raises(StoreLocked):
+            other.save(2, tiny(2))
+
+
+def test_of_two_writers_that_begin_at_once_one_goes_on(quick, monkeypatch):
+    WORLDS["test"] = World()
+    place = Place("faulty://run", {"world": "test"})
+    rival = lease._self("1" * 32)
+    lease._live.add(rival.token)
+    monkeypatch.setattr("time.sleep", lambda _: place.write(LOCK_NAME, rival.to_bytes()))
+    with place.store() as store, pytest.raises(StoreLocked, match=f"is being written by process {os.getpid()} on"):
+        store.save(1, tiny(1))
+    assert place.names() == [LOCK_NAME]
+    lease._live.discard(rival.token)
+
+
 @pytest.mark.parametrize("error", [ValueError("in the encoder"), MemoryError(), KeyboardInterrupt()])
 @pytest.mark.parametrize("n_frames", [1])
 def test_an_exception_in_the_encoder(place, monkeypatch, error, n_frames):
@@ -577,6 +614,7 @@ def test_a_small_file_is_one_request(faulty):
     assert [kind for kind, _ in faulty.world.calls] == ["list", "read"]
 
 
+@pytest.mark.parametrize("faulty", ["faulty"], indirect=True)
 def test_an_index_beyond_the_first_request_costs_one_more(faulty):
     tree = {str(i): np.full(2, i, np.float64) for i in range(9000)}
     faulty.store().save(1, {**tree, **large(4)})
@@ -646,6 +684,7 @@ def test_large_uploads_and_reads_go_in_parts(s3, monkeypatch):
 # The cache
 
 
+@pytest.mark.parametrize("faulty", ["faulty"], indirect=True)
 @pytest.mark.parametrize("reference_in", ["host", "store"])
 def test_references_are_fetched_once(faulty, tmp_path, reference_in):
     filled(faulty, range(4), lambda step: large(3, step))
@@ -666,6 +705,7 @@ def test_references_are_fetched_once(faulty, tmp_path, reference_in):
     assert faulty.store().verify().is_clean
 
 
+@pytest.mark.parametrize("faulty", ["faulty"], indirect=True)
 def test_a_cache_keeps_to_its_bound(faulty, tmp_path):
     filled(faulty, range(5), lambda step: large(2, step))
     folder = tmp_path / "cache"
@@ -702,6 +742,7 @@ def test_a_damaged_copy_falls_back_to_the_bucket(faulty, tmp_path, damage, caplo
     assert again.read_bytes()[:n_bytes] == faulty.read(name_of(1))
 
 
+@pytest.mark.parametrize("faulty", ["faulty"], indirect=True)
 def test_a_copy_of_what_was_replaced_is_not_used(faulty, tmp_path):
     filled(faulty, [1, 2, 3])
     with faulty.store(cache=tmp_path) as store:
@@ -712,6 +753,7 @@ def test_a_copy_of_what_was_replaced_is_not_used(faulty, tmp_path):
         assert store.verify().is_clean
 
 
+@pytest.mark.parametrize("faulty", ["faulty"], indirect=True)
 def test_a_cache_that_cannot_be_written_is_none(faulty, tmp_path, caplog):
     filled(faulty, [1, 2])
     (tmp_path / "file").write_text("")

@@ -217,6 +217,22 @@ def test_resuming_from_an_older_step(folder, caplog):
         assert store.verify().is_clean
 
 
+def test_going_back_to_an_older_step(folder):
+    filled(folder, [10, 20, 30, 40])
+    with Store(folder) as store:
+        with pytest.raises(InvalidArgument, match=r"take the later ones away with Store.rewind\(step\)"):
+            store.save(30, state(30, run=1))
+        with pytest.raises(MissingStep, match="step 25 is not in .*: nothing was removed"):
+            store.rewind(25)
+        assert store.rewind(20) == (30, 40)
+        assert store.rewind(20) == ()
+        assert (store.steps(), store.latest()) == ([10, 20], 20)
+        report = store.save(30, state(30, run=1))
+        assert report.parent == store.open(20).content_id
+        assert equal(store.load(), state(30, run=1))
+        assert store.verify().is_clean
+
+
 @pytest.mark.parametrize("step", [-1, 1.5, "1", None, True, 10**18])
 def test_steps_are_checked(folder, step):
     with pytest.raises(InvalidArgument, match="step: expected an integer"):

@@ -123,7 +123,7 @@ def test_the_configuration_makes_the_same_codec():
     assert repr(again) == "Tricomp(dtype='bfloat16', tier='fast')"
     assert Tricomp(dtype="<f4").dtype == Tricomp(dtype=np.float32).dtype == "float32"
     with pytest.raises(InvalidArgument, match="tier"):
-        Tricomp(tier="best")
+        Tricomp(tier="best")  # type: ignore[arg-type]
     with pytest.raises(UnsupportedDtype, match="datetime64"):
         Tricomp(dtype="M8[s]")
 
@@ -237,9 +237,9 @@ def test_the_fast_tier_and_a_compressor_behind():
     with pytest.raises(InvalidArgument, match="expected the name 'tricomp' and at most a tier. Upgrade tricomp"):
         TricompCodec.from_dict({"name": "tricomp", "configuration": {"level": 3}})
     with pytest.raises(InvalidArgument, match="tier"):
-        TricompCodec(tier="best")
+        TricompCodec(tier="best")  # type: ignore[arg-type]
     with pytest.raises(NotImplementedError):
-        codec.compute_encoded_size(1, None)
+        codec.compute_encoded_size(1, None)  # type: ignore[arg-type]
 
 
 def test_damaged_chunks_are_told(tmp_path):

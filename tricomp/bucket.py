@@ -25,6 +25,7 @@ from tricomp.errors import MissingFile, StorageError, StoreLocked, TricompError
 from tricomp.lease import LEASE_SECONDS, LeaseLock, take
 from tricomp.objects import Entry, Objects
 from tricomp.ranged import PART_BYTES, RangedFile
+from tricomp.tail import is_of_another_format
 
 _log = logging.getLogger("tricomp")
 _FRESH_SECONDS = 10.0  # how long what a listing told of sizes is taken as true
@@ -173,6 +174,10 @@ class Bucket:
             if (target := _target(spare)) is not None and is_ours(target):
                 self._objects.delete_object(spare)
         for name in self.torn([name for name in names if name not in moved]):
+            file = self._open(name, self._listed[name])
+            if is_of_another_format(file.read(0, min(file.n_bytes, 10))):
+                _log.warning("%s: is of a newer format, or damaged: left alone", self._objects.shown(name))
+                continue
             _log.warning("%s: has no sound end, and its writer is gone: removed", self._objects.shown(name))
             self.delete(name)
         for name, spare in moved.items():

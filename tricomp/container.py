@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 import xxhash
 
-from tricomp import bounds, dtypes, tree
+from tricomp import bounds, dtypes, tail, tree
 from tricomp.bounds import Bytes, Limits
 from tricomp.errors import CorruptFile, CorruptFrame, InvalidArgument, UnsupportedVersion
 from tricomp.layout import Leaf
@@ -26,14 +26,11 @@ from tricomp.storage import Source
 if TYPE_CHECKING:
     from tricomp.codec import Frame
 
-FORMAT = 1
+FORMAT, START = tail.FORMAT, tail.START
+MAGIC, TAIL_BYTES, _TAIL = tail.MAGIC, tail.TAIL_BYTES, tail.FIELDS
 VERSION = "0.1.0"
 # Frozen since format 1.
-START = b"\xa7tricomp"  # bytes 1..9 of every file, in every format; the format number follows
-MAGIC = b"\x89TRI\r\n\x1a\n"
 MAX_BIN_BYTES = (1 << 30) - 1
-_TAIL = struct.Struct("<QQQQQ16s")  # header bytes, its check, index offset, index bytes, its check, content id
-TAIL_BYTES = 2 + _TAIL.size + 8 + len(MAGIC)
 _ADVICE = "Restore it from another copy, or list a store's intact steps: tricomp verify FOLDER."
 
 

@@ -36,6 +36,12 @@ def file_system(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
     return found, path.rstrip("/")
 
 
+def is_unsupported(error: Exception) -> bool:
+    """Whether a file system or its server does not know what was asked of it: some S3 servers say so in words only."""
+    told = f"{error} {error.__cause__}".replace(" ", "").lower()
+    return isinstance(error, TypeError | ValueError | NotImplementedError) or "notimplemented" in told
+
+
 def abandon(file: Any) -> None:
     """Drop an upload. A buffered file must not be closed, here or by the garbage collector: that would complete it."""
     from fsspec.spec import AbstractBufferedFile

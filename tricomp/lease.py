@@ -134,7 +134,8 @@ def take(objects: Objects, lease: float = LEASE_SECONDS) -> LeaseLock:
                 raise _locked(objects, holder, lease)
             if not holder.is_dead:
                 may_have_company = True
-                _log.warning("%s: took over the lock of %s, silent for longer than the lease of %g s", objects.url, holder, lease)
+                told = "%s: took over the lock of %s, silent for longer than the lease of %g s"
+                _log.warning(told, objects.url, holder, lease)
             objects.write_object(LOCK_NAME, _self(token).to_bytes())
         elif holder is None:  # released a moment ago
             is_sure = objects.create_object(LOCK_NAME, _self(token).to_bytes())

@@ -17,7 +17,7 @@ from typing import Any
 
 from tricomp.bounds import Bytes
 from tricomp.errors import InvalidArgument, MissingFile, StorageError, StoreLocked, TricompError
-from tricomp.far import abandon, failure, file_system
+from tricomp.far import abandon, failure, file_system, is_unsupported
 from tricomp.ranged import Range
 
 # Where an object appears whole when its upload ends, and replaces another in one instant.
@@ -85,7 +85,9 @@ class Objects:
                 self._fs.pipe_file(self._path(name), data, mode="create")
             except FileExistsError:
                 return False
-            except (TypeError, ValueError, NotImplementedError):  # it knows no such mode
+            except Exception as error:
+                if not is_unsupported(error):
+                    raise
                 self.is_exclusive = False
                 if self.read_object(name) is not None:
                     return False

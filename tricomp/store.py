@@ -9,13 +9,11 @@ from __future__ import annotations
 import logging
 import operator
 import os
-import re
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from tricomp import codec, container, storage
+from tricomp import codec, storage
 from tricomp.bucket import Bucket
 from tricomp.cache import Cache
 from tricomp.chain import Keep, KeyframeEvery, Link, ReferenceChoice, chains, nearest, next_parent, to_prune
@@ -25,7 +23,6 @@ from tricomp.errors import (
     CorruptFile,
     CorruptFrame,
     InvalidArgument,
-    MissingFile,
     MissingParent,
     MissingStep,
     StorageError,
@@ -36,18 +33,9 @@ from tricomp.file import File
 from tricomp.lease import LEASE_SECONDS
 from tricomp.plan import Spec, check_spec
 from tricomp.report import BrokenStep, Report, VerifyReport
+from tricomp.steps import STEP_NAME, Steps, file_name, number_of
 
 _log = logging.getLogger("tricomp")
-_NAME = re.compile(r"step-(\d{12,18})\.tri")
-_NEAR_STEPS = 12  # where a far parent is looked for first, before all files are asked
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """A file of the store, as listed."""
-
-    name: str
-    stamp: object
 
 
 class Store:
@@ -64,7 +52,7 @@ class Store:
 
     The next checkpoint is coded against the one that this Store last saved or loaded, else against the nearest lower
     step. So after load(1000) of a run that went on to 1500, save(1010) continues from 1000; steps above stay where they
-    are, latest() still names the highest, and remove() takes those away that the run no longer stands for.
+    are, latest() still names the highest, and rewind(1000) takes those away that the run no longer stands for.
 
     One writer at a time: the first save, prune, rebase or remove locks the folder until close() or the end of the
     process, however it ends; a second writer gets StoreLocked. tricomp/folder.py tells of network file systems. In a
@@ -100,12 +88,12 @@ class Store:
         copies = None if cache is None else Cache(cache, cache_bytes)
         self._folder = storage.at(url, storage_options, copies, lease)
         self._bucket = self._folder if isinstance(self._folder, Bucket) else None
+        self._steps = Steps(self._folder)
         self._keyframe, self._keep, self._reference = keyframe, tuple(keep), reference
         self._spec, self._reference_in = spec, reference_in
         self._lock: storage.Lock | None = None
         self._previous: int | None = None
         self._held: Content | None = None
-        self._known: dict[str, tuple[object, Link | TricompError]] = {}
 
     @property
     def url(self) -> str:
@@ -117,11 +105,11 @@ class Store:
 
         In a bucket, what has no sound end is no file of a step: a writer may have died there, or be at work.
         """
-        return sorted(self._seen(self._files()))
+        return sorted(self._steps.seen(self._steps.files()))
 
     def latest(self) -> int | None:
         """The highest step, or None."""
-        return self._highest(self._files())
+        return self._steps.highest(self._steps.files())
 
     def save(self, step: int, tree: Any, metadata: dict[str, Any] | None = None, overwrite: bool = False) -> Report:
         """Write a checkpoint; when this returns it is durable, and until then every other one is as it was.
@@ -135,12 +123,12 @@ class Store:
         if exists and not overwrite:
             raise InvalidArgument(
                 f"step {step} is already in {self.url}. Save a higher step, or pass overwrite=True to replace it. "
-                "If the run went back to an earlier step, take the later ones away with Store.remove(*steps)."
+                "If the run went back to an earlier step, take the later ones away with Store.rewind(step)."
             )
         content = content_of(tree)
         if exists:
             self._rebase_children([step])
-        links = {link.step: link for link in self._links() if link.step != step}
+        links = {link.step: link for link in self._steps.links() if link.step != step}
         lower = max((other for other in links if other < step), default=None)
         previous = self._previous if self._previous in links else lower
         parent = next_parent(links.values(), previous, self._keyframe, self._reference)
@@ -163,24 +151,24 @@ class Store:
         Raises MissingStep, MissingParent, CorruptFile, CorruptFrame: naming the nearest step that can be loaded.
         """
         with self.open(step) as file:
-            number = _number(file)
+            number = number_of(file)
             tree = self._advised(number, lambda: file.load(leaves))
         self._previous = number
         return tree
 
     def open(self, step: int | None = None) -> File:
         """The checkpoint of a step (None: the latest) as a File that decodes leaves when asked. Raises as load does."""
-        files = self._files()
+        files = self._steps.files()
         if step is None:
-            step = self._highest(files)
+            step = self._steps.highest(files)
             if step is None:
                 raise MissingStep(f"there are no checkpoints in {self.url}. Save one first, or check the path.")
         step = step_number(step)
-        if step not in files or not self._seen({step: files[step]}):
-            other = nearest(self._seen(files), step)
+        if step not in files or not self._steps.seen({step: files[step]}):
+            other = nearest(self._steps.seen(files), step)
             advice = "It has no checkpoints." if other is None else f"The nearest is step {other}."
             raise MissingStep(f"step {step} is not in {self.url}. {advice}")
-        file: File = self._advised(step, lambda: self._open(step, files))
+        file: File = self._advised(step, lambda: self._steps.open(step, files))
         return file
 
     def open_alone(self, step: int, reference: File | None = None) -> File:
@@ -188,19 +176,11 @@ class Store:
 
         Raises MissingStep, CorruptFile, WrongReference and the like.
         """
-        try:
-            source = self._folder.get(_file_name(step_number(step)))
-        except MissingFile:
-            raise MissingStep(f"step {step} is not in {self.url}.") from None
-        try:
-            return File(source, reference)
-        except BaseException:
-            source.close()
-            raise
+        return self._steps.open_alone(step_number(step), reference)
 
     def verify(self) -> VerifyReport:
         """Decode every leaf of every step and compare checksums and digests. Damage is reported, never raised."""
-        found = chains(self._links())
+        found = chains(self._steps.links())
         children: dict[int, list[int]] = {}
         for step, chain in found.items():
             children.setdefault(chain[-2].step if len(chain) > 1 else -1, []).append(step)
@@ -209,7 +189,7 @@ class Store:
         while pending:  # depth first, so that few decoded parents are held at a time
             step, base = pending.pop()
             try:
-                with File(self._folder.get(_file_name(step)), base) as file:
+                with File(self._folder.get(file_name(step)), base) as file:
                     file.check()
                     decoded = file.content()
                 pending += [(child, decoded) for child in children.get(step, [])]
@@ -220,9 +200,9 @@ class Store:
                     child = lost.pop()
                     reasons[child] = f"needs step {step}, which is broken."
                     lost += children.get(child, [])
-        for step in self._files():
+        for step in self._steps.files():
             if step not in found:
-                reasons[step] = str(self._fault(step))
+                reasons[step] = str(self._steps.fault(step))
         intact = tuple(step for step in sorted(found) if step not in reasons)
         return VerifyReport(intact, tuple(BrokenStep(step, reasons[step]) for step in sorted(reasons)))
 
@@ -241,9 +221,9 @@ class Store:
         """
         self._write_lock()
         with self.open(step) as file:
-            content = self._advised(_number(file), file.content)
+            content = self._advised(number_of(file), file.content)
             metadata = file.metadata
-        return put(self._folder, _file_name(step_number(step)), content, None, self._lossless(), metadata)
+        return put(self._folder, file_name(step_number(step)), content, None, self._lossless(), metadata)
 
     def remove(self, *steps: int) -> None:
         """Remove steps; those that stay and were coded against one of them are rebased first.
@@ -258,7 +238,19 @@ class Store:
                 raise MissingStep(f"step {step} is not in {self.url}: nothing was removed.")
         self._rebase_children(gone)
         for step in gone:
-            self._folder.delete(_file_name(step))
+            self._folder.delete(file_name(step))
+
+    def rewind(self, step: int) -> tuple[int, ...]:
+        """Go back to a step: remove those above it, and return them; the next save continues from it.
+
+        Raises MissingStep, StorageError, StoreLocked.
+        """
+        step = step_number(step)
+        there = self.steps()
+        gone = tuple(other for other in there if other > step)
+        self.remove(*(gone if step in there else (step,)))
+        self._previous = step
+        return gone
 
     def close(self) -> None:
         """Let the next writer in, and free the copy of the last saved words. The Store can be used again."""
@@ -282,132 +274,14 @@ class Store:
             return
         self._lock = self._folder.lock()
         if self._bucket is not None:
-            self._bucket.tidy(lambda name: _NAME.fullmatch(name) is not None)
-
-    def _files(self) -> dict[int, _Stored]:
-        """The files of steps that are there, whole or not."""
-        listed = self._folder.list()
-        return {int(found[1]): _Stored(name, listed[name]) for name in listed if (found := _NAME.fullmatch(name))}
-
-    def _seen(self, files: Mapping[int, _Stored]) -> list[int]:
-        """The steps of those files that count: in a bucket, those with a sound end."""
-        if self._bucket is None:
-            return list(files)
-        torn = self._bucket.torn([file.name for file in files.values()])
-        return [step for step, file in files.items() if file.name not in torn]
-
-    def _highest(self, files: Mapping[int, _Stored]) -> int | None:
-        return next((step for step in sorted(files, reverse=True) if self._seen({step: files[step]})), None)
-
-    def _links(self) -> list[Link]:
-        """The links of all files whose header, index and tail are sound; read once, and again when a file changes."""
-        files = self._files()
-        names = {file.name for file in files.values()}
-        self._known = {name: known for name, known in self._known.items() if name in names}
-        return self._links_of(files)
-
-    def _links_of(self, files: Mapping[int, _Stored]) -> list[Link]:
-        unknown = {}
-        for step, file in files.items():
-            known = self._known.get(file.name)
-            # Permissions leave no stamp.
-            if known is None or known[0] != file.stamp or isinstance(known[1], StorageError):
-                unknown[file.name] = step
-        for name, link in self._read_links(unknown):
-            self._known[name] = files[unknown[name]].stamp, link
-        found = [self._known.get(file.name, (None, None))[1] for file in files.values()]
-        return [link for link in found if isinstance(link, Link)]
-
-    def _read_links(self, names: Mapping[str, int]) -> Iterator[tuple[str, Link | TricompError]]:
-        """The links in files, or why one cannot be read. A file that was pruned by the writer a moment ago has none."""
-        sources = self._each(names) if self._bucket is None else self._bucket.each(names)
-        for name, source in sources:
-            if isinstance(source, MissingFile):
-                continue
-            try:
-                yield name, source if isinstance(source, TricompError) else _link_in(source, names[name])
-            except MissingFile:
-                continue
-            except TricompError as error:
-                yield name, error
-
-    def _each(self, names: Iterable[str]) -> Iterator[tuple[str, storage.Source | TricompError]]:
-        for name in names:
-            try:
-                yield name, self._folder.get(name)
-            except TricompError as error:
-                yield name, error
-
-    def _open(self, step: int, files: Mapping[int, _Stored] | None = None, is_reference: bool = False) -> File:
-        """The File of a step with its chain behind it. is_reference: a file is about to be coded against all of it.
-
-        Raises MissingParent, CorruptFile and the like.
-        """
-        chain = self._chain(step, self._files() if files is None else files)
-        if chain is None:
-            raise self._fault(step)
-        file: File | None = None
-        try:
-            for link in chain:
-                try:
-                    below = File(self._source(_file_name(link.step), is_reference or link.step != step), file)
-                except MissingFile:
-                    raise MissingStep(f"step {link.step} was removed from {self.url} while it was opened.") from None
-                if file is not None:
-                    below.own(file)
-                file = below
-        except BaseException:
-            if file is not None:
-                file.close()
-            raise
-        assert file is not None  # a chain has at least its own step
-        return file
-
-    def _source(self, name: str, is_reference: bool) -> storage.Source:
-        return self._folder.get(name) if self._bucket is None else self._bucket.near(name, is_reference)
-
-    def _chain(self, step: int, files: Mapping[int, _Stored]) -> tuple[Link, ...] | None:
-        """The chain of a step, its keyframe first; None: it cannot be loaded. Few far files are asked, if few do."""
-        if self._bucket is None or step not in files:
-            return chains(self._links_of(files)).get(step)
-        chain: list[Link] = []
-        wanted: bytes | None = None
-        near = [step]
-        while near:
-            below = near.pop(0)
-            link = next(iter(self._links_of({below: files[below]})), None)
-            if link is not None and (not chain or link.content_id == wanted):
-                chain.insert(0, link)
-                if link.parent is None:
-                    return tuple(chain)
-                wanted = link.parent
-                near = sorted((other for other in files if other < below), reverse=True)[:_NEAR_STEPS]
-        return chains(self._links_of(files)).get(step)
-
-    def _fault(self, step: int) -> TricompError:
-        """Why a step has no chain."""
-        links = {link.step: link for link in self._links()}
-        if step not in links:
-            known = self._known.get(_file_name(step))
-            return known[1] if known and isinstance(known[1], TricompError) else MissingStep(f"step {step} is gone.")
-        ids = {link.content_id: link for link in links.values()}
-        link = links[step]
-        seen = {link.step}
-        while link.parent in ids and ids[link.parent].step not in seen:
-            link = ids[link.parent]
-            seen.add(link.step)
-        damaged = [other for other in self._files() if other not in links]
-        note = f" (damaged there: steps {', '.join(map(str, damaged))})" if damaged else ""
-        needs = f"step {step} needs" if link.step == step else f"step {step} needs step {link.step}, which needs"
-        parent = link.parent.hex() if link.parent else "none"
-        return MissingParent(f"{needs} a parent with content id {parent}, which is not in {self.url}{note}.")
+            self._bucket.tidy(lambda name: STEP_NAME.fullmatch(name) is not None)
 
     def _advised(self, step: int, action: Callable[[], Any]) -> Any:
         """The result of action; if the step turns out broken, the error also names the step to load instead."""
         try:
             return action()
         except (CorruptFile, CorruptFrame, MissingParent, UnsupportedVersion) as error:
-            rest = [other for other in chains(self._links()) if other != step]
+            rest = [other for other in chains(self._steps.links()) if other != step]
             while (other := nearest(rest, step)) is not None and not self._is_sound(other):
                 rest.remove(other)
             advice = "No other step can be loaded." if other is None else f"Load step {other}, the nearest intact one."
@@ -416,8 +290,8 @@ class Store:
     def _is_sound(self, step: int) -> bool:
         """Whether all checksums along the chain of a step hold."""
         try:
-            for link in chains(self._links())[step]:
-                source = self._folder.get(_file_name(link.step))
+            for link in chains(self._steps.links())[step]:
+                source = self._folder.get(file_name(link.step))
                 with File(source) as file:
                     file.check()
         except (TricompError, OSError):
@@ -433,14 +307,14 @@ class Store:
         since_keyframe: int,
     ) -> Report:
         """Write a step against its parent: the words in memory if they are the parent's, else those in the store."""
-        name = _file_name(step)
+        name = file_name(step)
         if parent is None:
             return put(self._folder, name, content, None, self._spec, metadata)
         if self._held is not None and self._held.content_id == parent.content_id.hex():
             return put(self._folder, name, content, self._held, self._spec, metadata, since_keyframe)
         self._held = None
         try:
-            with self._open(parent.step, is_reference=True) as file:
+            with self._steps.open(parent.step, is_reference=True) as file:
                 base = file.content() if self._reference_in == "host" else file
                 return put(self._folder, name, content, base, self._spec, metadata, since_keyframe)
         except (CorruptFile, CorruptFrame, MissingStep) as error:
@@ -456,16 +330,16 @@ class Store:
 
     def _prune(self) -> tuple[int, ...]:
         protected = () if self._previous is None else (self._previous,)
-        steps = to_prune(self._links(), self._keep, protected)
+        steps = to_prune(self._steps.links(), self._keep, protected)
         for step in reversed(steps):  # deltas before what they need
-            self._folder.delete(_file_name(step))
+            self._folder.delete(file_name(step))
         return steps
 
     def _rebase_children(self, gone: Sequence[int]) -> None:
         """Make those steps stand alone that stay and would lose a link of their chain; broken ones are lost already."""
         broken: set[int] = set()
         while True:
-            links = self._links()
+            links = self._steps.links()
             before, after = chains(links), chains([link for link in links if link.step not in gone])
             lost = [step for step in sorted(before) if step not in after and step not in gone and step not in broken]
             if not lost:
@@ -481,14 +355,6 @@ class Store:
         return None if self._spec is None else Spec(tier=self._spec.tier, chunk_log2=self._spec.chunk_log2)
 
 
-def _link_in(source: storage.Source, step: int) -> Link:
-    try:
-        summary = container.read_summary(source)
-    finally:
-        source.close()
-    return Link(step, summary.content_id, summary.parent, summary.since_keyframe)
-
-
 def step_number(step: Any) -> int:
     """The step as an int, of whatever integer type it is. Raises InvalidArgument."""
     try:
@@ -498,14 +364,3 @@ def step_number(step: Any) -> int:
     if isinstance(step, bool) or not 0 <= number < 10**18:
         raise InvalidArgument(f"step: expected an integer from 0 to 10^18 - 1, got {step!r}.")
     return number
-
-
-def _file_name(step: int) -> str:
-    return f"step-{step:012d}.tri"
-
-
-def _number(file: File) -> int:
-    """The step of a File of a store."""
-    found = _NAME.fullmatch(os.path.basename(file.name))
-    assert found is not None  # opened by its step's name
-    return int(found[1])

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import xxhash
 
+FORMAT = 1
 # Frozen since format 1.
+START = b"\xa7tricomp"  # bytes 1..9 of every file, in every format; the format number follows
 MAGIC = b"\x89TRI\r\n\x1a\n"
 FIELDS = struct.Struct("<QQQQQ16s")  # header bytes, its check, index offset, index bytes, its check, content id
 TAIL_BYTES = 2 + FIELDS.size + 8 + len(MAGIC)
@@ -37,3 +39,8 @@ def ends_in(last: bytes | memoryview, n_bytes: int) -> Ends | None:
     is_sound = int.from_bytes(check, "little") == xxhash.xxh3_64_intdigest(body)
     fits = 0 < header_bytes <= index_offset and index_offset + index_bytes + TAIL_BYTES == n_bytes
     return Ends(header_bytes, index_offset, index_bytes) if is_sound and fits else None
+
+
+def is_of_another_format(first: bytes | memoryview) -> bool:
+    """Whether a file that begins with these 10 bytes is of a format whose tail may look otherwise."""
+    return bytes(first[1:9]) == START and len(first) > 9 and first[9] != FORMAT
