@@ -9,11 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.cases import equal, moments, stepped, weights
 from tests.faulty import WORLDS, Died, World
@@ -866,3 +869,64 @@ def test_what_s3_refuses(s3, s3_server, monkeypatch):
         StorageError, match=r"There are no valid credentials: set them .*storage_options, say {'key': ..."
     ):
         Store(s3.url, storage_options=nobody).save(1, state(1))
+
+
+def test_files_on_a_web_server(s3, s3_server, tmp_path):
+    import tricomp
+
+    data = filled(s3, [1], lambda step: large(3)) and s3.read(name_of(1))
+    s3.objects._fs.chmod(f"{s3.url}/{name_of(1)}", "public-read")
+    url = f"{s3_server}/{s3.url.removeprefix('s3://')}/{name_of(1)}"
+    with tricomp.open(url) as file:
+        assert equal(file["layer1"], large(3)["layer1"])
+    with pytest.raises(StorageError, match="cannot be written: NotImplementedError.* This file system cannot do that"):
+        tricomp.save(url, {})
+    with pytest.raises(MissingFile, match="nothing.tri: there is no such file"):
+        tricomp.open(url.replace(name_of(1), "nothing.tri"))
+    (tmp_path / "x.tri").write_bytes(data)
+    command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as simple:
+        try:
+            assert simple.stdout is not None
+            port = re.search(r"port (\d+)", simple.stdout.readline())
+            assert port is not None
+            with pytest.raises(StorageError, match="its server does not serve ranges. Download the file and open the"):
+                tricomp.open(f"http://127.0.0.1:{port[1]}/x.tri")
+        finally:
+            simple.kill()
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["save", "load", "rebase", "remove", "rewind", "reopen"]), st.integers(0, 5)),
+        max_size=12,
+    ),
+    st.sampled_from(["previous", "keyframe"]),
+    st.sampled_from(["host", "store"]),
+    st.booleans(),
+)
+def test_any_sequence_of_calls_keeps_every_step_loadable(faulty, actions, reference, reference_in, has_cache):
+    faulty.world.objects.clear()
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"reference": reference, "reference_in": reference_in, "keyframe": KeyframeEvery(3)}
+        options["cache"] = folder if has_cache else None
+        store, expected = faulty.store(**options), {}
+        for i, (action, step) in enumerate(actions):
+            if action == "save":
+                store.save(step, tiny(step + 10 * i), overwrite=True)
+                expected[step] = tiny(step + 10 * i)
+            elif action == "reopen":
+                store.close()
+                store = faulty.store(**options)
+            elif step in expected:
+                if action == "rewind":
+                    expected = {other: tree for other, tree in expected.items() if other <= step}
+                if action == "remove":
+                    del expected[step]
+                getattr(store, action)(step)
+            assert store.steps() == sorted(expected)
+        assert all(equal(store.load(step), tree) for step, tree in expected.items())
+        assert store.verify().intact == tuple(sorted(expected))
+        store.close()
+        assert faulty.world.names() == [name_of(step) for step in sorted(expected)]

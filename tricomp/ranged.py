@@ -11,7 +11,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 
 from tricomp.bounds import Bytes
-from tricomp.errors import CorruptFile, InvalidArgument
+from tricomp.errors import CorruptFile, InvalidArgument, StorageError
 from tricomp.tail import Ends, ends_in
 
 END_BYTES = 1 << 16  # of the end of a file, in the first request: holds the tail, most indexes, and a small file whole
@@ -97,7 +97,7 @@ class RangedFile:
         self._held += [(offset, data) for (offset, _), data in zip(ranges, found, strict=True)]
 
     def ranges(self, ranges: Sequence[Range]) -> list[bytes]:
-        """The bytes of these ranges, long ones in parts. Raises CorruptFile when fewer came."""
+        """The bytes of these ranges, long ones in parts. Raises CorruptFile when fewer came, StorageError when more."""
         pieces = [
             (start, min(PART_BYTES, offset + n_bytes - start))
             for offset, n_bytes in ranges
@@ -108,7 +108,12 @@ class RangedFile:
         for _, n_bytes in ranges:
             parts = [next(came) for _ in range(0, n_bytes, PART_BYTES)]
             data = parts[0] if len(parts) == 1 else b"".join(parts)
-            if len(data) != n_bytes:
+            if len(data) > n_bytes:
+                raise StorageError(
+                    f"{self.name}: {len(data)} bytes came where {n_bytes} were asked for: its server does not serve "
+                    "ranges. Download the file and open the copy."
+                )
+            if len(data) < n_bytes:
                 raise CorruptFile(
                     f"{self.name}: {len(data)} bytes came where {n_bytes} were asked for: it was cut or replaced "
                     "while it was open. Open it again."
