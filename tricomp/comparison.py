@@ -203,7 +203,7 @@ def _values(a: bytes, b: bytes) -> Iterator[Mismatch]:
         return
     sides: list[dict[str, list[str]]] = [{}, {}]
     for found, structure in zip(sides, (a, b)):
-        for path, value in tree.values_of(structure):
+        for path, value in tree.values_of(structure, with_empty=True):
             found.setdefault(path, []).append(f"{value!r}")  # tells 1, 1.0 and True, and zeros of both signs, apart
     for path in dict.fromkeys([*sides[0], *sides[1]]):
         one, other = (found.get(path, []) for found in sides)

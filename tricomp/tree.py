@@ -88,19 +88,16 @@ def paths_of(structure: bytes, limits: Limits = bounds.DEFAULTS, what: str = "tr
     return tuple(_paths(bounds.unpack(structure, what), None, 0, limits, what))
 
 
-def values_of(structure: bytes, limits: Limits = bounds.DEFAULTS, what: str = "tree") -> list[tuple[str, Any]]:
-    """The plain values of a structure with their paths, empty dicts, lists and tuples too; needs no registered type."""
-    return list(_values(bounds.unpack(structure, what), None, 0, limits, what))
-
-
 def values_of(
-    structure: bytes, limits: Limits = bounds.DEFAULTS, what: str = "tree"
-) -> Iterator[tuple[str, None | bool | int | float | str | bytes]]:
+    structure: bytes, limits: Limits = bounds.DEFAULTS, what: str = "tree", with_empty: bool = False
+) -> Iterator[tuple[str, Any]]:
     """Path and value of each plain value beside the leaves of a structure; needs no registered type.
 
-    Raises CorruptFile, LimitExceeded.
+    with_empty: dicts, lists and tuples that hold nothing too. Raises CorruptFile, LimitExceeded.
     """
-    return _values(bounds.unpack(structure, what), None, 0, limits, what)
+    for path, value in _values(bounds.unpack(structure, what), None, 0, limits, what):
+        if with_empty or not isinstance(value, (dict, list, tuple)):
+            yield path, value
 
 
 def plain(values: Tree, what: str = "metadata", limits: Limits = bounds.DEFAULTS) -> Any:
@@ -232,17 +229,6 @@ def _values(node: Any, path: str | None, depth: int, limits: Limits, what: str) 
         yield "" if path is None else path, _from_plain(node, path, depth, iter(()), limits, what)
     for child_path, child in children:
         yield from _values(child, child_path, depth + 1, limits, what)
-
-
-def _values(node: Any, path: str | None, depth: int, limits: Limits, what: str) -> Iterator[tuple[str, Any]]:
-    limits.check("max_depth", depth, f"{what}: depth")
-    if isinstance(node, (dict, list)):
-        for child_path, child in _children(node, path, what):
-            yield from _values(child, child_path, depth + 1, limits, what)
-    elif not isinstance(node, msgpack.ExtType):
-        yield "" if path is None else path, node
-    elif node.code == BIG_INT:
-        yield "" if path is None else path, int.from_bytes(node.data, "little", signed=True)
 
 
 def _from_plain(node: Any, path: str | None, depth: int, leaves: Iterator[Any], limits: Limits, what: str) -> Tree:

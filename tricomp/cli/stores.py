@@ -131,7 +131,9 @@ def list_steps(options: argparse.Namespace) -> int:
         total = f"{_steps_of(len(steps))}, {console.count_bytes(n_bytes)} for {console.count_bytes(raw_bytes)}"
         if raw_bytes:
             total += f" (ratio {raw_bytes / n_bytes:.3f})"
-        console.show("\n".join([*table(heads, rows, left=(4, 5, 6), flexible=6), f"{store.url}: {total}"]))
+        console.show(
+            "\n".join([*(table(heads, rows, left=(4, 5, 6), flexible=6) if rows else []), f"{store.url}: {total}"])
+        )
     return console.FAILED if damaged else console.DONE
 
 
