@@ -2,7 +2,6 @@
 
 import json
 import os
-import struct
 import subprocess
 import sys
 import time
@@ -12,16 +11,12 @@ import pytest
 
 import tricomp
 from tests.cases import moments, stepped, weights
-from tricomp import container, tree
+from tests.sparse_file import write_sparse_file
 from tricomp.cli import main
-from tricomp.container import Entry, Writing, bin_start, check_of
-from tricomp.dtypes import by_name
+from tricomp.container import bin_start
 from tricomp.groups import MOST_GROUPS, group_names
 from tricomp.inspection import inspect
-from tricomp.layout import Leaf
 from tricomp.plan import Plan
-
-RAW_FLAG = 1 << 31
 
 
 def checkpoint(step):
@@ -269,33 +264,6 @@ def test_groups_of_a_flat_dict():
     assert len(names(*(f"{a}.{b}.{c}" for a in "abc" for b in "abcd" for c in "abcde"))) <= MOST_GROUPS
 
 
-def sparse_file(path, leaves):
-    """A .tri file of raw frames whose words are a hole in it, but whose heads, index and tail are real."""
-    structure, paths, _ = tree.flatten({name: np.empty(0) for name in leaves})
-    table = [Leaf(name, by_name("float32"), leaves[name]) for name in paths]
-    written = Writing(structure, table)
-    with open(path, "wb") as file:
-        file.write(written._header)
-        for number, leaf in enumerate(table):
-            n_chunks = -(-leaf.n_words // 65536)
-            last = leaf.n_words - (n_chunks - 1) * 65536
-            words = [65536] * (n_chunks - 1) + [last]
-            head = b"".join(struct.pack("<6I", 0, 0, 4 * n, RAW_FLAG, 0, 0) for n in words)
-            head += bytes(-len(head) % 16)
-            plan = Plan(leaf.dtype, leaf.n_words, "raw", side_check=check_of(head))
-            n_bytes = len(head) + sum(-(-4 * n // 16) * 16 for n in words[:-1]) + 4 * last
-            sizes = [min(container.MAX_BIN_BYTES, n_bytes - at) for at in range(0, n_bytes, container.MAX_BIN_BYTES)]
-            written.entries.append(Entry((number,), file.tell(), tuple(sizes), plan.to_wire(), 0))
-            for i, size in enumerate(sizes):
-                file.write(bin_start(size))
-                file.write(head if i == 0 else b"")
-                file.seek(size - (len(head) if i == 0 else 0), os.SEEK_CUR)
-        offset, index = file.tell(), written._index()
-        file.write(index)
-        content = container.content_id(structure, table, written.digests)
-        file.write(container._tail(written._header, offset, index, content))
-
-
 MEASURED = """
 import resource, subprocess, sys
 resource.setrlimit(resource.RLIMIT_DATA, (100 << 20, 100 << 20))
@@ -310,7 +278,7 @@ sys.stdout.buffer.write(done.stdout)
 def test_ten_gigabytes_in_little_memory(tmp_path):
     path = tmp_path / "large.tri"
     leaves = {f"model.layers.{i}.{part}.weight": (2048, 4099) for i in range(59) for part in ("q", "k", "v", "o", "up")}
-    sparse_file(path, {"wte.weight": (50257, 12288), **leaves})  # wte has three bins
+    write_sparse_file(path, {"wte.weight": (50257, 12288), **leaves})  # wte has three bins
     assert os.path.getsize(path) > 10e9
     assert os.stat(path).st_blocks * 512 < 100 << 20
     environ = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}

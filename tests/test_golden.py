@@ -70,6 +70,7 @@ def test_frames_of_plans_by_hand_have_the_same_bytes_and_decode():
     assert frame_checks() == stored
     names, cases = zip(*jobs())
     encoded = encoder.encode(cases)
-    decoded = decoder.decode([decoder.Job(coded.plan, coded.data, case.reference) for case, coded in zip(cases, encoded)])
+    frames = [decoder.Job(coded.plan, coded.data, case.reference) for case, coded in zip(cases, encoded)]
+    decoded = decoder.decode(frames)
     for name, case, words in zip(names, cases, decoded):
         assert np.array_equal(words, case.words), name

@@ -39,7 +39,7 @@ class TieMaker:
 
     def __init__(self, ties: Mapping[str, str], strides: Mapping[str, Sequence[int]]) -> None:
         self._ties, self._strides = ties, strides
-        self._shared = set(ties.values())
+        self._firsts = set(ties.values())
         self._made: dict[str, tuple[str, Array, torch.Tensor]] = {}
 
     def tensor(self, path: str, array: Array, device: torch.device | None) -> torch.Tensor:
@@ -63,7 +63,7 @@ class TieMaker:
                 f"{list(array.shape)}. Read the file with tricomp.load, which does not use them, and save it again."
             )
         made = self.make(path, array, device, strides)
-        if first in self._shared:  # what nothing is tied to need not be kept
+        if first in self._firsts:  # what nothing is tied to need not be kept
             self._made[first] = (path, array, made)
         return made
 

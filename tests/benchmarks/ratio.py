@@ -8,13 +8,8 @@ recorded only after what it counts was decoded and compared, byte for byte, for 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
 import os
-import platform
-import re
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,18 +20,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
-from zipnn import ZipNN
 
 import tricomp
-from tests.benchmarks import bound, table, training
-
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
+from tests.benchmarks import bound, peers, table, training
 
 Arrays = dict[str, NDArray[Any]]
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -95,21 +83,8 @@ def _streams(gpt: dict[int, Arrays], cnn: dict[int, Arrays], sgd: dict[int, Arra
     return streams
 
 
-def _zstd_bytes(raw: bytes) -> int:
-    packed = zstd.compress(raw, 3)
-    _require(zstd.decompress(packed) == raw, "zstd")
-    return len(packed)
-
-
-def _zipnn_bytes(raw: bytes, fields: bound.Fields) -> int:
-    packed = _zipnn(fields).compress(bytearray(raw))
-    _require(bytes(_zipnn(fields).decompress(packed)) == raw, "ZipNN")
-    return len(packed)
-
-
-def _zipnn(fields: bound.Fields) -> Any:
-    dtype = "bfloat16" if fields is bound.BFLOAT16 else "float32"
-    return ZipNN(bytearray_dtype=dtype, input_format="byte", threads=1)
+def _name(fields: bound.Fields) -> str:
+    return "bfloat16" if fields is bound.BFLOAT16 else "float32"
 
 
 def _file_bytes(arrays: Arrays, references: Arrays | None = None, tier: Any = "dense") -> int:
@@ -118,17 +93,12 @@ def _file_bytes(arrays: Arrays, references: Arrays | None = None, tier: Any = "d
         tricomp.save(path, arrays, reference=references, spec=tricomp.Spec(tier=tier))
         back = tricomp.load(path, reference=references)
         same = [_are_equal(back[name], array) for name, array in arrays.items()]
-        _require(len(back) == len(same) and all(same), f"tricomp {tier}")
+        peers.require(len(back) == len(same) and all(same), f"tricomp {tier}")
         return os.path.getsize(path)
 
 
 def _are_equal(a: NDArray[Any], b: NDArray[Any]) -> bool:
     return (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
-
-
-def _require(is_exact: bool, who: str) -> None:
-    if not is_exact:
-        raise SystemExit(f"{who}: the round trip was not exact; no number is recorded")
 
 
 def _concatenated(arrays: Arrays, fields: bound.Fields) -> NDArray[Any]:
@@ -140,12 +110,12 @@ def measure(stream: Stream) -> dict[str, Any]:
     words = _concatenated(stream.arrays, stream.fields)
     n_bytes: dict[str, float] = {
         "raw": words.nbytes,
-        "zstd": _zstd_bytes(words.tobytes()),
-        "zipnn": _zipnn_bytes(words.tobytes(), stream.fields),
+        "zstd": peers.zstd_bytes(words.tobytes()),
+        "zipnn": peers.zipnn_bytes(words.tobytes(), _name(stream.fields)),
     }
     if stream.references is not None:
         changed = words ^ _concatenated(stream.references, stream.fields)
-        n_bytes["zipnn_xor"] = _zipnn_bytes(changed.tobytes(), stream.fields)
+        n_bytes["zipnn_xor"] = peers.zipnn_bytes(changed.tobytes(), _name(stream.fields))
     for tier in ("fast", "dense"):
         n_bytes[tier] = _file_bytes(stream.arrays, stream.references, tier)
     bits = bound.stream_bits(stream.arrays, stream.references, stream.fields)
@@ -195,38 +165,17 @@ def measure_speed(before: Arrays, after: Arrays) -> list[dict[str, Any]]:
 
 def _rates(array: NDArray[Any], base: NDArray[Any] | None, fields: bound.Fields) -> dict[str, float]:
     blob = tricomp.encode(array, reference=base, threads=1)
-    _require(tricomp.decode(blob, reference=base, threads=1).tobytes() == array.tobytes(), "tricomp")
+    peers.require(tricomp.decode(blob, reference=base, threads=1).tobytes() == array.tobytes(), "tricomp")
     raw = array.tobytes() if base is None else (array.view(fields.word) ^ base.view(fields.word)).tobytes()
-    packed = _zipnn(fields).compress(bytearray(raw))
-    _require(bytes(_zipnn(fields).decompress(packed)) == raw, "ZipNN")
+    packed = peers.zipnn(_name(fields)).compress(bytearray(raw))
+    peers.require(bytes(peers.zipnn(_name(fields)).decompress(packed)) == raw, "ZipNN")
     calls: dict[str, Callable[[], Any]] = {
         "encode": lambda: tricomp.encode(array, reference=base, threads=1),
         "decode": lambda: tricomp.decode(blob, reference=base, threads=1),
-        "zipnn_compress": lambda: _zipnn(fields).compress(bytearray(raw)),
-        "zipnn_decompress": lambda: _zipnn(fields).decompress(packed),
+        "zipnn_compress": lambda: peers.zipnn(_name(fields)).compress(bytearray(raw)),
+        "zipnn_decompress": lambda: peers.zipnn(_name(fields)).decompress(packed),
     }
     return {key: round(array.size / 1e6 / _median_seconds(call), 1) for key, call in calls.items()}
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    match = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return match.group(1).strip() if match else platform.processor() or platform.machine()
-
-
-def _machine() -> dict[str, Any]:
-    names = ("numpy", "torch", "zipnn", *(() if sys.version_info >= (3, 14) else ("backports.zstd",)))
-    peers = {name: importlib.metadata.version(name) for name in names}
-    system = f"{platform.system()} {platform.machine()}"
-    return {
-        "machine": {"cpu": _cpu_model(), "n_cores": os.cpu_count(), "system": system},
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": {"tricomp": tricomp.__version__, "python": platform.python_version(), **peers},
-    }
-
-
-def _log(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -234,23 +183,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="tiny models: checks the benchmark, not the codec")
     parser.add_argument("--state", type=Path, default=Path(tempfile.gettempdir()) / "tricomp-benchmark")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    parser.add_argument("--out", type=Path, default=peers.RESULTS, help="folder for the results")
     options = parser.parse_args()
     runs = training.SMALL if options.small else training.ALL
-    about, kept = zip(*(training.states(run, options.state, _log) for run in runs))
+    about, kept = zip(*(training.states(run, options.state, peers.log) for run in runs))
     gpt = kept[0]
-    results: dict[str, Any] = {"benchmark": "ratio", **_machine(), "data": list(about), "streams": []}
+    results: dict[str, Any] = {"benchmark": "ratio", **peers.machine(), "data": list(about), "streams": []}
     for stream in _streams(*kept):
         results["streams"].append(measure(stream))
-        _log(str(results["streams"][-1]))
+        peers.log(str(results["streams"][-1]))
     before, *_, middle, after = (training.stream(gpt[step], "w") for step in gpt)
     results["overhead"] = measure_overhead(after)
     results["speed"] = measure_speed(before, middle)
-    options.out.mkdir(parents=True, exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", results["machine"]["cpu"].lower()).strip("-")
-    stem = f"{slug}-{results['machine']['n_cores']}-cores-{results['date']}-ratio{'-small' if options.small else ''}"
-    (options.out / f"{stem}.json").write_text(json.dumps(results, indent=1) + "\n")
-    (options.out / f"{stem}.md").write_text(table.report(results))
+    peers.write(results, table.report(results), options.out, options.small)
     print(table.report(results))
 
 

@@ -1,8 +1,8 @@
-"""Results as Markdown, and the README's table kept equal to them: `python -m tests.benchmarks.table`.
+"""Results as Markdown, and the README's tables kept equal to them: `python -m tests.benchmarks.table`.
 
 Imports the standard library only.
 
-The README names the results file in the marker before its table, `<!-- table:ratio FILE -->`, so that a test can
+The README names the results file in the marker before each table, `<!-- table:ratio FILE -->`, so that a test can
 render that file again and compare.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ README_STREAMS = (
     "v, 1 apart", "v, 10 apart", "v, 100 apart",
 )  # fmt: skip
 README_COLUMNS = tuple(column for column in COLUMNS if column != "bound_scales")
-_MARKED = re.compile(r"<!-- table:ratio (\S+) -->\n.*?(<!-- /table:ratio -->)", re.DOTALL)
+_MARKED = re.compile(r"<!-- table:(ratio|files) (\S+) -->\n.*?(<!-- /table:\1 -->)", re.DOTALL)
 
 
 def ratio_table(results: dict[str, Any], names: Sequence[str] = (), columns: Sequence[str] = tuple(COLUMNS)) -> str:
@@ -84,22 +84,61 @@ than the same elements in one leaf.
 """
 
 
-def with_table(readme: str, root: Path = ROOT, results_file: str | None = None) -> str:
-    """The README's text with its table rendered from results_file, or from the file that its marker names."""
-    match = _MARKED.search(readme)
-    if match is None:
-        raise SystemExit("README.md has no <!-- table:ratio FILE --> ... <!-- /table:ratio --> pair")
-    file = results_file or match.group(1)
-    results = json.loads((root / file).read_text())
-    body = f"{ratio_table(results, README_STREAMS, README_COLUMNS)}\n{origin(results)}"
-    return f"{readme[: match.start()]}<!-- table:ratio {file} -->\n{body}{readme[match.start(2) :]}"
+def files_table(results: dict[str, Any]) -> str:
+    """Sizes of whole files in percent of raw."""
+    lines = ["| file | raw, MB | zstd -3 | ZipNN | tricomp |", "|---|---:|---:|---:|---:|"]
+    for row in results["files"]:
+        cells = [f"{100 * row[key] / row['raw']:.1f} %" for key in ("zstd", "zipnn", "tricomp")]
+        lines.append(f"| {row['file']} | {row['raw'] / 1e6:.1f} | {cells[0]} | {cells[1]} | **{cells[2]}** |")
+    return "\n".join(lines) + "\n"
+
+
+def files_report(results: dict[str, Any]) -> str:
+    """What the files benchmark measured, as one Markdown page."""
+    inspect = results["inspect"]
+    lines = ["| MB/s of raw, one core, one run | compress | decompress |", "|---|---:|---:|"]
+    for row in results["files"]:
+        rates = [f"{row['raw'] / 1e6 / row['seconds'][key]:.0f}" for key in ("compress", "decompress")]
+        lines.append(f"| {row['file']} | {' | '.join(rates)} |")
+    return f"""# Files benchmark, {results["date"]}
+
+{origin(results)}
+{files_table(results)}
+Against a base, zstd is run as --patch-from, and ZipNN gets the file or its XOR with the base, whichever comes out
+smaller. Every file came back byte for byte.
+
+{chr(10).join(lines)}
+
+`tricomp inspect` of a file of {inspect["file_bytes"] / 1e9:.1f} GB with {inspect["n_leaves"]} leaves:
+{inspect["seconds"]:.2f} s from start to end (median of 5), {inspect["peak_bytes"] / 1e6:.0f} MB of memory at most.
+"""
+
+
+def _rendered(kind: str, results: dict[str, Any]) -> str:
+    if kind == "files":
+        return f"{files_table(results)}\n{origin(results)}"
+    return f"{ratio_table(results, README_STREAMS, README_COLUMNS)}\n{origin(results)}"
+
+
+def with_tables(readme: str, root: Path = ROOT, files: Mapping[str, str] | None = None) -> str:
+    """The README's text with its tables rendered from the files that their markers name, or from others, by kind."""
+    if {match[1] for match in _MARKED.finditer(readme)} != {"ratio", "files"}:
+        raise SystemExit("README.md lacks <!-- table:KIND FILE --> ... <!-- /table:KIND --> for ratio or files")
+
+    def rendered(match: re.Match[str]) -> str:
+        file = (files or {}).get(match[1], match[2])
+        body = _rendered(match[1], json.loads((root / file).read_text()))
+        return f"<!-- table:{match[1]} {file} -->\n{body}{match[3]}"
+
+    return _MARKED.sub(rendered, readme)
 
 
 def main() -> None:
-    """Write the README's table again; an argument names another results file of the repository."""
+    """Write the README's tables again; arguments name other results files of the repository, each of its kind."""
     path = ROOT / "README.md"
-    file = Path(sys.argv[1]).resolve().relative_to(ROOT).as_posix() if len(sys.argv) > 1 else None
-    path.write_text(with_table(path.read_text(), results_file=file))
+    named = [Path(name).resolve() for name in sys.argv[1:]]
+    files = {json.loads(file.read_text())["benchmark"]: file.relative_to(ROOT).as_posix() for file in named}
+    path.write_text(with_tables(path.read_text(), files=files))
 
 
 if __name__ == "__main__":
