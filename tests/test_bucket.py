@@ -255,13 +255,17 @@ def test_a_file_of_a_newer_format_is_never_removed(faulty, caplog):
     assert faulty.read(name_of(2)) == newer
 
 
-def test_a_server_that_knows_no_exclusive_creation(faulty, monkeypatch):
+@pytest.mark.parametrize("is_old", [False, True])
+def test_a_server_that_knows_no_exclusive_creation(faulty, monkeypatch, is_old):
+    def overwrite(self, path, value, **_):
+        self.world.set(path, bytes(value))
+
     def refuse(self, path, value, mode="overwrite", **_):
         if mode == "create":
             raise OSError(5, "A header you provided implies functionality that is not implemented")
         self.world.set(path, bytes(value))
 
-    monkeypatch.setattr("tests.faulty.FaultyFileSystem.pipe_file", refuse)
+    monkeypatch.setattr("tests.faulty.FaultyFileSystem.pipe_file", overwrite if is_old else refuse)
     with faulty.store() as store, faulty.store() as other:
         store.save(1, tiny(1))
         with pytest.raises(StoreLocked):

@@ -6,6 +6,7 @@ own packages, which are known here by name, since none of those packages need be
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -34,6 +35,12 @@ def file_system(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
     except Exception as error:
         raise failure(error, f"{url}: cannot be opened", is_reading=True) from error
     return found, path.rstrip("/")
+
+
+def knows_create(found: Any) -> bool:
+    """Whether a file system can be told to create and not to replace; older ones take that word and replace."""
+    write = found._pipe_file if hasattr(found, "_pipe_file") else found.pipe_file
+    return "mode" in inspect.signature(write).parameters
 
 
 def is_unsupported(error: Exception) -> bool:

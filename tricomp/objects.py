@@ -17,7 +17,7 @@ from typing import Any
 
 from tricomp.bounds import Bytes
 from tricomp.errors import InvalidArgument, MissingFile, StorageError, StoreLocked, TricompError
-from tricomp.far import abandon, failure, file_system, is_unsupported
+from tricomp.far import abandon, failure, file_system, is_unsupported, knows_create
 from tricomp.ranged import Range
 
 # Where an object appears whole when its upload ends, and replaces another in one instant.
@@ -81,17 +81,19 @@ class Objects:
         """Make a small object unless there is one: whether it was made."""
         with self._refusal(f"{self.shown(name)}: cannot be written"):
             self._make_folder()
-            try:
-                self._fs.pipe_file(self._path(name), data, mode="create")
-            except FileExistsError:
-                return False
-            except Exception as error:
-                if not is_unsupported(error):
-                    raise
-                self.is_exclusive = False
-                if self.read_object(name) is not None:
+            if knows_create(self._fs):
+                try:
+                    self._fs.pipe_file(self._path(name), data, mode="create")
+                    return True
+                except FileExistsError:
                     return False
-                self._fs.pipe_file(self._path(name), data)
+                except Exception as error:
+                    if not is_unsupported(error):
+                        raise
+            self.is_exclusive = False
+            if self.read_object(name) is not None:
+                return False
+            self._fs.pipe_file(self._path(name), data)
         return True
 
     def write_object(self, name: str, data: bytes) -> None:
