@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 FORMAT, START = tail.FORMAT, tail.START
 MAGIC, TAIL_BYTES, _TAIL = tail.MAGIC, tail.TAIL_BYTES, tail.FIELDS
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 # Frozen since format 1.
 MAX_BIN_BYTES = (1 << 30) - 1
 _ADVICE = "Restore it from another copy, or list a store's intact steps: tricomp verify FOLDER."
