@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tricomp.file import File
 
 Array = np.ndarray[Any, Any]
-_PIECE_BYTES = 4 << 20  # decoded at a time, about
+_PIECE_BYTES = 16 << 20  # decoded at a time, about: enough chunks for the codec to be quick
 
 
 class Leaves:
@@ -113,7 +113,7 @@ def _batches(spans: Sequence[Span], leaves: Leaves) -> Iterator[list[Span]]:
     batch: list[Span] = []
     n_bytes = 0
     for span in spans:
-        is_small = leaves[leaves.number(span.leaf)].n_bytes < _PIECE_BYTES // 8
+        is_small = leaves[leaves.number(span.leaf)].n_bytes < _PIECE_BYTES // 2
         if batch and (not is_small or n_bytes + span.n_bytes > _PIECE_BYTES):
             yield batch
             batch, n_bytes = [], 0
