@@ -436,3 +436,12 @@ def test_differences_that_end_in_zeros_pay_for_their_high_bits_only():
     frames = round_trip({"w": new}, {"w": old})
     assert frames[0].plan.has_block_shifts
     assert bits_per_word(frames) < 11
+
+
+@pytest.mark.parametrize("wide", ["complex64", "complex128"])
+def test_complex_leaves_beside_real_ones_of_their_shape(wide):
+    real = np.random.default_rng(0).standard_normal(333)
+    for dtype in (np.float64, np.float32, ml_dtypes.bfloat16):
+        pair = {"a": (real * (1 + 2j)).astype(wide), "b": real.astype(dtype), "c": real.astype(np.float32)}
+        round_trip(pair)
+        round_trip(dict(reversed(pair.items())))

@@ -214,7 +214,7 @@ def _siblings(snapshot: Snapshot, digests: list[int]) -> dict[int, int]:
     leaves = snapshot.layout.leaves
     found: dict[int, int] = {}
     first_with: dict[tuple[int, int, int], int] = {}
-    by_shape: dict[tuple[int, ...], list[int]] = {}
+    by_shape: dict[tuple[int, ...], list[int]] = {}  # with the words at the end: a complex element has two
     for i, leaf in enumerate(leaves):
         if leaf.n_bytes < 256:
             continue
@@ -222,7 +222,7 @@ def _siblings(snapshot: Snapshot, digests: list[int]) -> dict[int, int]:
         if j != i and is_equal(snapshot.words(i), snapshot.words(j)):
             found[i] = j
         else:
-            by_shape.setdefault(leaf.shape, []).append(i)
+            by_shape.setdefault((*leaf.shape, leaf.n_words), []).append(i)
     sources: set[int] = set(found.values())
     for alike in by_shape.values():
         for i, source in _casts(snapshot, [i for i in alike if i not in found], sources).items():
