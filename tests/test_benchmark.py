@@ -1,4 +1,4 @@
-"""The ratio benchmark runs as its command says, on tiny models, and writes what the README's table needs."""
+"""The benchmarks run as their commands say, on tiny models, and write what the README's tables need."""
 
 from __future__ import annotations
 
@@ -21,6 +21,18 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+def test_files_come_back_and_have_every_column(out: Path) -> None:
+    command = [sys.executable, "-m", "tests.benchmarks.files", "--small", "--state", str(out), "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    results, page = (next(out.glob(f"*-files-small.{suffix}")).read_text() for suffix in ("json", "md"))
+    rows = json.loads(results)["files"]
+    assert len(rows) == 8
+    for row in rows:
+        assert 0 < row["tricomp"] < min(row["zstd"], row["zipnn"]) < row["raw"]
+        assert f"\n| {row['file']} |" in page
 
 
 def test_every_stream_has_every_column(out: Path) -> None:

@@ -44,23 +44,24 @@ def test_the_extras_of_the_commands_pin_torch_and_triton(command: str) -> None:
 
 
 def _rendered(page: str) -> str:
-    code = "import sys; from tests.benchmarks import table; sys.stdout.write(table.with_table(sys.stdin.read()))"
+    code = "import sys; from tests.benchmarks import table; sys.stdout.write(table.with_tables(sys.stdin.read()))"
     command = [sys.executable, "-c", code]
     return subprocess.run(command, cwd=ROOT, input=page, capture_output=True, text=True, check=True).stdout
 
 
-def test_the_table_is_that_of_its_results_file() -> None:
+def test_the_tables_are_those_of_their_results_files() -> None:
     assert _rendered(README) == README
 
 
-def test_a_table_that_was_edited_is_noticed() -> None:
-    first_number = re.search(r"\*\*(\d\d\.\d\d)\*\*", README)
+@pytest.mark.parametrize("number", [r"\*\*(\d\d\.\d\d)\*\*", r"\*\*(\d\d\.\d %)\*\*"])
+def test_a_table_that_was_edited_is_noticed(number: str) -> None:
+    first_number = re.search(number, README)
     assert first_number is not None
     assert _rendered(README.replace(first_number[0], "**1.00**", 1)) == README
 
 
-def _results() -> dict[str, Any]:
-    file = re.search(r"<!-- table:ratio (\S+) -->", README)
+def _results(kind: str = "ratio") -> dict[str, Any]:
+    file = re.search(rf"<!-- table:{kind} (\S+) -->", README)
     assert file is not None
     found: dict[str, Any] = json.loads((ROOT / file[1]).read_text())
     return found
@@ -87,3 +88,14 @@ def test_results_hold_what_the_codec_promises() -> None:
     assert results["overhead"]["noise_over_raw_percent"] < 0.5
     assert results["overhead"]["real_over_one_leaf_percent"] < 0.5
     assert all(min(row["encode"], row["decode"]) >= 10 for row in results["speed"])
+
+
+def test_results_hold_what_the_command_promises() -> None:
+    results = _results("files")
+    for row in results["files"]:
+        assert row["tricomp"] < min(row["zstd"], row["zipnn"]), row["file"]
+        if "1 %" in row["file"]:
+            assert row["tricomp"] < 0.03 * row["raw"]
+    assert results["inspect"]["file_bytes"] > 10e9
+    assert results["inspect"]["seconds"] < 1
+    assert results["inspect"]["peak_bytes"] < 100e6

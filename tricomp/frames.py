@@ -1,0 +1,301 @@
+"""Frames: the leaves of one file, decoded along its chain, whole or in parts. Container plus codec, behind File.
+
+The hard thing: a delta's leaf needs the same leaf of its parent, which may need its own parent's. Frames are therefore
+gathered from the file down to the keyframe first and decoded on the way back, frame by frame, without recursion. And
+of a leaf of many GB, some chunks alone: those that are asked for, at every level of the chain.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tricomp import codec, container
+from tricomp.bounds import Bytes, Limits
+from tricomp.container import Contents, Entry
+from tricomp.content import Content
+from tricomp.dtypes import Words, from_words
+from tricomp.errors import CorruptFile, CorruptFrame, LimitExceeded, WrongReference
+from tricomp.layout import Leaf
+from tricomp.plan import Plan
+from tricomp.storage import Source
+
+Array = np.ndarray[Any, Any]
+_Job = tuple[Sequence[Leaf], Plan, Bytes, Words | None, tuple[Leaf, Words] | None]
+_BATCH_WORDS = 4 << 20  # decoded together, so that the codec has enough to do at a time
+_CACHED_FRAMES = 128  # of several small leaves each, so at most 128 x 65,536 words
+
+
+class Frames:
+    """The frames of one open file. Leaves go by their numbers.
+
+    contents: all of the file but the frames' bytes. index: path to number of leaf. frame_of: number of leaf to entry.
+    """
+
+    def __init__(self, source: Source, reference: Frames | Content | None, limits: Limits) -> None:
+        """reference: what the file was coded against. Raises CorruptFile, UnsupportedVersion, LimitExceeded."""
+        self.name = source.name
+        self.source, self.limits, self.reference = source, limits, reference
+        self.contents: Contents = container.read(source, limits)
+        self.index = {leaf.path: number for number, leaf in enumerate(self.contents.leaves)}
+        self.frame_of = {number: entry for entry in self.contents.frames for number in entry.leaves}
+        self.plans: dict[int, Plan] = {}
+        self.cache: OrderedDict[int, dict[int, Words]] = OrderedDict()  # by first leaf of a shared frame
+
+    def plan(self, entry: Entry) -> Plan:
+        """The Plan of a frame, checked against its leaves. Raises CorruptFrame, LimitExceeded."""
+        first = entry.leaves[0]
+        if first not in self.plans:
+            leaves = [self.contents.leaves[number] for number in entry.leaves]
+            plan = Plan.from_wire(entry.plan, leaves[0].path)
+            n_words = sum(leaf.n_words for leaf in leaves)
+            if plan.n_words != n_words or any(leaf.dtype != plan.dtype for leaf in leaves):
+                raise CorruptFrame(
+                    f"{self.name}: leaf {leaves[0].path!r}: its plan is for {plan.n_words} words of {plan.dtype.name}, "
+                    f"its leaves have {n_words} of {leaves[0].dtype.name}."
+                )
+            self.limits.check("max_decoded_bytes", sum(leaf.n_bytes for leaf in leaves), f"leaf {leaves[0].path!r}")
+            self.plans[first] = plan
+        return self.plans[first]
+
+    def array(self, number: int, words: Words) -> Array:
+        """An array in memory of its own: no file, cache, reference or other leaf is reached through it."""
+        leaf, entry = self.contents.leaves[number], self.frame_of[number]
+        is_shared = len(entry.leaves) > 1 or self.plan(entry).predict == "copy"
+        owner = words if words.base is None else words.base
+        is_whole = isinstance(owner, np.ndarray) and owner.base is None and owner.nbytes == words.nbytes
+        is_own = is_whole and words.flags.writeable and not is_shared
+        return from_words(words if is_own else words.copy(), leaf.dtype, leaf.shape)
+
+    def decode_all(self, numbers: Iterable[int]) -> dict[int, Words]:
+        """Words of leaves by number, each frame decoded once; those that are siblings of others first."""
+        wanted = set(numbers)
+        n_bytes = sum(self.contents.leaves[number].n_bytes for number in wanted)
+        self.limits.check("max_decoded_bytes", n_bytes, f"{self.name}: leaves to load")
+        frames = {self.frame_of[number].leaves[0]: self.frame_of[number] for number in sorted(wanted)}
+        ordered = sorted(frames.values(), key=lambda entry: self.plan(entry).reference == "sibling")
+        done: dict[int, Words] = {}
+        batch: list[int] = []
+        n_words = 0
+        for entry in ordered:
+            batch += entry.leaves
+            n_words += self.plan(entry).n_words
+            if n_words >= _BATCH_WORDS or entry is ordered[-1]:
+                words = self.decode(batch, done)
+                done.update((number, words[number]) for number in batch if number in wanted)
+                batch, n_words = [], 0
+        return done
+
+    def decode(self, numbers: Sequence[int], done: Mapping[int, Words] | None = None) -> dict[int, Words]:
+        """Words of leaves by number, decoded along the chain of files. done: leaves of this file decoded before."""
+        if len(numbers) == 1 and (held := self.cache.get(self.frame_of[numbers[0]].leaves[0])) is not None:
+            self.cache.move_to_end(self.frame_of[numbers[0]].leaves[0])
+            return {numbers[0]: held[numbers[0]]}  # not all of a frame for each of its thousands of leaves
+        levels: list[tuple[Frames, list[Entry]]] = []
+        frames, known = self, dict(done or {})
+        words: dict[str, tuple[Leaf, Words]] = {}
+        while numbers:
+            entries = frames._entries_for(numbers, known if frames is self else {})
+            levels.append((frames, entries))
+            waiting = [entry for entry in entries if entry.leaves[0] not in frames.cache]
+            needed = [n for entry in waiting if frames.plan(entry).reference == "parent" for n in entry.leaves]
+            paths = [frames.contents.leaves[number].path for number in needed]
+            if not paths:
+                break
+            above = frames._parent_for(paths[0])
+            if isinstance(above, Content):
+                words = {path: found for path in paths if (found := above.find(path)) is not None}
+                break
+            numbers = [above.index[path] for path in paths if path in above.index]
+            frames = above
+        for frames, entries in reversed(levels):
+            decoded = dict(known) if frames is self else {}
+            for is_sibling in (False, True):
+                batch = [entry for entry in entries if (frames.plan(entry).reference == "sibling") == is_sibling]
+                frames._decode_frames(batch, words, decoded, frames is self)
+            words = {frames.contents.leaves[n].path: (frames.contents.leaves[n], w) for n, w in decoded.items()}
+        return decoded
+
+    def parts(self, number: int, wanted: Sequence[range], parent: Words | None = None) -> list[Words]:
+        """Words of a leaf, from the chunks that hold them alone, in this file and down its chain."""
+        self.limits.check("max_decoded_bytes", sum(map(len, wanted)), f"{self.name}: words to decode")
+        steps: list[tuple[Frames, int, Sequence[range], Sequence[range]]] = []  # words asked for; those of their chunks
+        frames = self
+        words: list[Words] | None = None
+        source: Leaf | None = None
+        while words is None:
+            entry = frames.frame_of[number]
+            plan, leaf = frames.plan(entry), frames.contents.leaves[number]
+            if len(entry.leaves) > 1:
+                whole = frames.decode([number])[number]
+                words, source = [whole[part.start : part.stop].copy() for part in wanted], leaf
+                break
+            size = 1 << plan.chunk_log2 if plan.n_chunks else 1
+            around = [
+                range(part.start // size * size, min(-(-part.stop // size) * size, leaf.n_words)) for part in wanted
+            ]
+            steps.append((frames, number, wanted, around))
+            wanted = around
+            if plan.reference == "none":
+                break
+            if plan.reference == "sibling":
+                number = frames._sibling(entry)
+                continue
+            if parent is not None and len(steps) == 1 and [len(parent)] == [len(part) for part in around]:
+                words = [parent]
+                break
+            above = frames._parent_for(leaf.path)
+            if isinstance(above, Content):
+                found = above.find(leaf.path)
+                whole = frames._parent_words([leaf], {leaf.path: found} if found else {})
+                words = [whole[part.start : part.stop] for part in around]
+            else:
+                other = above.index.get(leaf.path)
+                frames._require_parent(leaf, None if other is None else above.contents.leaves[other])
+                assert other is not None
+                frames, number = above, other
+        for frames, number, asked, held in reversed(steps):
+            decoded = frames._decode_parts(number, held, words, source)
+            words = [
+                part[inner.start - outer.start : inner.stop - outer.start]
+                for part, inner, outer in zip(decoded, asked, held, strict=True)
+            ]
+            source = frames.contents.leaves[number]
+        assert words is not None  # there is at least one step, or a shared frame
+        return words
+
+    def fill_cache(self, number: int) -> None:
+        """Decode the shared frame of a leaf, unless it is cached, and more such frames after it: it costs little."""
+        entry = self.frame_of[number]
+        if len(entry.leaves) > 1 and entry.leaves[0] not in self.cache:
+            first = self.contents.frames.index(entry)
+            following = [other for other in self.contents.frames[first:] if len(other.leaves) > 1]
+            self.decode([number for other in following[: _CACHED_FRAMES // 2] for number in other.leaves])
+
+    def compare(self, number: int, computed: int) -> None:
+        """Raise CorruptFrame unless a decoded leaf has the digest that was stored."""
+        stored = self.contents.digests[number]
+        if stored != computed:
+            raise CorruptFrame(
+                f"{self.name}: leaf {self.contents.leaves[number].path!r}: digest {stored:016x} stored, "
+                f"{computed:016x} computed. Restore the file from another copy, "
+                f"or list a store's intact steps: tricomp verify FOLDER."
+            )
+
+    def _entries_for(self, numbers: Sequence[int], known: Mapping[int, Words]) -> list[Entry]:
+        """The frames of leaves and of their siblings, but for siblings that are known."""
+        wanted = {self.frame_of[number].leaves[0]: self.frame_of[number] for number in numbers}
+        for entry in list(wanted.values()):
+            plan = self.plan(entry)
+            if plan.reference != "sibling" or plan.sibling in known:
+                continue
+            other = self.frame_of[self._sibling(entry)]
+            wanted[other.leaves[0]] = other
+        return list(wanted.values())
+
+    def _decode_parts(
+        self, number: int, parts: Sequence[range], references: Sequence[Words] | None, source: Leaf | None
+    ) -> list[Words]:
+        """Some words of a leaf that has a frame of its own. references: these words of its parent or its sibling."""
+        entry, leaf = self.frame_of[number], self.contents.leaves[number]
+        plan = self.plan(entry)
+        siblings = None
+        if plan.reference == "sibling" and references is not None and source is not None:
+            siblings = [(source, words) for words in references]
+        parents = references if plan.reference == "parent" else None
+        data = container.FrameBytes(self.source, entry)
+        try:
+            return codec.decode_parts([leaf], plan, data, parts, parents, siblings)
+        except MemoryError:
+            raise LimitExceeded(
+                f"{self.name}: no memory to decode {sum(map(len, parts))} words of {leaf.path!r}."
+            ) from None
+        except CorruptFrame as error:
+            raise CorruptFrame(f"{self.name}: {error}") from error
+
+    def _sibling(self, entry: Entry) -> int:
+        """Number of the leaf that a frame was coded against. Raises CorruptFrame if it cannot be."""
+        plan = self.plan(entry)
+        if plan.sibling not in self.frame_of:
+            raise CorruptFrame(f"{self.name}: leaf number {entry.leaves[0]} has a sibling that does not exist.")
+        if self.plan(self.frame_of[plan.sibling]).reference == "sibling":
+            raise CorruptFrame(f"{self.name}: leaf number {entry.leaves[0]} has a sibling that has a sibling.")
+        return plan.sibling
+
+    def _parent_for(self, path: str) -> Frames | Content:
+        if self.reference is None:
+            parent = self.contents.summary.parent
+            raise WrongReference(
+                f"{self.name}: leaf {path!r} was encoded against the checkpoint with content id "
+                f"{parent.hex() if parent else None}, and no reference was given. "
+                f"Pass reference=, or load it through tricomp.Store."
+            )
+        return self.reference
+
+    def _decode_frames(
+        self,
+        entries: Sequence[Entry],
+        above: Mapping[str, tuple[Leaf, Words]],
+        decoded: dict[int, Words],
+        is_asked: bool,
+    ) -> None:
+        """Decode frames together and put their leaves' words into decoded. above: leaves of the parent, by path.
+
+        is_asked: they are wanted for themselves, not for what is coded against them: those of small leaves are cached.
+        """
+        waiting: list[Entry] = []
+        for entry in entries:
+            if entry.leaves[0] in self.cache:
+                self.cache.move_to_end(entry.leaves[0])
+                decoded.update(self.cache[entry.leaves[0]])
+            else:
+                waiting.append(entry)
+        try:
+            found = codec.decode_many([self._job(entry, above, decoded) for entry in waiting])
+        except MemoryError:
+            n_bytes = sum(self.contents.leaves[number].n_bytes for entry in waiting for number in entry.leaves)
+            raise LimitExceeded(f"{self.name}: no memory to decode {n_bytes} bytes.") from None
+        except CorruptFrame as error:
+            if str(error).startswith(f"{self.name}: "):
+                raise
+            raise CorruptFrame(f"{self.name}: {error}") from error
+        for entry, words in zip(waiting, found, strict=True):
+            for number, leaf_words in zip(entry.leaves, words, strict=True):
+                self.compare(number, codec.digest(leaf_words))
+            decoded.update(zip(entry.leaves, words, strict=True))
+            if len(words) > 1 and is_asked:
+                self.cache[entry.leaves[0]] = dict(zip(entry.leaves, words, strict=True))
+                if len(self.cache) > _CACHED_FRAMES:
+                    self.cache.popitem(last=False)
+
+    def _job(self, entry: Entry, above: Mapping[str, tuple[Leaf, Words]], decoded: Mapping[int, Words]) -> _Job:
+        """What the codec needs to decode one frame."""
+        plan = self.plan(entry)
+        leaves = [self.contents.leaves[number] for number in entry.leaves]
+        parent = self._parent_words(leaves, above) if plan.reference == "parent" else None
+        sibling = None
+        if plan.reference == "sibling":
+            sibling = self.contents.leaves[plan.sibling], decoded[plan.sibling]
+        return leaves, plan, container.read_frame(self.source, entry, leaves[0].path), parent, sibling
+
+    def _parent_words(self, leaves: Sequence[Leaf], above: Mapping[str, tuple[Leaf, Words]]) -> Words:
+        """The reference words of a frame's leaves, one after the other. Raises CorruptFile if they do not fit."""
+        parts: list[Words] = []
+        for leaf in leaves:
+            found = above.get(leaf.path)
+            self._require_parent(leaf, None if found is None else found[0])
+            assert found is not None
+            parts.append(found[1])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _require_parent(self, leaf: Leaf, found: Leaf | None) -> None:
+        """Raise CorruptFile unless the parent's leaf has the dtype and shape of this one."""
+        if found is None or found.dtype != leaf.dtype or found.shape != leaf.shape:
+            raise CorruptFile(
+                f"{self.name}: leaf {leaf.path!r}: its parent has "
+                f"{'no such leaf' if found is None else f'{found.dtype.name}{list(found.shape)} there'}, "
+                f"expected {leaf.dtype.name}{list(leaf.shape)}."
+            )
