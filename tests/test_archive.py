@@ -17,6 +17,7 @@ from tests.cases import stepped, weights
 from tricomp import archive_base, archive_names
 from tricomp.archive import compress, compress_file, decompress
 from tricomp.archive_base import Base
+from tricomp.inspection import inspect
 
 save_file = pytest.importorskip("safetensors.numpy").save_file
 
@@ -267,6 +268,71 @@ def test_a_base_that_changes_while_it_is_read_is_noticed(tmp_path):
         with pytest.raises(tricomp.InvalidArgument, match="base.safetensors: changed while it was read"):
             compress(tmp_path / "tuned.safetensors", out=tmp_path / "x.tri", base=base)
     assert not (tmp_path / "x.tri").exists()
+
+
+def test_a_shard_of_the_base_that_changes_while_it_is_read_is_noticed(tmp_path):
+    index = sharded(tmp_path / "old")
+    sharded(tmp_path / "new", seed=1)
+    with Base(index) as base:
+        shard = next((tmp_path / "old").glob("*.safetensors"))
+        os.utime(shard, ns=(1, 1))
+        with pytest.raises(tricomp.InvalidArgument, match=f"{shard.name}: changed while it was read"):
+            compress(tmp_path / "new", out=tmp_path / "x.tri", base=base)
+    assert not (tmp_path / "x.tri").exists()
+
+
+def test_shards_of_the_base_are_no_outputs(tmp_path):
+    sharded(tmp_path / "old")
+    sharded(tmp_path / "new", seed=1)
+    before = contents(tmp_path / "old")
+    shard = next((tmp_path / "old").glob("*.safetensors"))
+    with pytest.raises(tricomp.InvalidArgument, match="is input and output at once"):
+        compress(tmp_path / "new", out=shard, base=tmp_path / "old", overwrite=True)
+    compress(tmp_path / "new", out=tmp_path / "x.tri", base=tmp_path / "old")
+    with pytest.raises(tricomp.InvalidArgument, match="is input and output at once"):
+        decompress(tmp_path / "x.tri", out=tmp_path / "old", base=tmp_path / "old", overwrite=True)
+    assert contents(tmp_path / "old") == before
+
+
+@pytest.mark.parametrize("is_refused", [True, False])
+def test_shards_are_replaced_all_or_none(tmp_path, monkeypatch, is_refused):
+    packed = compress(sharded(tmp_path / "new", seed=1), out=tmp_path / "x.tri").path
+    sharded(tmp_path / "old")
+    (tmp_path / "old" / "model-00001-of-00003.safetensors").unlink()
+    last = tmp_path / "old" / "model-00003-of-00003.safetensors"
+    last.unlink()
+    last.mkdir()
+    before = contents(tmp_path / "old")
+    if is_refused:
+        with pytest.raises(tricomp.InvalidArgument, match="00003.safetensors: is not a regular file"):
+            decompress(packed, out=tmp_path / "old", overwrite=True)
+    else:
+        monkeypatch.setattr(archive_names, "check_output", lambda *_: None)
+        with pytest.raises(tricomp.StorageError, match="old: cannot be written"):
+            decompress(packed, out=tmp_path / "old", overwrite=True)
+    assert contents(tmp_path / "old") == before
+    assert len(list((tmp_path / "old").iterdir())) == 3
+
+
+def test_a_pipe_is_no_base(tmp_path):
+    sharded(tmp_path / "new")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(tricomp.InvalidArgument, match="pipe: is not a regular file"):
+        compress(tmp_path / "new", base=tmp_path / "pipe")
+
+
+def test_a_rounded_file_is_not_said_to_come_back_byte_for_byte(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_file(model(), path)
+    assert compress_file(path, spec=tricomp.Spec(keep_mantissa_bits={"none": 3})).is_exact
+    made = compress_file(path, spec=tricomp.Spec(keep_mantissa_bits={"h.0.weight": 3}), overwrite=True)
+    restored = decompress(made.report.path, out=tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() != path.read_bytes()
+    assert not made.is_exact
+    assert not restored.files[0].is_exact
+    assert restored.is_rounded
+    with tricomp.open(made.report.path) as file:
+        assert not inspect(file).origins[0].is_exact
 
 
 def test_a_damaged_file_is_not_restored(tmp_path):

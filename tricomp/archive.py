@@ -21,7 +21,7 @@ from tricomp import archive_names, checkpoint, folder, formats
 from tricomp.archive_base import Base, require_base, require_shared
 from tricomp.archive_output import Output, keep_private, make_folder, put, put_together, unchanged, write
 from tricomp.bounds import Bytes
-from tricomp.content import content_of
+from tricomp.content import Content, content_of
 from tricomp.errors import InvalidArgument
 from tricomp.file import File
 from tricomp.formats import Origin
@@ -39,7 +39,7 @@ _log = logging.getLogger("tricomp")
 class Compressed:
     """What compress_file did. files: read, an index of shards first. input_bytes: theirs. format: of the input.
 
-    is_exact: decompress restores the files byte for byte; else equal ones, written anew.
+    is_exact: decompress restores the files byte for byte; else equal ones, written anew, or rounded ones (see Spec).
     """
 
     report: Report
@@ -51,7 +51,10 @@ class Compressed:
 
 @dataclass(frozen=True)
 class RestoredFile:
-    """A file that decompress wrote. is_exact: byte for byte the original; else an equal one, written anew."""
+    """A file that decompress wrote.
+
+    is_exact: byte for byte the original; else an equal one, written anew, or the original with rounded leaves.
+    """
 
     path: str
     n_bytes: int
@@ -60,13 +63,17 @@ class RestoredFile:
 
 @dataclass(frozen=True)
 class Restored:
-    """What decompress wrote. path, file_bytes: of the `.tri` file. base: path of the base, if one was needed."""
+    """What decompress wrote. path, file_bytes: of the `.tri` file. base: path of the base, if one was needed.
+
+    is_rounded: leaves were rounded when they were compressed, as Spec.keep_mantissa_bits asked.
+    """
 
     path: str
     file_bytes: int
     files: tuple[RestoredFile, ...]
     base: str | None
     seconds: float
+    is_rounded: bool = False
 
     @property
     def n_bytes(self) -> int:
@@ -114,6 +121,7 @@ def compress_file(
         opened_base = _base(base, stack)
         path = archive_names.model_file(archive_names.path_of(path, "compress"))
         archive_names.check_input(path)
+        is_unchanged = unchanged([path])
         if archive_names.is_compressed(path):
             raise InvalidArgument(f"{path}: is compressed already. Use tricomp decompress to restore it.")
         opened = stack.enter_context(formats.read(path))
@@ -131,7 +139,8 @@ def compress_file(
             require_shared(path, content, opened_base)
             metadata["base"] = {"name": opened_base.name}
         make_folder(out)
-        where, place = _output(target, files, opened_base, overwrite, reserved)
+        checks = [is_unchanged, unchanged(files[1:]), *([opened_base.check] if opened_base else [])]
+        where, place = _output(target, files, opened_base, overwrite, reserved, checks)
         report = checkpoint.put(
             where,
             place,
@@ -146,7 +155,8 @@ def compress_file(
         if isinstance(target, str):
             keep_private(target, path)
             report = replace(report, path=target)
-        is_exact = all(part.spans is not None for part in (opened, *opened.parts))
+        is_rounded = spec is not None and any(spec.mantissa_bits_of(leaf) is not None for leaf in _paths(content))
+        is_exact = not is_rounded and all(part.spans is not None for part in (opened, *opened.parts))
         return Compressed(report, files, opened.n_bytes, opened.format, is_exact)
 
 
@@ -194,7 +204,7 @@ def decompress_file(
                 f'Run "tricomp export --to safetensors {path}", or tricomp.load it.'
             )
         count = _counter(on_progress, sum(origin.n_bytes for origin in origins))
-        inputs = (path,) if used is None else (path, used.path)
+        inputs = (path,) if used is None else (path, *used.files)
         if out is None or isinstance(out, (str, os.PathLike)):
             targets = _places(path, None if out is None else archive_names.path_of(out, "out"), origins)
             for target in targets:
@@ -208,10 +218,15 @@ def decompress_file(
             if len(origins) > 1:
                 raise InvalidArgument(f"{path}: holds {len(origins)} files. Give a folder for them: -o FOLDER/.")
             targets, sizes = [STREAM], [write(out, _pieces(file, origins[0], count))]
-        exact = [origin.spans is not None for origin in origins]
+        is_rounded = any(file.plan(leaf).keep_mantissa_bits is not None for leaf in file)
+        exact = [origin.spans is not None and not is_rounded for origin in origins]
         written = tuple(map(RestoredFile, targets, sizes, exact))
         seconds = time.perf_counter() - began
-        return Restored(path, file.n_bytes, written, None if used is None else used.path, seconds)
+        return Restored(path, file.n_bytes, written, None if used is None else used.path, seconds, is_rounded)
+
+
+def _paths(content: Content) -> Iterator[str]:
+    return (leaf.path for leaf in content.snapshot.layout.leaves)
 
 
 def _base(base: Path | Base | None, stack: ExitStack) -> Base | None:
@@ -229,19 +244,25 @@ def _compressed_path(path: str, out: Path | BinaryIO) -> str | BinaryIO:
 
 
 def _output(
-    target: str | BinaryIO, files: Sequence[str], base: Base | None, overwrite: bool, reserved: Container[str]
+    target: str | BinaryIO,
+    files: Sequence[str],
+    base: Base | None,
+    overwrite: bool,
+    reserved: Container[str],
+    checks: Sequence[Callable[[], None]],
 ) -> tuple[Output, str]:
-    """Where the compressed file of some files goes, and its name there; refused now if it must not be written."""
-    is_unchanged = unchanged(files)
+    """Where the compressed file of some files goes, and its name there; refused now if it must not be written.
+
+    checks: called before it is there.
+    """
 
     def check() -> None:
-        is_unchanged()
-        if base is not None:
-            base.check()
+        for each in checks:
+            each()
 
     if not isinstance(target, str):
         return Output("", lambda _, pieces: write(target, pieces), check), STREAM
-    archive_names.check_output(target, [*files, *([base.path] if base else [])], overwrite, reserved)
+    archive_names.check_output(target, [*files, *(base.files if base else ())], overwrite, reserved)
     where, name = folder.split(target)
     return Output(where.url, where.put, check), name
 

@@ -51,15 +51,17 @@ class BaseFile(File):
 class Base:
     """A file or model to compress others against, opened: a `.tri` file or a file of any format. A context manager.
 
-    Attributes: name, without folders. path. content: what leaves are coded against, a File or a Content. check():
-    raises InvalidArgument if the file has changed since it was opened.
+    Attributes: name, without folders. path. files: path, and the shards if it is an index. content: what leaves are
+    coded against, a File or a Content. check(): raises InvalidArgument if a file has changed since it was opened.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """path: of a file, or of the folder of a sharded model. Raises what opening it raises."""
         self.path = archive_names.model_file(archive_names.path_of(path, "base"))
+        archive_names.check_input(self.path)
         self.name = os.path.basename(self.path)
-        self.check = unchanged([self.path])
+        self.files: tuple[str, ...] = (self.path,)
+        self._checks = [unchanged(self.files)]
         self._opened: File | TensorFile
         self.content: File | Content
         if archive_names.is_compressed(self.path):
@@ -72,8 +74,16 @@ class Base:
                     f"Decompress it, and give the restored file as the base."
                 )
         else:
-            self._opened = formats.read(self.path)
-            self.content = content_of(self._opened.tree)
+            self._opened = opened = formats.read(self.path)
+            folder_name = os.path.dirname(self.path)
+            self.files += tuple(os.path.join(folder_name, part.name) for part in opened.parts)
+            self._checks.append(unchanged(self.files[1:]))
+            self.content = content_of(opened.tree)
+
+    def check(self) -> None:
+        """Raise InvalidArgument if a file of it has changed since it was opened."""
+        for check in self._checks:
+            check()
 
     def close(self) -> None:
         """Let go of the file."""

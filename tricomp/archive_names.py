@@ -114,7 +114,7 @@ def inside(folder: str, names: Sequence[str], path: str) -> list[str]:
 
 
 def check_output(path: str, inputs: Sequence[str], overwrite: bool, reserved: Container[str] = ()) -> None:
-    """Raise InvalidArgument if path is one of the inputs, is reserved, or is there and may not be overwritten.
+    """Raise InvalidArgument if path is one of the inputs, is reserved, is no file, or may not be overwritten.
 
     reserved: real paths of other outputs.
     """
@@ -126,6 +126,8 @@ def check_output(path: str, inputs: Sequence[str], overwrite: bool, reserved: Co
         raise InvalidArgument(f"{path}: is input and output at once. Choose another name for the output.")
     if not overwrite:
         raise InvalidArgument(f"{path}: is there already. Pass -f (overwrite=True) to replace it, or choose another.")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InvalidArgument(f"{path}: is not a regular file and will not be replaced. Choose another path.")
 
 
 def check_input(path: str) -> None:

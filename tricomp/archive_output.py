@@ -86,8 +86,7 @@ def put_together(targets: Sequence[str], pieces: Sequence[Iterable[Bytes]]) -> l
             put(os.path.join(staging, os.path.basename(target)), part)
             for target, part in zip(targets, pieces, strict=True)
         ]
-        for target in targets:
-            os.replace(os.path.join(staging, os.path.basename(target)), target)
+        _rename(staging, targets)
         _sync(where)
     except StorageError as error:
         raise StorageError(str(error).replace(os.path.realpath(staging), where).replace(staging, where)) from error
@@ -96,6 +95,24 @@ def put_together(targets: Sequence[str], pieces: Sequence[Iterable[Bytes]]) -> l
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return sizes
+
+
+def _rename(staging: str, targets: Sequence[str]) -> None:
+    """Give the files in staging their names; if one cannot have its name, what was there before is put back."""
+    moves = [(os.path.join(staging, os.path.basename(target)), target) for target in targets]
+    news = {target for target in targets if not os.path.lexists(target)}
+    try:
+        for staged, target in moves:
+            if target not in news:
+                with suppress(OSError):  # a file system without second names
+                    os.link(target, f"{staged}.old", follow_symlinks=False)
+            os.replace(staged, target)
+    except BaseException:
+        for staged, target in moves:
+            if not os.path.lexists(staged):
+                with suppress(OSError):
+                    os.unlink(target) if target in news else os.replace(f"{staged}.old", target)
+        raise
 
 
 def write(stream: BinaryIO, pieces: Iterable[Bytes]) -> int:

@@ -157,7 +157,9 @@ def inspect(file: File, leaves: Iterable[str] | None = None) -> FileFacts:
         parent=file.parent,
         since_keyframe=file.since_keyframe,
         metadata=to_json(metadata),
-        origins=_origins(file.metadata.get(_ORIGIN)),
+        origins=_origins(
+            file.metadata.get(_ORIGIN), any(file.plan(path).keep_mantissa_bits is not None for path in file)
+        ),
         base=base["name"] if isinstance(base, dict) and isinstance(base.get("name"), str) else None,
         n_leaves=len(file),
         raw_bytes=sum(file.leaf(path).n_bytes for path in file),
@@ -263,14 +265,14 @@ def _group(name: str, leaves: Sequence[LeafFacts]) -> GroupFacts:
     )
 
 
-def _origins(packed: Any) -> tuple[OriginFacts, ...]:
+def _origins(packed: Any, is_rounded: bool) -> tuple[OriginFacts, ...]:
     """What a file says of the files that it was made of, as far as that is well formed; skeletons are not read."""
     found = []
     for entry in packed if isinstance(packed, (list, tuple)) else ():
         if isinstance(entry, dict):
             format, name, n_bytes = entry.get("format"), entry.get("name"), entry.get("bytes")
             if isinstance(format, str) and isinstance(name, str) and type(n_bytes) is int:
-                found.append(OriginFacts(format, name, n_bytes, entry.get("spans") is not None))
+                found.append(OriginFacts(format, name, n_bytes, entry.get("spans") is not None and not is_rounded))
     return tuple(found)
 
 

@@ -123,7 +123,7 @@ def decompress(options: argparse.Namespace) -> int:
         made = archive.decompress_file(path, out, *options_of_it, reserved=batch.outputs)
         is_exact = all(file.is_exact for file in made.files)
         names = made.files[0].path if len(made.files) == 1 else f"{len(made.files)} files"
-        how = "byte for byte" if is_exact else "an equal file, written anew"
+        how = "byte for byte" if is_exact else "rounded" if made.is_rounded else "an equal file, written anew"
         text = f"{given.path}: {console.count_bytes(made.n_bytes)} => {names}, {how}"
         facts = {"is_exact": is_exact, "outputs": [file.path for file in made.files], "base": made.base}
         outputs = () if batch.stream else tuple(file.path for file in made.files)
