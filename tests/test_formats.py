@@ -544,6 +544,42 @@ def _without_second_header():
     return data[:at] + b"PK\3\5" + data[at + 4 :]
 
 
+def test_members_that_share_their_deflated_bytes_are_refused(put):
+    body = zlib.compress(bytes(1 << 20), 9)[2:-4]
+    fields = struct.pack("<5HLLL", 20, 0, 8, 0, 0x21, zlib.crc32(bytes(1 << 20)), len(body), 1 << 20)
+    # The header of a lies, as an extra field, before that of b: both names begin the same bytes.
+    local = b"".join(
+        b"PK\3\4" + fields + struct.pack("<2H", 1, extra) + name for name, extra in ((b"a", 31), (b"b", 0))
+    )
+    central = b"".join(
+        b"PK\1\2" + struct.pack("<H", 20) + fields + struct.pack("<5HLL", 1, 0, 0, 0, 0, 0, 31 * i) + name
+        for i, name in enumerate((b"a", b"b"))
+    )
+    end = b"PK\5\6" + struct.pack("<4H2LH", 0, 0, 2, 2, len(central), len(local + body), 0)
+    with pytest.raises(InvalidArgument, match="'b': expected [0-9]+ bytes of its own"):
+        formats.read(put(local + body + central + end, "x.npz"))
+
+
+def test_a_name_that_no_zip_could_take_back_is_refused(put):
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("n" * 60_005, npy(np.zeros(3)))
+    with pytest.raises(InvalidArgument, match="expected names of at most 60000 bytes"):
+        formats.read(put(out.getvalue(), "x.npz"))
+
+
+def test_hostile_names_of_members(put, tmp_path):
+    out = io.BytesIO()
+    np.savez_compressed(out, a=np.zeros(3))
+    with formats.read(put(out.getvalue(), "x.npz")) as opened:
+        metadata = opened.to_metadata()
+        members = zlib.compress(msgpack.packb([["n" * 70_000, metadata["npz"]["contents"]["bytes"], True]]))
+        metadata["npz"] = {**metadata["npz"], "members": members}
+        tricomp.save(tmp_path / "x.tri", opened.tree, metadata=metadata)
+    with tricomp.open(tmp_path / "x.tri") as file, pytest.raises(CorruptFile, match="cannot hold the name"):
+        list(formats.restored(file, formats.origins(file)[0]))
+
+
 def test_a_zip_bomb_stops_at_the_limit(put, monkeypatch):
     monkeypatch.setattr("tricomp.bounds.DEFAULTS", tricomp.Limits(max_decoded_bytes=50_000))
     with pytest.raises(LimitExceeded, match="max_decoded_bytes = 50000"):

@@ -410,6 +410,21 @@ def test_limits_are_checked_before_inflating(tmp_path):
                 Origin.from_metadata({**packed, **change}, file)
 
 
+def test_limits_hold_for_all_origins_together(tmp_path, monkeypatch):
+    opened, packed, _ = packed_of(tmp_path)
+    tree = {**opened.tree, "none": np.zeros(0)}
+    skeletons = {"name": "other", "bytes": 1 << 30, "skeleton_bytes": 1 << 28}
+    spans = {"name": "other", "spans": deflated(bytes(40 * ((1 << 20) + 8)))}
+    for change, match in ((skeletons, "max_table_bytes"), (spans, "leaves stand in 1048586 pieces")):
+        tricomp.save(tmp_path / "x.tri", tree, metadata={"origin": [packed, {**packed, **change}]})
+        with tricomp.open(tmp_path / "x.tri") as file, pytest.raises(LimitExceeded, match=match):
+            formats.origins(file)
+    assert opened.origins()
+    monkeypatch.setattr("tricomp.formats.origin._MOST_SPANS", -1)
+    with pytest.raises(LimitExceeded, match="pieces"):
+        opened.origins()
+
+
 @pytest.mark.parametrize("origin", [3, {}, [3], [[]], [{}], [{"format": "npz"}]])
 def test_what_is_no_origin(tmp_path, origin):
     tricomp.save(tmp_path / "x.tri", {"a": np.arange(3)}, metadata={"origin": origin})
@@ -491,6 +506,8 @@ def test_hostile_abridged_headers():
     ):
         with pytest.raises(CorruptFile, match="x: "):
             header.expand(short, leaves, n_bytes, "x")
+    with pytest.raises(CorruptFile, match="could name: 1048576 marks, 2 spans"):
+        header.expand(bytes(8) + b"\x02" * (1 << 20), leaves, 0, "x")
     odd = [(Leaf("a", dtypes.by_name("complex128"), (2,)), 0)]
     with pytest.raises(CorruptFile, match="no leaf that a header could name"):
         header.expand(bytes(8) + b"\x01", odd, 100, "x")

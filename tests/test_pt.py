@@ -249,6 +249,13 @@ def test_unused_records_of_one_size(tmp_path):
     assert tricomp_torch.load(packed)[1][0] == 1.0
 
 
+def test_a_small_file_of_a_huge_expanded_tensor_is_refused(tmp_path):
+    torch.save({"w": torch.zeros(1).expand(1 << 42)}, tmp_path / "a.pt")
+    with pytest.raises(tricomp.LimitExceeded, match="leaf 'w': bytes to copy: 17592186044416 exceeds the limit"):
+        tricomp.compress(tmp_path / "a.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
 def test_an_archive_behind_something_else_is_refused(tmp_path):
     path = saved(tmp_path / "x.pt", torch.ones(5))
     data = (tmp_path / "x.pt").read_bytes()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from tricomp import codec, container, tree
+from tricomp import bounds, codec, container, tree
 from tricomp.dtypes import Words
 from tricomp.layout import Leaf, Snapshot, snapshot_of
 
@@ -34,8 +34,16 @@ class Content:
 
 
 def content_of(value: Any) -> Content:
-    """The Content of a tree, sharing its memory. Raises UnsupportedNode, UnsupportedDtype."""
+    """The Content of a tree, sharing its memory where it is contiguous and little-endian.
+
+    Raises UnsupportedNode, UnsupportedDtype; LimitExceeded if more would have to be copied than the machine holds.
+    """
     structure, paths, arrays = tree.flatten(value)
+    n_copied = 0
+    for path, array in zip(paths, arrays, strict=True):
+        if not array.flags.c_contiguous or not array.dtype.isnative:
+            n_copied += array.nbytes  # of a tensor that was expanded, more than it has in memory, or in its file
+            bounds.DEFAULTS.check("max_decoded_bytes", n_copied, f"leaf {path!r}: bytes to copy")
     return Content(structure, snapshot_of(paths, arrays))
 
 

@@ -34,10 +34,16 @@ def _dtype(name: str) -> torch.dtype:
     return dtype
 
 
+def _size(sizes: tuple[Any, ...]) -> torch.Size:
+    if not all(type(size) is int and abs(size) < 1 << 63 for size in sizes):  # torch itself notices when it shows them
+        raise TypeError("sizes are integers of 64 bits")
+    return torch.Size(sizes)
+
+
 # Node kinds noted by path: the type of the plain node that stands for each in the tree, and how it is made again.
 _MAKE_NODE: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "Counter": (dict, Counter),
-    "Size": (tuple, torch.Size),
+    "Size": (tuple, _size),
     "set": (list, set),
     "bytearray": (bytes, bytearray),
     "complex": (tuple, lambda parts: complex(*parts)),
@@ -155,7 +161,7 @@ def unflatten(flat: Flat, device: torch.device | None = None, make: MakeTensor |
             plain, make_node = _MAKE_NODE[kind]
             try:
                 made = make_node(made) if type(node) is plain else None
-            except (AttributeError, RuntimeError, TypeError, ValueError):
+            except (AttributeError, OverflowError, RuntimeError, TypeError, ValueError):
                 made = None
             if made is None:
                 what = f"is {node!r}" if isinstance(node, str) else f"is a {type(node).__name__}"

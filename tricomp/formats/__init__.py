@@ -27,7 +27,7 @@ from tricomp.formats.base import HEAD_BYTES, Format
 from tricomp.formats.flax import Flax
 from tricomp.formats.npy import Npy
 from tricomp.formats.npz import Npz
-from tricomp.formats.origin import Origin, Span, TensorFile
+from tricomp.formats.origin import Origin, Span, TensorFile, check_sizes, sizes_of
 from tricomp.formats.safetensors import Safetensors
 from tricomp.formats.span import Leaves
 
@@ -71,6 +71,7 @@ def origins(file: File, limits: Limits = bounds.DEFAULTS) -> list[Origin]:
     if not isinstance(packed, list):
         raise CorruptFile(f"{file.name}: origin: expected a list, got {type(packed).__name__}.")
     leaves = Leaves(map(file.leaf, file))
+    check_sizes([sizes_of(each) for each in packed], len(leaves), limits, f"{file.name}: origin")
     found = [Origin.from_metadata(each, file, limits, leaves) for each in packed]
     if len({origin.name for origin in found}) != len(found):
         raise CorruptFile(f"{file.name}: origin: two files of one name.")

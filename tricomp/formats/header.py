@@ -81,6 +81,11 @@ def abridge(whole: bytes, placed: Sequence[tuple[Leaf, int]]) -> bytes | None:
 
 def expand(short: bytes, placed: Sequence[tuple[Leaf, int]], n_bytes: int, what: str) -> bytes:
     """The header of n_bytes that was abridged. Raises CorruptFile, naming what, if it does not come out so."""
+    n_marks = short.count(_ENTRY, 8) + short.count(_SKIP, 8)
+    if n_marks > len(placed):
+        raise CorruptFile(
+            f"{what}: a mark in it stands for no leaf that a header could name: {n_marks} marks, {len(placed)} spans."
+        )
     rest = iter(placed)
     parts: list[bytes] = [short[:8]]
     missing = n_bytes - len(parts[0])

@@ -24,7 +24,7 @@ from tricomp.file import File
 from tricomp.folder import LocalFile
 from tricomp.formats import npy
 from tricomp.formats.export import named_leaves
-from tricomp.formats.origin import Origin, Span, TensorFile
+from tricomp.formats.origin import Origin, Span, TensorFile, check_sizes, sizes_of
 from tricomp.formats.scratch import Scratch
 from tricomp.formats.span import Leaves, decoded, spans_of
 from tricomp.layout import Leaf
@@ -35,6 +35,7 @@ _LOCAL = struct.Struct("<4s5HLLL2H")  # a member's own header; names and extra f
 _DATE = (1980, 1, 1, 0, 0, 0)  # numpy writes this one
 _PIECE_BYTES = 1 << 20
 _MOST_INFLATED = 1032  # bytes that one byte of deflate gives at most
+_MAX_NAME_BYTES = 60_000  # a zip has two bytes for the length
 _ADVICE = "Copy it again, or save it anew."
 # What zipfile raises on damaged zips, struct.error and the like included.
 _FAULTS = (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, LookupError, EOFError, OSError,
@@ -80,7 +81,7 @@ class Npz:
         leaves = named_leaves(file, "npz")
         names: set[str] = set()
         for name, leaf in leaves:
-            if "\0" in name or name in names or len(name.encode()) > 60_000:
+            if "\0" in name or name in names or len(name.encode()) > _MAX_NAME_BYTES:
                 raise InvalidArgument(f"leaf {leaf.path!r}: a zip cannot hold that name. Rename the leaf.")
             names.add(name)
         return _zipped(_stored_members(leaves, file))
@@ -106,6 +107,8 @@ def _members(archive: zipfile.ZipFile, source: Source) -> dict[str, zipfile.ZipI
             raise _refused(source, f"expected each name once, got two of {key!r}")
         if info.flag_bits & 1:
             raise _refused(source, f"{info.filename!r} is encrypted")
+        if len(key.encode()) > _MAX_NAME_BYTES:
+            raise _refused(source, f"expected names of at most {_MAX_NAME_BYTES} bytes, got {key[:40]!r}...")
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others may ask for any memory
             raise _refused(
                 source, f"{info.filename!r}: expected it stored or deflated, got method {info.compress_type}"
@@ -156,6 +159,12 @@ def _read_inflated(
 ) -> TensorFile:
     """The arrays are views of a scratch file of all members' contents; its origin is noted for the writer."""
     name = os.path.basename(path)
+    at = 0
+    for info in members.values():  # before anything is inflated: one deflated text could be the content of many
+        begin = _begin(info, source)
+        if begin < at:
+            raise _refused(source, f"{info.filename!r}: expected {info.compress_size} bytes of its own")
+        at = begin + info.compress_size
     scratch = Scratch(source.name)
     try:
         starts = {key: _inflate(archive, info, source, scratch) for key, info in members.items()}
@@ -175,7 +184,6 @@ def _read_inflated(
 
 def _inflate(archive: zipfile.ZipFile, info: zipfile.ZipInfo, source: Source, scratch: Scratch) -> int:
     """Append a member's content to a scratch file; returns where it begins there."""
-    _begin(info, source)
     if info.file_size > info.compress_size * _MOST_INFLATED + 64:
         raise _refused(
             source, f"{info.filename!r}: {info.compress_size} bytes cannot hold the {info.file_size} declared"
@@ -216,7 +224,9 @@ def _inflated_members(file: File, notes: dict[str, Any]) -> Iterator[_Member]:
     packed = notes["members"]
     if not isinstance(packed, bytes):
         raise CorruptFile(f"{what}: expected its members, got {type(packed).__name__}.")
-    contents = Origin.from_metadata(notes["contents"], file)
+    leaves = Leaves(map(file.leaf, file))
+    check_sizes([sizes_of(notes["contents"])], len(leaves), bounds.DEFAULTS, what)
+    contents = Origin.from_metadata(notes["contents"], file, leaves=leaves)
     if not contents.is_exact:
         raise CorruptFile(f"{what}: expected the contents of its members, got none.")
     inflater = zlib.decompressobj()
@@ -225,6 +235,8 @@ def _inflated_members(file: File, notes: dict[str, Any]) -> Iterator[_Member]:
         members = [(str(name), int(n_bytes), bool(is_deflated)) for name, n_bytes, is_deflated in listed]
     except (zlib.error, ValueError, TypeError) as error:
         raise CorruptFile(f"{what}: {error}.") from None
+    if any(len(name.encode()) > _MAX_NAME_BYTES + 4 for name, _, _ in members):
+        raise CorruptFile(f"{what}: a zip cannot hold the name of one of its members.")
     if any(n_bytes < 0 for _, n_bytes, _ in members) or sum(n for _, n, _ in members) != contents.n_bytes:
         raise CorruptFile(f"{what}: its members do not have {contents.n_bytes} bytes together.")
     return _cut(members, contents.pieces(file))

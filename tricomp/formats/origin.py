@@ -19,7 +19,7 @@ import numpy as np
 from tricomp import bounds, dtypes
 from tricomp import tree as trees
 from tricomp.bounds import Bytes, Limits
-from tricomp.errors import CorruptFile, InvalidArgument
+from tricomp.errors import CorruptFile, InvalidArgument, LimitExceeded
 from tricomp.formats import header
 from tricomp.formats.span import Leaves, Span, decoded, fault_of
 from tricomp.layout import Leaf
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["Origin", "Span", "TensorFile", "is_plain_name"]
 
 Array = np.ndarray[Any, Any]
+_MOST_SPANS = 1 << 20  # of all files, beside one for each leaf
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,10 @@ class TensorFile:
         """The Origin of this file, then of its parts. Raises InvalidArgument if spans do not fit the file or tree."""
         _, paths, arrays = trees.flatten(self.tree)
         leaves = Leaves(Leaf(path, dtypes.of(array, path), array.shape) for path, array in zip(paths, arrays))
-        return [_origin_of(opened, leaves) for opened in (self, *self.parts)]
+        found = [_origin_of(opened, leaves) for opened in (self, *self.parts)]
+        sizes = [(40 * len(origin.spans or ()), len(origin.skeleton)) for origin in found]
+        check_sizes(sizes, len(leaves), bounds.DEFAULTS, self.name)
+        return found
 
     def to_metadata(self) -> dict[str, Any]:
         """What a `.tri` file of this tree takes as metadata: the adapter's notes, and "origin"."""
@@ -162,6 +166,26 @@ class Origin:
             offset = span.offset + span.n_bytes
         if done < len(skeleton):
             yield skeleton[done:]
+
+
+def check_sizes(sizes: Sequence[tuple[int, int]], n_leaves: int, limits: Limits, what: str) -> None:
+    """Raise LimitExceeded if the origins of a tree of n_leaves take more memory than any that files of tensors have.
+
+    sizes: bytes of the columns, and of the skeleton, of each.
+    """
+    n_bytes = sum(map(sum, sizes))
+    limits.check("max_table_bytes", n_bytes, f"{what}: bytes that are no leaf's")
+    n_spans = sum(n_columns for n_columns, _ in sizes) // 40
+    if n_spans > n_leaves + _MOST_SPANS:
+        raise LimitExceeded(f"{what}: its {n_leaves} leaves stand in {n_spans} pieces, {_MOST_SPANS} more are read.")
+
+
+def sizes_of(packed: Any) -> tuple[int, int]:
+    """Bytes of the columns, and of the skeleton, that an entry of metadata["origin"] declares; 0 if it is damaged."""
+    entry = packed if isinstance(packed, dict) else {}
+    spans, n_skeleton = entry.get("spans"), entry.get("skeleton_bytes")
+    n_columns = int.from_bytes(spans[:8], "little") if isinstance(spans, bytes) else 0
+    return n_columns, n_skeleton if type(n_skeleton) is int and n_skeleton > 0 else 0
 
 
 def is_plain_name(name: str) -> bool:
