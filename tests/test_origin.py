@@ -15,6 +15,7 @@ import tricomp
 from tests.cases import of_dtype, weights
 from tests.format_cases import safetensors_of, there_and_back
 from tricomp import dtypes, formats
+from tricomp import tree as trees
 from tricomp.bounds import Limits
 from tricomp.errors import CorruptFile, InvalidArgument, LimitExceeded, TricompError
 from tricomp.folder import LocalFile
@@ -464,7 +465,7 @@ def whole(entries, begin=b"{", end=b"}", sep=b","):
 
 
 def entries_of(leaves):
-    return [header.entry(header.key_of(leaf.path), leaf, at) for leaf, at in leaves]
+    return [header.entry(trees.key_of(leaf.path), leaf, at) for leaf, at in leaves]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ is noticed, and a delta is decoded against the very content that it was made aga
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
@@ -32,7 +31,6 @@ Path = str | os.PathLike[str]
 OnProgress = Callable[[int, int], None]  # bytes done, of so many
 
 STREAM = "standard output"
-_log = logging.getLogger("tricomp")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ must be told from damage, so the header holds the digest of the reference's word
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import msgpack
@@ -17,7 +16,7 @@ from tricomp.bounds import Bytes, Limits
 from tricomp.container import FORMAT, MAX_BIN_BYTES, START, bin_start, check_of
 from tricomp.dtypes import Words, by_number, from_words, of, to_words
 from tricomp.errors import CorruptFile, CorruptFrame, InvalidArgument, LimitExceeded, UnsupportedVersion, WrongReference
-from tricomp.layout import Leaf, snapshot_of
+from tricomp.layout import Leaf, is_shape, snapshot_of
 from tricomp.plan import Plan, Spec, check_spec
 
 Array = np.ndarray[Any, Any]
@@ -134,9 +133,9 @@ def _read(blob: memoryview, limits: Limits) -> tuple[dict[str, Any], Bytes]:
         if type(header.get(key)) is not kind:
             raise CorruptFile(f"{_WHAT}: header: {key} is missing or of the wrong kind.")
     shape = header["shape"]
-    if not all(type(n) is int and n >= 0 for n in shape) or math.prod(max(n, 1) for n in shape) >= 1 << 59:
-        raise CorruptFile(f"{_WHAT}: header: shape {shape}.")
     limits.check("max_dimensions", len(shape), _WHAT)
+    if not all(type(n) is int and n >= 0 for n in shape) or not is_shape(shape):
+        raise CorruptFile(f"{_WHAT}: header: shape {shape}.")
     return header, _join_bins(body[offset:])
 
 

@@ -7,7 +7,6 @@ in a row without gaps, so their offsets are sums of sizes and cannot overlap or 
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import xxhash
 from tricomp import bounds, dtypes, tail, tree
 from tricomp.bounds import Bytes, Limits
 from tricomp.errors import CorruptFile, CorruptFrame, InvalidArgument, UnsupportedVersion
-from tricomp.layout import Leaf
+from tricomp.layout import Leaf, is_shape
 from tricomp.storage import Source
 
 if TYPE_CHECKING:
@@ -110,7 +109,7 @@ class Writing:
     ) -> None:
         self.structure, self.leaves, self.parent = structure, tuple(leaves), parent
         for leaf in self.leaves:
-            if not _is_shape(leaf.shape):
+            if not is_shape(leaf.shape):
                 raise InvalidArgument(
                     f"leaf {leaf.path!r}: shape {list(leaf.shape)}: its sizes multiply to 2^59 or more. Drop the leaf."
                 )
@@ -344,11 +343,6 @@ def _leaf_table(leaves: Sequence[Leaf]) -> bytes:
     return packed
 
 
-def _is_shape(shape: Sequence[int]) -> bool:
-    """Whether a leaf can be of this shape: in bytes, below what an address can hold, also if another size is 0."""
-    return math.prod(max(n, 1) for n in shape) < 1 << 59
-
-
 def _ints(found: Any, what: str, low: int = 0, high: int = 1 << 63) -> list[int]:
     if not isinstance(found, list) or not all(type(value) is int and low <= value < high for value in found):
         raise CorruptFile(f"{what}: expected an array of integers from {low} to below {high}. {_ADVICE}")
@@ -375,7 +369,7 @@ def _leaves(found: Any, paths: Sequence[str], limits: Limits, what: str) -> tupl
     for shape in shapes:
         known.append(tuple(_ints(shape, what)))
         limits.check("max_dimensions", len(shape), what)
-        if not _is_shape(known[-1]):
+        if not is_shape(known[-1]):
             raise CorruptFile(f"{what}: a leaf of shape {known[-1]}. {_ADVICE}")
     chosen = _ints(which, what, high=len(known))
     return tuple(

@@ -11,13 +11,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
-from itertools import accumulate, pairwise
 from typing import Any
 
 from tricomp.errors import CorruptFrame, MissingLeaf
 from tricomp.file import File
 from tricomp.groups import group_names
-from tricomp.report import Breakdown
+from tricomp.report import Breakdown, divided
 
 PURPOSES = tuple(field.name for field in fields(Breakdown))
 _ORIGIN, _BASE = "origin", "base"  # keys of the metadata of a file that was compressed from files
@@ -241,14 +240,6 @@ def _frames_bytes(file: File) -> int:
             seen.update(file.frame_leaves(path))
             n_bytes += file.coded_bytes(path)
     return n_bytes
-
-
-def divided(n_bytes: int, n_words: Sequence[int]) -> list[int]:
-    """n_bytes divided in proportion to n_words, in whole bytes that add up to it."""
-    ends = list(accumulate(n_words, initial=0))
-    shares = [n_bytes * end // ends[-1] if ends[-1] else 0 for end in ends]
-    shares[-1] = n_bytes
-    return [end - begin for begin, end in pairwise(shares)]
 
 
 def _group(name: str, leaves: Sequence[LeafFacts]) -> GroupFacts:

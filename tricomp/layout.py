@@ -35,6 +35,11 @@ class Leaf:
         return self.n_words * self.dtype.word_bits // 8
 
 
+def is_shape(shape: Sequence[int]) -> bool:
+    """Whether a leaf can be of this shape: in bytes, below what an address can hold, also if another size is 0."""
+    return len(shape) <= 64 and math.prod(max(size, 1) for size in shape) < 1 << 59
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a leaf stands: words [offset, offset + n_words) of Buffer number buffer."""

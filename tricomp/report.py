@@ -100,7 +100,8 @@ def report_of(path: str, written: Writing, seconds: float) -> Report:
     leaves: dict[int, LeafReport] = {}
     for entry in written.entries:
         plan = Plan.from_wire(entry.plan, written.leaves[entry.leaves[0]].path)
-        for number, n_bytes in zip(entry.leaves, _shares(written, entry.leaves, entry.n_bytes), strict=True):
+        shares = divided(entry.n_bytes, [written.leaves[number].n_words for number in entry.leaves])
+        for number, n_bytes in zip(entry.leaves, shares, strict=True):
             leaf = written.leaves[number]
             raw = (leaf.path, leaf.dtype.name, leaf.shape, leaf.n_bytes)
             leaves[number] = LeafReport(*raw, n_bytes, plan.predict, plan.entropy)
@@ -116,9 +117,9 @@ def report_of(path: str, written: Writing, seconds: float) -> Report:
     )
 
 
-def _shares(written: Writing, numbers: Sequence[int], n_bytes: int) -> list[int]:
-    """n_bytes divided among leaves by their words, in whole bytes that add up to it."""
-    ends = list(accumulate((written.leaves[number].n_words for number in numbers), initial=0))
+def divided(n_bytes: int, n_words: Sequence[int]) -> list[int]:
+    """n_bytes divided in proportion to n_words, in whole bytes that add up to it."""
+    ends = list(accumulate(n_words, initial=0))
     shares = [n_bytes * end // ends[-1] if ends[-1] else 0 for end in ends]
     shares[-1] = n_bytes
     return [end - begin for begin, end in pairwise(shares)]

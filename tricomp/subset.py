@@ -41,8 +41,8 @@ class Subset(File):
         for parts in keys:
             node = nested
             for key in parts[n_shared:-1]:
-                node = node.setdefault(_key(key), {})
-            node[_key(parts[-1])] = np.empty(0)
+                node = node.setdefault(tree.key_of(key), {})
+            node[tree.key_of(parts[-1])] = np.empty(0)
         self._structure, own, _ = tree.flatten(nested)
         known = {"/".join(parts[n_shared:]): path for parts, path in zip(keys, paths)}
         self._paths = {path: known[path] for path in own}
@@ -110,7 +110,3 @@ class Subset(File):
             return self._paths[path]
         except KeyError:
             raise MissingLeaf(f"{self.name}: no leaf {path!r} was chosen.") from None
-
-
-def _key(part: str) -> str:
-    return part.replace("~1", "/").replace("~0", "~")

@@ -21,7 +21,7 @@ from tricomp.checkpoint import open_file
 from tricomp.dtypes import DType
 from tricomp.errors import InvalidArgument, MissingLeaf, UnsupportedNode
 from tricomp.file import File
-from tricomp.formats.header import NAMES, key_of
+from tricomp.formats.header import NAMES
 from tricomp.selection import select
 
 Array = np.ndarray[Any, Any]
@@ -152,7 +152,7 @@ def names_of(paths: Iterable[str]) -> dict[str, str]:
     """Name to path of leaves: their keys if all stand in the tree's outermost dict or list, else their paths."""
     paths = list(paths)
     is_flat = not any("/" in path for path in paths)
-    return {key_of(path) if is_flat else path: path for path in paths}
+    return {tree.key_of(path) if is_flat else path: path for path in paths}
 
 
 def code_of(dtype: DType) -> str:

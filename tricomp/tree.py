@@ -60,6 +60,11 @@ def join(path: str | None, key: str | int) -> str:
     return name if path is None else f"{path}/{name}"
 
 
+def key_of(part: str) -> str:
+    """The key that stands as this part of a path: what join made of it, undone."""
+    return part.replace("~1", "/").replace("~0", "~")
+
+
 def flatten(tree: Tree, limits: Limits = bounds.DEFAULTS) -> tuple[bytes, tuple[str, ...], tuple[Array, ...]]:
     """Structure, paths and leaves of a tree, in the tree's own order.
 

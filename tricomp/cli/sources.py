@@ -9,10 +9,9 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 
 from tricomp import archive_names, checkpoint, formats
-from tricomp.container import START
 from tricomp.content import Content, content_of
 from tricomp.errors import InvalidArgument, MissingStep, WrongReference
 from tricomp.file import File
@@ -52,9 +51,7 @@ def is_store(path: str) -> bool:
 
 def is_compressed(path: str) -> bool:
     """Whether a path is to be read as a `.tri` file: it begins like one, or is called so."""
-    with suppress(OSError), open(path, "rb") as file:
-        return file.read(1 + len(START))[1:] == START or path.endswith(archive_names.SUFFIX)
-    return path.endswith(archive_names.SUFFIX)
+    return archive_names.is_compressed(path) or path.endswith(archive_names.SUFFIX)
 
 
 @contextmanager

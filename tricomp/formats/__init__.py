@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import BinaryIO
 
-from tricomp import bounds, folder
+from tricomp import archive_output, bounds, folder
 from tricomp.bounds import Bytes, Limits
 from tricomp.container import START
 from tricomp.errors import CorruptFile, UnsupportedFormat
@@ -101,22 +101,10 @@ def write(format: str, file: File, target: str | os.PathLike[str] | BinaryIO) ->
 
     Raises what exported raises, StorageError.
     """
-    n_bytes = 0
-
-    def counted() -> Iterator[Bytes]:
-        nonlocal n_bytes
-        for piece in pieces:
-            n_bytes += len(piece)
-            yield piece
-
     pieces = exported(format, file)
     if isinstance(target, str | os.PathLike):
-        where, name = folder.split(target)
-        where.put(name, counted())
-    else:
-        for piece in counted():
-            target.write(piece)
-    return n_bytes
+        return archive_output.put(os.fspath(target), pieces)
+    return archive_output.write(target, pieces)
 
 
 def _best(formats: tuple[Format, ...], head: bytes, path: str) -> Format | None:

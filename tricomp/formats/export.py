@@ -5,7 +5,6 @@ from __future__ import annotations
 from tricomp import tree as trees
 from tricomp.errors import InvalidArgument
 from tricomp.file import File
-from tricomp.formats.header import key_of
 from tricomp.layout import Leaf
 
 
@@ -21,4 +20,4 @@ def named_leaves(file: File, format: str) -> list[tuple[str, Leaf]]:
         )
     leaves = [file.leaf(path) for path in file]
     is_flat = not any("/" in leaf.path for leaf in leaves)
-    return [(key_of(leaf.path) if is_flat else leaf.path, leaf) for leaf in leaves]
+    return [(trees.key_of(leaf.path) if is_flat else leaf.path, leaf) for leaf in leaves]

@@ -25,7 +25,7 @@ from tricomp.folder import LocalFile
 from tricomp.formats import flax_writer
 from tricomp.formats.origin import Span, TensorFile
 from tricomp.formats.scratch import Scratch
-from tricomp.formats.span import is_shape
+from tricomp.layout import is_shape
 
 Array = np.ndarray[Any, Any]
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3  # extension codes

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from tricomp.errors import CorruptFile
 from tricomp.layout import Leaf
+from tricomp.tree import key_of
 
 # The library sorts tensors by this order, backwards, then by name. Frozen since format 1: abridged headers rest on it.
 BITS = {
@@ -35,11 +36,6 @@ _TRIES = 8  # leaves among which one must have an entry as expected
 def text(value: object) -> bytes:
     """JSON as the library writes it: no spaces, only what must be escaped is."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def key_of(path: str) -> str:
-    """The key in a flat dict of a leaf of that path."""
-    return path.replace("~1", "/").replace("~0", "~")
 
 
 def entry(name: str, leaf: Leaf, start: int) -> bytes:

@@ -26,8 +26,8 @@ from tricomp.file import File
 from tricomp.folder import LocalFile
 from tricomp.formats.export import named_leaves
 from tricomp.formats.origin import Span, TensorFile
-from tricomp.formats.span import Leaves, decoded, is_shape, spans_of
-from tricomp.layout import Leaf
+from tricomp.formats.span import Leaves, decoded, spans_of
+from tricomp.layout import Leaf, is_shape
 from tricomp.storage import Source
 
 Array = np.ndarray[Any, Any]

@@ -23,7 +23,8 @@ from tricomp.formats import header
 from tricomp.formats.export import named_leaves
 from tricomp.formats.header_reader import MAX_HEADER_BYTES, METADATA, Object, Tensor, json_of, parse, refuse, shown
 from tricomp.formats.origin import Span, TensorFile, is_plain_name
-from tricomp.formats.span import Leaves, decoded, is_shape, spans_of
+from tricomp.formats.span import Leaves, decoded, spans_of
+from tricomp.layout import is_shape
 
 Array = np.ndarray[Any, Any]
 _INDEX = re.compile(r"\.safetensors\.index(\.[^./]+)?\.json$", re.IGNORECASE)  # "fp16" may stand in it

@@ -6,7 +6,6 @@ piece by piece, and small ones many at a time.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -75,11 +74,6 @@ def fault_of(span: Span, leaf: Leaf | None) -> str:
         if span.n_bytes != leaf.n_bytes:
             return "axes, and not the whole leaf"
     return ""
-
-
-def is_shape(shape: Sequence[int]) -> bool:
-    """Whether an array, and a leaf of a `.tri` file, can be of this shape, which an empty one may exceed."""
-    return len(shape) <= 64 and math.prod(max(size, 1) for size in shape) < 1 << 59
 
 
 def element_bytes(leaf: Leaf) -> int:
