@@ -233,3 +233,35 @@ def test_completion_without_shtab_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "shtab", None)
     assert cli.main(["completion", "bash"]) == 1
     assert capsys.readouterr().err == "tricomp completion: shtab is not installed. Run: pip install 'tricomp[cli]'\n"
+
+
+def test_nothing_but_the_file_goes_to_standard_output_when_standard_error_is_closed(tmp_path):
+    np.save(tmp_path / "a.npy", weights((33, 65)))
+    command = [*COMMAND, "compress", "-v", "-c", "a.npy"]
+    expected = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stdout
+    closing = ["sh", "-c", 'exec "$@" 2>&-', "sh", *command]
+    assert subprocess.run(closing, cwd=tmp_path, stdout=subprocess.PIPE, check=True).stdout == expected
+    done = subprocess.run([*closing[:-1], "none.npy"], cwd=tmp_path, stdout=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stdout) == (1, b"")
+
+
+def test_a_closed_standard_output_is_one_line_unless_nothing_goes_there(tmp_path):
+    np.save(tmp_path / "a.npy", weights((33, 65)))
+    for arguments, told in ((["compress", "-q", "a.npy"], ""), *(
+        (arguments, "standard output is closed")
+        for arguments in (["compress", "-c", "a.npy"], ["inspect", "a.npy.tri"], ["inspect", "--json", "a.npy.tri"])
+    )):  # fmt: skip
+        closing = ["sh", "-c", 'exec "$@" >&-', "sh", *COMMAND, *arguments]
+        done = subprocess.run(closing, cwd=tmp_path, stderr=subprocess.PIPE, text=True, check=False)
+        assert done.returncode == (1 if told else 0)
+        assert told in done.stderr
+        assert done.stderr.count("\n") == bool(told)
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "export --to npz", "compress --base"])
+def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(tmp_path, command):
+    os.mkfifo(tmp_path / "pipe")
+    np.save(tmp_path / "a.npy", weights((5, 3)))
+    done = run(*command.split(), "pipe", *(["a.npy"] if "base" in command else []), cwd=tmp_path, timeout=60)
+    assert done.returncode in (1, 2)
+    assert "pipe: is not a regular file." in done.stderr

@@ -41,8 +41,10 @@ def path_of(path: Any, what: str) -> str:
 
 def is_compressed(path: str) -> bool:
     """Whether a file begins as a `.tri` file does; False if it cannot be read, which reading it then tells."""
-    with suppress(OSError), open(path, "rb") as file:
-        return file.read(1 + len(START))[1:] == START
+    with suppress(OSError):
+        if os.path.isfile(path):  # a pipe would block
+            with open(path, "rb") as file:
+                return file.read(1 + len(START))[1:] == START
     return False
 
 

@@ -47,6 +47,8 @@ class LocalFile:
         self.name = name or path
         self._map: mmap.mmap | None = None
         try:
+            if not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):  # a pipe would block
+                raise InvalidArgument(f"{self.name}: is not a regular file. Copy what it gives to one first.")
             with open(path, "rb") as file:
                 self.n_bytes = os.fstat(file.fileno()).st_size
                 if self.n_bytes:  # an empty file cannot be mapped
@@ -55,6 +57,8 @@ class LocalFile:
             raise MissingFile(f"{self.name}: there is no such file. Check the path.") from None
         except IsADirectoryError:
             raise InvalidArgument(f"{self.name}: is a folder. Give a .tri file, or use tricomp.Store.") from None
+        except InvalidArgument:
+            raise
         except (OSError, ValueError) as error:
             raise _storage_error(error, f"{self.name}: cannot be read", is_reading=True) from error
         self._view = memoryview(self._map) if self._map is not None else memoryview(b"")

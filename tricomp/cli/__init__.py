@@ -8,6 +8,7 @@ quickly. The hard thing: however a subcommand ends, the shell gets one line and 
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import signal
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Exits with 2 on wrong use.
     """
     options = argparse.Namespace(command="")
+    _fill_streams()
     try:
         with _stoppable():
             options = parser().parse_args(argv)
@@ -58,6 +60,34 @@ def parser() -> argparse.ArgumentParser:
     for module in (compress, inspection, stores, completion, demo):
         module.add(commands, [console.common()])
     return made
+
+
+class _Closed(io.TextIOBase):
+    """Stands for a standard output that is closed: fine as long as nothing goes there."""
+
+    @property
+    def buffer(self) -> _Closed:
+        return self
+
+    def write(self, _: object) -> NoReturn:
+        raise OSError("standard output is closed")
+
+
+def _fill_streams() -> None:
+    """Put something in the place of standard streams that are closed.
+
+    Else print would take standard output for errors, between the bytes of a file, and the next file that is opened
+    would get the number to which libraries write their warnings.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+    if sys.stdout is None:
+        sys.stdout = _Closed()
 
 
 class Stopped(KeyboardInterrupt):
