@@ -268,7 +268,7 @@ def test_a_large_frame_waits_on_disk_and_is_the_same(monkeypatch, tmp_path):
     put(there, "x", content, spec=SPEC)
     assert here.get("x").read(0, here.n_bytes) == there.get("x").read(0, there.n_bytes)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
-    with pytest.raises(StorageError, match=r"nowhere: a large leaf waits there .* set TMPDIR"):
+    with pytest.raises(StorageError, match=r"nowhere: cannot hold a large leaf .* set TMPDIR"):
         put(there, "y", content, spec=SPEC)
     assert list(there.list()) == ["x"]
 

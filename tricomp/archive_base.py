@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
+from contextlib import closing
 
 import numpy as np
 
@@ -16,11 +16,11 @@ from tricomp import archive_names, folder, formats
 from tricomp.archive_output import unchanged
 from tricomp.content import Content, content_of
 from tricomp.dtypes import Words, to_words
-from tricomp.errors import InvalidArgument, StorageError, TricompError, WrongReference
+from tricomp.errors import InvalidArgument, WrongReference
 from tricomp.file import File
 from tricomp.formats import TensorFile
 from tricomp.layout import Leaf
-from tricomp.spool import MEMORY_BYTES
+from tricomp.spool import MEMORY_BYTES, Scratch
 
 _log = logging.getLogger("tricomp")
 
@@ -33,19 +33,10 @@ class BaseFile(File):
         if path not in self or self.leaf(path).n_bytes <= MEMORY_BYTES:
             return super().find(path)
         leaf = self.leaf(path)
-        try:
-            with tempfile.TemporaryFile(prefix="tricomp-") as file:
-                for piece in self.pieces(path):
-                    file.write(to_words(piece).data)
-                file.flush()
-                return leaf, np.memmap(file, leaf.dtype.word_dtype, "r").view(np.ndarray)
-        except TricompError:
-            raise
-        except OSError as error:
-            raise StorageError(
-                f"{tempfile.gettempdir()}: a large leaf of the base waits there: {error.strerror}. "
-                f"Free some space, or set TMPDIR to a folder that has it."
-            ) from error
+        with closing(Scratch(self.name, "a large leaf of the base")) as scratch:
+            for piece in self.pieces(path):
+                scratch.append(to_words(piece).view(np.uint8).data)
+            return leaf, np.frombuffer(scratch.read(0, scratch.n_bytes), leaf.dtype.word_dtype)
 
 
 class Base:

@@ -24,8 +24,8 @@ from tricomp.file import File
 from tricomp.folder import LocalFile
 from tricomp.formats import flax_writer
 from tricomp.formats.origin import Span, TensorFile
-from tricomp.formats.scratch import Scratch
 from tricomp.layout import is_shape
+from tricomp.spool import Scratch
 
 Array = np.ndarray[Any, Any]
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3  # extension codes
@@ -147,7 +147,7 @@ def _joined(node: dict[Any, Any], source: LocalFile, placed: _Placed) -> Array:
     if shape is None or not chunks or not is_fit or not all(type(size) is int and size >= 0 for size in shape):
         _refuse(source, "an array in chunks: expected its shape and chunks of one dtype, got something else")
     parts: list[tuple[int, int, int]] = []
-    scratch = Scratch(source.name)
+    scratch = Scratch(source.name, f"the chunks of {source.name}")
     for chunk in chunks:
         parts.append((scratch.n_bytes, chunk.offset, chunk.n_bytes))
         for start in range(0, chunk.n_bytes, 1 << 24):

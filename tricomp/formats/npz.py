@@ -25,9 +25,9 @@ from tricomp.folder import LocalFile
 from tricomp.formats import npy
 from tricomp.formats.export import named_leaves
 from tricomp.formats.origin import Origin, Span, TensorFile, check_sizes, sizes_of
-from tricomp.formats.scratch import Scratch
 from tricomp.formats.span import Leaves, decoded, spans_of
 from tricomp.layout import Leaf
+from tricomp.spool import Scratch
 from tricomp.storage import Source
 
 Array = np.ndarray[Any, Any]
@@ -165,7 +165,7 @@ def _read_inflated(
         if begin < at:
             raise _refused(source, f"{info.filename!r}: expected {info.compress_size} bytes of its own")
         at = begin + info.compress_size
-    scratch = Scratch(source.name)
+    scratch = Scratch(source.name, f"what is inflated of {source.name}")
     try:
         starts = {key: _inflate(archive, info, source, scratch) for key, info in members.items()}
         placed = {
