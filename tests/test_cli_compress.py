@@ -181,8 +181,18 @@ def test_a_base_in_the_folder_is_left_alone(folder, capsys):
     for seed in range(3):
         save_file(model() | {"counts": np.full(31, seed, np.int64)}, f"in/{seed}.safetensors")
     assert call("compress", "in", "--base", "in/0.safetensors", "--rm") == 0
-    assert capsys.readouterr().err.splitlines()[-1].endswith("; 1 other files left alone")
+    assert capsys.readouterr().err.splitlines()[-1].endswith("; 1 other file left alone")
     assert contents(folder / "in").keys() == {"0.safetensors", "1.safetensors.tri", "2.safetensors.tri"}
+
+
+def test_a_folder_without_anything_to_do(folder, capsys):
+    (folder / "in").mkdir()
+    (folder / "in" / "README.md").write_text("# read me\n")
+    assert call("compress", "in") == 0
+    assert one_line(capsys) == "0 files; 1 other file left alone\n"
+    np.save("in/a.npy", weights((9, 9)))
+    assert call("compress", "in") == 0
+    assert capsys.readouterr().err.splitlines()[-1].startswith("1 file: ")
 
 
 def test_patterns_that_the_shell_left_alone(folder, capsys):

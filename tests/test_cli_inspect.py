@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -111,7 +112,7 @@ def test_text(run):
     assert (code, err) == (0, "")
     assert lines[0].startswith("0.tri: 13 leaves, ")
     assert "format 1, tricomp " in lines[1]
-    assert lines[2:4] == ["  stands alone", "  metadata: run=a, lr=0.5, notes (1 entries)"]
+    assert lines[2:4] == ["  stands alone", "  metadata: run=a, lr=0.5, notes (1 entry)"]
     assert any(line.startswith("group ") and "ratio  symbols  remainder" in line for line in lines)
     assert any(line.startswith("model/h.0.weight ") and "float32[130,257]" in line for line in lines)
     assert all(len(line) <= 120 and line == line.rstrip() for line in lines)
@@ -178,6 +179,32 @@ def test_what_is_no_file_to_inspect(run, folder, tmp_path):
     assert err.count("\n") == 1
     assert run("inspect", "run@5")[::2] == (1, "tricomp inspect: step 5 is not in run. The nearest is step 0.\n")
     assert run("inspect")[0] == 2
+
+
+def test_one_file_that_fails_does_not_keep_the_others_from_being_shown(run):
+    code, out, err = run("inspect", "nope.tri", "0.tri", "run", "1.tri")
+    assert (code, err.count("\n")) == (1, 2)
+    heads = [line for line in out.splitlines() if line and not line.startswith(" ") and ".tri: " in line]
+    assert [head.split(":")[0] for head in heads] == ["0.tri", "1.tri"]
+    assert not out.startswith("\n")
+
+
+def test_folders_of_files_and_stores(run, folder, tmp_path):
+    for name in ("a.tri", "b/c.tri", ".hidden.tri", ".old/d.tri"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(folder / "0.tri", tmp_path / name)
+    shutil.copytree(folder / "run", tmp_path / "b" / "run")
+    assert run("verify", str(tmp_path), "--json")[0] == 0
+    lines = run("verify", str(tmp_path))[1].splitlines()
+    assert [line.split(": ")[0] for line in lines] == [f"{tmp_path}/{name}" for name in ("a.tri", "b/c.tri", "b/run")]
+    assert lines[2].endswith("3 steps intact")
+    flipped(folder / "0.tri", tmp_path / "b" / "c.tri", 5000)
+    assert run("verify", "-q", str(tmp_path))[0] == 1
+    code, out, err = run("inspect", str(tmp_path / "b"), "--json")
+    assert (code, json.loads(out)["name"]) == (1, f"{tmp_path}/b/c.tri")
+    assert "b/run: is a store." in err
+    (tmp_path / "none").mkdir()
+    assert "holds no tensor file" in run("verify", str(tmp_path / "none"))[2]
 
 
 def test_a_damaged_head_is_an_error(run, folder, tmp_path):

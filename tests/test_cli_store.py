@@ -11,7 +11,7 @@ import pytest
 
 import tricomp
 from tests.cases import equal, moments, stepped, weights
-from tricomp import codec
+from tricomp import codec, verification
 from tricomp.cli import main
 from tricomp.file import File
 from tricomp.reference import decode as decoder
@@ -86,7 +86,7 @@ def test_list(run):
     for line, step, kind in zip(lines[1:], STEPS, kinds, strict=False):
         assert re.fullmatch(
             rf" *{step} +\S+ KiB +\S+ KiB +\d\.\d\d  {kind} +\d{{4}}-\d\d-\d\d \d\d:\d\d  "
-            rf"loss={step / 10}, notes \(1 entries\)",
+            rf"loss={step / 10}, notes \(1 entry\)",
             line,
         )
     assert lines[-1].startswith("run: 6 steps, ")
@@ -193,6 +193,7 @@ def test_verify_goes_in_pieces(tmp_path, monkeypatch):
             return elements(file, path, start, stop, parent)
 
         monkeypatch.setattr(File, "elements", spied)
+        monkeypatch.setattr(verification, "_PIECE_BYTES", 1)
         done: list[int] = []
         assert verify_store(store, done.append).is_clean
         assert max(sizes) == codec.DIGEST_BYTES < len(third)
@@ -285,7 +286,7 @@ def test_export_a_step_that_stands_alone(run):
     assert equal(tricomp.load("30.tri"), checkpoint(50))
     code, _, err = run("store", "export", "run", "30", "-o", file_of(30), "-f")
     assert (code, "is input and output at once" in err) == (1, True)
-    assert run("store", "export", "run", "30")[0] == 1
+    assert run("store", "export", "run", "30")[0] == 2
 
 
 def test_the_model_of_a_step_under_its_own_names(run):
@@ -333,18 +334,21 @@ def test_export_chooses_names_and_formats(run, folder):
     assert equal(np.load("c.npy"), np.arange(4))
     assert sorted(os.listdir(folder)) == ["a.npz.tri", "a.safetensors", "b.npz", "b.tri", "c.npy", "run"]
     for argv, told in (
-        (["b.tri"], "expected --to FORMAT or -o OUT"),
         (["b.tri", "-o", "x"], "its name does not tell the format. Give --to FORMAT"),
         (["b.tri", "--to", "gguf"], "format 'gguf': expected one of "),
         (["b.tri", "--to", "npz"], "is there already"),
         (["b.npz", "--to", "npy"], "is a npz file, not a .tri file"),
         (["b.tri", "-o", "x.npz", "--leaves", "q*"], "no leaf matches 'q*'"),
         (["b.tri", "-o", "no/x.npz"], "there is no folder"),
-        (["run@50", "-o", "x.safetensors"], "holds arrays only"),
+        (["run@50", "-o", "x.safetensors"], "this is a float. Export the arrays alone (--leaves '*'), or"),
     ):
         code, out, err = run("export", *argv)
         assert (code, out, err.count("\n")) == (1, "", 1), argv
         assert told in err
+    for argv in (["export", "b.tri"], ["store", "export", "run", "latest"]):
+        code, out, err = run(*argv)
+        assert (code, out) == (2, "")
+        assert "what is to be written? Give --to FORMAT or -o OUT" in err
     assert len(os.listdir(folder)) == 6
 
 

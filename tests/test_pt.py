@@ -332,7 +332,7 @@ def test_what_is_no_such_file(tmp_path):
     (tmp_path / "text.ckpt").write_bytes(b"hello" * 20)
     with zipfile.ZipFile(tmp_path / "other.pt", "w") as other:
         other.writestr("a.txt", "b")
-    for name, text in {"plain": "a pickle that torch.save did not write", "empty": "something else"}.items():
+    for name, text in {"plain": "a pickle that torch.save did not write", "empty": "an empty file"}.items():
         with pytest.raises(UnsupportedFormat, match=text):
             FORMAT.read(str(tmp_path / f"{name}.pt"))
     with pytest.raises(UnsupportedFormat, match=r"zip archive without a data\.pkl"):

@@ -6,6 +6,7 @@ that changes while it is read must be noticed before the output has its name.
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -162,8 +163,8 @@ def _sync(path: str) -> None:
 
 
 def _refused(error: OSError, what: str) -> StorageError:
-    failure = StorageError(
-        f"{what}: cannot be written: {error.strerror or error}. Free space, or choose another place."
-    )
+    is_forbidden = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+    advice = "Choose another place." if is_forbidden else "Free space, or choose another place."
+    failure = StorageError(f"{what}: cannot be written: {error.strerror or error}. {advice}")
     failure.errno = error.errno
     return failure

@@ -104,7 +104,8 @@ def _archive(path: str, source: LocalFile) -> Archive | None:
         if _LEGACY in head[:40]:
             return None
         what = "a pickle that torch.save did not write" if head[:1] == b"\x80" else "something else"
-        raise UnsupportedFormat(f"{path}: expected a file of torch.save, got {what}. {_ADVICE}")
+        what, advice = (what, _ADVICE) if head else ("an empty file", "Download or copy it again.")
+        raise UnsupportedFormat(f"{path}: expected a file of torch.save, got {what}. {advice}")
     archive = read_archive(path, source)
     if archive is None:
         raise UnsupportedFormat(f"{path}: expected a file of torch.save, got a zip archive without a data.pkl.")

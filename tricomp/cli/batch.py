@@ -113,6 +113,9 @@ class Batch:
     def _check_use(self) -> None:
         """Exit with 2 if the options do not go together."""
         options, n_inputs = self._options, len(self._found.inputs)
+        for name in (*options.inputs, options.output or "", options.base or ""):
+            if "://" in name and not os.path.lexists(name):
+                options.refuse(f"{name}: a URL is not taken here; pipe the file in or out (- is the standard stream)")
         out, has_standard = options.output, inputs.STANDARD in options.inputs
         if options.stdout and out not in (None, "-"):
             options.refuse("-c and -o exclude each other")
@@ -146,10 +149,12 @@ class Batch:
 
     def _total(self, all_done: list[Done], n_left: int) -> None:
         n_in, n_out = sum(done.input_bytes for done in all_done), sum(done.output_bytes for done in all_done)
-        text = f"{len(all_done)} files: {console.count_bytes(n_in)} => {console.count_bytes(n_out)}"
-        text += "" if self._is_compressed else f", {share(n_out, n_in)}"
+        text = console.count_files(len(all_done))
+        if all_done:
+            text += f": {console.count_bytes(n_in)} => {console.count_bytes(n_out)}"
+            text += "" if self._is_compressed else f", {share(n_out, n_in)}"
         text += f"; {self._n_failed} failed" if self._n_failed else ""
-        text += f"; {n_left} other files left alone" if n_left else ""
+        text += f"; {n_left:,} other {'file' if n_left == 1 else 'files'} left alone" if n_left else ""
         console.note(self._options, text)
 
 

@@ -145,7 +145,10 @@ def _plans(report: Report) -> Iterator[str]:
 
 
 def _threads(text: str) -> int:
-    n = int(text)
+    try:
+        n = int(text)
+    except ValueError:
+        n = -1
     if n < 0:
-        raise argparse.ArgumentTypeError("expected 0 or more")
+        raise argparse.ArgumentTypeError(f"expected 0 or more, got {text!r}")
     return n or os.cpu_count() or 1

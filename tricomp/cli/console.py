@@ -36,8 +36,9 @@ def verbosity(options: argparse.Namespace) -> int:
 
 
 def show(text: str) -> None:
-    """Print a result to stdout, its lines as they are but for control characters."""
-    print("\n".join(map(printable, text.split("\n"))))
+    """Print a result to stdout, its lines as they are but for control characters and what its encoding lacks."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # stderr escapes what it cannot encode, stdout does not
+    print("\n".join(map(printable, text.split("\n"))).encode(encoding, "backslashreplace").decode(encoding))
 
 
 def emit(result: dict[str, Any]) -> None:
@@ -73,6 +74,11 @@ def count_bytes(n: int) -> str:
         size /= 1024
         units.pop(0)
     return f"{size:.2f} {units[0]}"
+
+
+def count_files(n: int) -> str:
+    """A number of files for people: 1 file, 2,000 files."""
+    return f"{n:,} file" if n == 1 else f"{n:,} files"
 
 
 def takes_files(action: argparse.Action) -> argparse.Action:

@@ -32,7 +32,7 @@ def add(
     parser = commands.add_parser(
         "export",
         parents=common,
-        help="write a .tri file as safetensors, torch or npz",
+        help="write a .tri file as safetensors, torch, npz, npy or Flax",
         description="Write the leaves of a .tri file as a file of another format, or as a .tri file that stands alone. "
         "With --leaves, the leaves that match alone, without the keys that all of them share: "
         "--leaves 'model/*' gives the model of a checkpoint under the names that it has in torch.",
@@ -40,7 +40,7 @@ def add(
     console.takes_files(parser.add_argument("file", metavar="FILE", help="a .tri file or STORE@STEP"))
     add_output(parser, "default: FILE with the suffix of the format; - is standard output")
     sources.add_base(parser)
-    parser.set_defaults(run=export)
+    parser.set_defaults(run=export, refuse=parser.error)
 
 
 def add_output(parser: argparse.ArgumentParser, default: str) -> None:
@@ -75,7 +75,7 @@ def write(options: argparse.Namespace, file: File, stem: str) -> int:
     from tricomp.subset import Subset
 
     if options.output is None and options.to is None:
-        raise InvalidArgument("export: expected --to FORMAT or -o OUT.")
+        options.refuse("what is to be written? Give --to FORMAT or -o OUT")
     out: str = options.output or stem + _SUFFIXES.get(options.to, f".{options.to}")
     suffix = os.path.splitext(out)[1].lower()
     to = options.to or _FORMATS.get(suffix, suffix[1:])

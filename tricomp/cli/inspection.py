@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from tricomp.archive_names import SUFFIX
 from tricomp.cli import console, progress, sources
 from tricomp.cli.table import entry, table
-from tricomp.errors import InvalidArgument, TricompError
+from tricomp.errors import InvalidArgument, StorageError, TricompError
 
 if TYPE_CHECKING:
     from tricomp.comparison import Comparison, LeafChange
@@ -40,7 +41,9 @@ def add(
         description="Show what .tri files hold and where their bits went. Only the index and the heads of the frames "
         "are read: it takes no longer for a large file, and needs no base for a delta.",
     )
-    console.takes_files(parser.add_argument("files", nargs="+", metavar="FILE", help="a .tri file or STORE@STEP"))
+    console.takes_files(
+        parser.add_argument("files", nargs="+", metavar="FILE", help="a .tri file, a folder of them, or STORE@STEP")
+    )
     parser.add_argument(
         "--leaves",
         action="append",
@@ -59,7 +62,9 @@ def add(
         "their checksums alone are compared.",
     )
     console.takes_files(
-        parser.add_argument("paths", nargs="+", metavar="PATH", help="a .tri file, a store's folder, or STORE@STEP")
+        parser.add_argument(
+            "paths", nargs="+", metavar="PATH", help="a .tri file, a store, a folder of either, or STORE@STEP"
+        )
     )
     sources.add_base(parser)
     parser.set_defaults(run=verify)
@@ -79,23 +84,31 @@ def add(
 
 
 def inspect(options: argparse.Namespace) -> int:
-    """Show the facts of files."""
+    """Show the facts of files; goes on to the next after one that cannot be read."""
     from tricomp.file import File
     from tricomp.inspection import inspect as facts_of
 
-    for i, name in enumerate(options.files):
-        if os.path.isdir(name) and sources.is_store(name):
-            raise InvalidArgument(f"{name}: is a store. Use tricomp store list {name}, or name a step: {name}@latest")
-        with sources.opened([name]) as (file,):
-            if not isinstance(file, File):
-                raise InvalidArgument(f"{name}: is a {file.format} file, not a .tri file. Compress it first.")
-            facts = facts_of(file, options.leaves)
+    n_shown, code = 0, console.DONE
+    for name in _members(options.files):
+        try:
+            if os.path.isdir(name) and sources.is_store(name):
+                advice = f"Use tricomp store list {name}, or name a step: {name}@latest"
+                raise InvalidArgument(f"{name}: is a store. {advice}")
+            with sources.opened([name]) as (file,):
+                if not isinstance(file, File):
+                    raise InvalidArgument(f"{name}: is a {file.format} file, not a .tri file. Compress it first.")
+                facts = facts_of(file, options.leaves)
+        except (TricompError, OSError) as error:
+            console.complain(options, error)
+            code = console.FAILED
+            continue
         if options.json:
             console.emit(facts.to_json())
         elif not console.is_quiet(options):
             is_listed = bool(options.leaves or console.verbosity(options) or len(facts.leaves) <= _FEW)
-            console.show("\n".join([""] * (i > 0) + _described(facts, options.sort, is_listed)))
-    return console.DONE
+            console.show("\n".join([""] * (n_shown > 0) + _described(facts, options.sort, is_listed)))
+            n_shown += 1
+    return code
 
 
 def verify(options: argparse.Namespace) -> int:
@@ -105,7 +118,7 @@ def verify(options: argparse.Namespace) -> int:
     from tricomp.verification import verify as verified
 
     code = console.DONE
-    for path in options.paths:
+    for path in _members(options.paths):
         try:
             if sources.step_of(path) is None and sources.is_store(path):
                 code = max(code, verify_store(options, path))
@@ -165,6 +178,29 @@ def diff(options: argparse.Namespace) -> int:
     elif not console.is_quiet(options):
         console.show("\n".join(_told(options.a, options.b, found, console.verbosity(options) > 0)))
     return console.DONE if found.is_equal else console.FAILED
+
+
+def _members(names: Sequence[str]) -> Iterator[str]:
+    """The names; in place of a folder that is no store, the stores and `.tri` files in it, as of compress -o FOLDER/.
+
+    Raises StorageError if a folder cannot be read.
+    """
+
+    def refused(error: OSError) -> NoReturn:
+        raise StorageError(f"{error.filename}: cannot be read: {error.strerror}.") from error
+
+    for name in names:
+        found: list[str] = []
+        if "://" not in name and os.path.isdir(name) and not sources.is_store(name):
+            for where, folders, files in os.walk(name, onerror=refused):
+                if where != name and sources.is_store(where):
+                    found.append(where)
+                    folders.clear()
+                else:
+                    folders[:] = sorted(each for each in folders if not each.startswith("."))
+                    shown = sorted(each for each in files if each.endswith(SUFFIX) and not each.startswith("."))
+                    found += [os.path.join(where, each) for each in shown]
+        yield from found or [name]
 
 
 def _described(facts: FileFacts, sort: str, is_listed: bool) -> list[str]:

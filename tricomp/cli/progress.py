@@ -13,6 +13,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from tricomp.cli import console
+from tricomp.cli.table import shortened
+
+_COLUMNS = 80  # of a terminal that does not tell
+_NUMBERS = 50  # columns for the share, the bytes, the time left and the rate; tqdm cuts them off behind a long name
 
 
 @contextmanager
@@ -27,8 +31,9 @@ def shown(options: argparse.Namespace, what: str) -> Iterator[Callable[[int, int
         yield None
         return
     looks: dict[str, Any] = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "leave": False}
-    looks |= {} if _has_size() else {"ncols": 80, "nrows": 24}  # else tqdm would draw nothing
-    with tqdm(desc=console.printable(what), file=sys.stderr, **looks) as bar:
+    looks |= {} if _size() else {"ncols": _COLUMNS, "nrows": 24}  # else tqdm would draw nothing
+    name = shortened(console.printable(what), max((_size() or _COLUMNS) - _NUMBERS, 8))
+    with tqdm(desc=name, file=sys.stderr, **looks) as bar:
 
         def draw(done: int, total: int) -> None:
             bar.total = total
@@ -55,10 +60,10 @@ def _is_terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
 
 
-def _has_size() -> bool:
-    """Whether the terminal knows its size, which one that a program made may not."""
+def _size() -> int:
+    """The columns of the terminal; 0: it does not know its size, as one that a program made may not."""
     try:
         size = os.get_terminal_size(sys.stderr.fileno())
     except (OSError, ValueError, AttributeError):
-        return False
-    return size.columns > 0 and size.lines > 0
+        return 0
+    return size.columns if size.lines > 0 else 0

@@ -67,7 +67,7 @@ def add(
     parser = action("export", "write a step as a file", "Write one step as a file that stands alone.")
     parser.add_argument("step", type=_step, metavar="STEP", help="number of the step, or latest")
     export.add_output(parser, "required unless --to is given")
-    parser.set_defaults(run=export_step)
+    parser.set_defaults(run=export_step, refuse=parser.error)
     export.add(commands, common)
 
 
@@ -262,16 +262,16 @@ def _known_step(store: Store, step: int | None) -> int:
 
 
 def _count(text: str) -> int:
-    """An argument that counts. Raises ValueError."""
-    if int(text) < 1:
-        raise ValueError(text)
+    """An argument that counts. Raises ArgumentTypeError."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text!r}")
     return int(text)
 
 
 def _step(text: str) -> int | None:
-    """An argument that names a step; None: the latest. Raises ValueError."""
-    if text != "latest" and int(text) < 0:
-        raise ValueError(text)
+    """An argument that names a step; None: the latest. Raises ArgumentTypeError."""
+    if text != "latest" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected the number of a step, or latest, got {text!r}")
     return None if text == "latest" else int(text)
 
 

@@ -57,5 +57,5 @@ def table(
 def entry(key: str, value: Any) -> str:
     """A key of metadata with its value, if that is short."""
     if isinstance(value, (dict, list)):
-        return f"{key} ({len(value)} entries)"
+        return f"{key} ({len(value):,} {'entry' if len(value) == 1 else 'entries'})"
     return f"{key}={shortened(str(value), 60)}"
