@@ -18,6 +18,7 @@ from tricomp.file import Array, File
 from tricomp.report import BrokenStep, VerifyReport
 from tricomp.store import Store
 
+_PIECE_BYTES = 16 << 20  # decoded at a time: enough chunks for the codec to be quick
 OnProgress = Callable[[int], None]  # raw bytes decoded since the last call
 
 
@@ -133,12 +134,14 @@ def _verify_leaf(checks: list[_Check], path: str, on_progress: OnProgress | None
         check.digester, check.is_lost = codec.Digester(), False
     leaves = [(check, check.file.leaf(path)) for check in having]
     sizes = {id(check): leaf.n_words // leaf.dtype.words_per_element for check, leaf in leaves}
-    for start in range(0, max(sizes.values()), codec.DIGEST_BYTES):  # so many elements: whole chunks, whole blocks
+    widest = max(1, *(leaf.n_bytes // max(sizes[id(check)], 1) for check, leaf in leaves))
+    n_each = max(_PIECE_BYTES // (widest * codec.DIGEST_BYTES), 1) * codec.DIGEST_BYTES  # whole chunks, whole blocks
+    for start in range(0, max(sizes.values()), n_each):
         pending: list[tuple[int, Array | None]] = [(i, None) for i in tops]
         while pending:  # depth first, so that few pieces are held
             i, above = pending.pop()
             check = checks[i]
-            stop = min(start + codec.DIGEST_BYTES, sizes[id(check)])
+            stop = min(start + n_each, sizes[id(check)])
             piece = None
             if start < stop and not check.is_lost:
                 try:
