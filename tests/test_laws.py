@@ -131,6 +131,50 @@ def test_only_kernels_import_torch_or_triton_in_the_core() -> None:
     assert not IMPORTS["tricomp"] & set(FRAMEWORKS)
 
 
+# Packages of others that one place each may import, so that the rest works without them.
+DOORS = {
+    "fsspec": ("tricomp.far",),
+    "numcodecs": ("tricomp.numcodecs",),
+    "zarr": ("tricomp.zarr",),
+    "tqdm": ("tricomp.cli.progress",),
+    "shtab": ("tricomp.cli.completion",),
+}
+
+
+@pytest.mark.parametrize("package", DOORS)
+def test_an_optional_package_has_one_door(package: str) -> None:
+    assert {module for module in MODULES if any(_is_in(name, package) for name in IMPORTS[module])} == {*DOORS[package]}
+
+
+def test_formats_need_no_library_of_theirs() -> None:
+    assert _breaches(("tricomp.formats",), (*FRAMEWORKS, "safetensors", "flax", "orbax", "transformers")) == []
+
+
+def test_the_library_knows_nothing_of_its_command() -> None:
+    library = tuple(module for module in MODULES if module != "tricomp" and not _is_in(module, "tricomp.cli"))
+    assert _breaches(library, ("tricomp.cli", "argparse")) == []
+    assert not any(_is_in(name, "tricomp.cli") for name in IMPORTS["tricomp"])
+
+
+@pytest.mark.parametrize("module", ["container", "folder", "bucket", "memory", "tail"])
+def test_what_moves_bytes_knows_no_codec(module: str) -> None:
+    assert f"tricomp.{module}" in MODULES
+    assert _breaches((f"tricomp.{module}",), ("tricomp.codec", *BACKENDS), deep=True) == []
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["inspect", "x.tri"], ["compress", "x.npy"]], ids=lambda a: a[0])
+def test_the_command_loads_no_more_than_it_needs(arguments: list[str], tmp_path: Path) -> None:
+    code = (
+        "import sys, numpy, tricomp; from tricomp.cli import main; numpy.save('x.npy', numpy.arange(33));"
+        "tricomp.save('x.tri', {'w': numpy.arange(33)})\n"
+        f"try: code = main({arguments!r})\n"
+        "except SystemExit as stop: code = stop.code\n"
+        f"print(sorted({{*{FRAMEWORKS}, *{tuple(DOORS)}}} & set(sys.modules)), code)"
+    )
+    done = _python(code, tmp_path)
+    assert done.stdout.split("\n")[-2] in ("[] 0", "[] None"), done.stderr
+
+
 def test_nothing_imports_pickle() -> None:
     assert _breaches(tuple(PACKAGES), PICKLES) == []
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import groupby
@@ -20,7 +20,7 @@ from tricomp.bounds import Bytes, Cut
 from tricomp.dtypes import Words
 from tricomp.errors import CorruptFrame, InvalidArgument, WrongReference
 from tricomp.layout import Leaf, Snapshot
-from tricomp.plan import Plan, Spec
+from tricomp.plan import Frame, Plan, Spec
 from tricomp.reference import decode as _decoder
 from tricomp.reference import encode as _encoder
 from tricomp.reference.bits import cast, is_equal, round_mantissa
@@ -60,26 +60,6 @@ _CAST_PAIRS = {
     ("bfloat16", "float32"),
     ("float16", "float32"),
 }
-
-
-@dataclass(frozen=True)
-class Frame:
-    """One encoded leaf of any size, or several small leaves of one dtype, one after the other.
-
-    leaves: their numbers in the Layout. digests: 64 bits of each decoded leaf. pieces: of its data (side section,
-    directory, chunks), n_bytes together; to be read once or more, but before the Frame is let go.
-    """
-
-    leaves: tuple[int, ...]
-    plan: Plan
-    digests: tuple[int, ...]
-    n_bytes: int
-    pieces: Callable[[], Iterable[Bytes]]
-
-    @property
-    def data(self) -> bytes:
-        """All of the data at once."""
-        return b"".join(self.pieces())
 
 
 class Reference(Protocol):

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgpack
 import xxhash
@@ -20,10 +20,8 @@ from tricomp import bounds, dtypes, tail, tree
 from tricomp.bounds import Bytes, Limits
 from tricomp.errors import CorruptFile, CorruptFrame, InvalidArgument, UnsupportedVersion
 from tricomp.layout import Leaf, is_shape
+from tricomp.plan import Frame
 from tricomp.storage import Source
-
-if TYPE_CHECKING:
-    from tricomp.codec import Frame
 
 FORMAT, START = tail.FORMAT, tail.START
 MAGIC, TAIL_BYTES, _TAIL = tail.MAGIC, tail.TAIL_BYTES, tail.FIELDS

@@ -1,4 +1,4 @@
-"""Spec (what the caller asks) and Plan (what the encoder chose and recorded). Imports dtypes and errors.
+"""Spec (what the caller asks), Plan (what the encoder chose and recorded), Frame (a Plan and chunks). Imports ground.
 
 A decoder takes no Spec. The hard thing: a Plan comes from a file that may be hostile, so `from_wire` checks every
 field against the limits of FORMAT.md before any byte of the frame is looked at.
@@ -6,11 +6,12 @@ field against the limits of FORMAT.md before any byte of the frame is looked at.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from tricomp.bounds import Bytes
 from tricomp.dtypes import DType, by_number
 from tricomp.errors import CorruptFrame, InvalidArgument, UnsupportedVersion
 
@@ -255,3 +256,23 @@ def _check(plan: Plan, leaf: str) -> None:
     for holds, fault in rules:
         if not holds:
             raise CorruptFrame(f"leaf {leaf!r}: its plan contradicts itself ({fault}). {_ADVICE}")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One encoded leaf of any size, or several small leaves of one dtype, one after the other.
+
+    leaves: their numbers in the Layout. digests: 64 bits of each decoded leaf. pieces: of its data (side section,
+    directory, chunks), n_bytes together; to be read once or more, but before the Frame is let go.
+    """
+
+    leaves: tuple[int, ...]
+    plan: Plan
+    digests: tuple[int, ...]
+    n_bytes: int
+    pieces: Callable[[], Iterable[Bytes]]
+
+    @property
+    def data(self) -> bytes:
+        """All of the data at once."""
+        return b"".join(self.pieces())
