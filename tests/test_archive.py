@@ -376,7 +376,9 @@ def test_a_file_that_was_not_made_of_a_file_says_what_to_do(tmp_path):
         decompress(tmp_path / "x.tri")
 
 
-@pytest.mark.parametrize("name", ["../evil.npy", "/tmp/evil.npy", "a/b.npy", "..", ".bashrc", "x.sh", "evil\n.npy", ""])
+@pytest.mark.parametrize(
+    "name", ["../evil.npy", "/tmp/evil.npy", "a/b.npy", "..", ".bashrc", "x.sh", "x.json", "evil\n.npy", ""]
+)
 def test_a_name_that_points_elsewhere_is_refused(tmp_path, name):
     (tmp_path / "in").mkdir()
     path = tmp_path / "in" / "a.npy"
@@ -390,6 +392,31 @@ def test_a_name_that_points_elsewhere_is_refused(tmp_path, name):
     with pytest.raises(tricomp.TricompError, match=r"x.tri: "):
         decompress(tmp_path / "in" / "x.tri")
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("index", "shard", "is_refused"),
+    [
+        ("m.safetensors.index.json", "a.weights", True),
+        ("m.safetensors.index.json", ".a.safetensors", True),
+        (".m.safetensors.index.json", "a.safetensors", True),
+        ("m.safetensors.index.JSON", "A.SAFETENSORS", False),
+        ("m.safetensors.index.fp16.json", "a.safetensors", False),
+    ],
+)
+def test_shards_are_compressed_only_if_they_could_be_written_again(tmp_path, index, shard, is_refused):
+    folder = tmp_path / "m"
+    folder.mkdir()
+    save_file({"a": weights((9, 9))}, folder / shard)
+    (folder / index).write_text(json.dumps({"weight_map": {"a": shard}}))
+    if is_refused:
+        with pytest.raises(tricomp.InvalidArgument, match="a name that decompress would not write.* Rename the file"):
+            compress(folder / index, out=tmp_path / "x.tri")
+        assert not (tmp_path / "x.tri").exists()
+    else:
+        compress(folder / index, out=tmp_path / "x.tri")
+        decompress(tmp_path / "x.tri", out=tmp_path / "again")
+        assert contents(tmp_path / "again") == contents(folder)
 
 
 def test_the_name_in_a_file_gives_its_suffix_at_most(tmp_path):

@@ -133,6 +133,8 @@ def compress_file(
         target = _compressed_path(path, archive_names.compressed(path) if out is None else out)
         content = content_of(opened.tree)
         metadata = opened.to_metadata()
+        if opened.parts:
+            archive_names.check_parts([origin["name"] for origin in metadata["origin"]], path)
         if opened_base is not None:
             require_shared(path, content, opened_base)
             metadata["base"] = {"name": opened_base.name}

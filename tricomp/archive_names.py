@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Container, Sequence
 from contextlib import suppress
 from glob import escape, glob
@@ -21,6 +22,7 @@ from tricomp.errors import InvalidArgument, MissingFile, UnsupportedFormat
 
 SUFFIX = ".tri"
 INDEX_SUFFIX = ".index.json"
+_INDEX = re.compile(r"\.index(\.[^./]+)?\.json$", re.IGNORECASE)  # "fp16" may stand in it
 _SUFFIX_OF = {"safetensors": ".safetensors", "npy": ".npy", "npz": ".npz", "torch": ".pt", "flax": ".msgpack"}
 _SUFFIXES = (".safetensors", ".npy", ".npz", ".pt", ".pth", ".ckpt", ".bin", ".msgpack")
 
@@ -104,8 +106,7 @@ def inside(folder: str, names: Sequence[str], path: str) -> list[str]:
     Raises InvalidArgument if a name is none of a tensor file or of an index, or stands there twice.
     """
     for name in names:
-        is_plain = name == os.path.basename(name) and "\\" not in name and name.isprintable()
-        if not is_plain or name.startswith(".") or not name.endswith((*_SUFFIXES, ".json")):
+        if not _is_restorable(name):
             raise InvalidArgument(
                 f"{path}: wants to write a file called {name!r}: expected the plain name of a tensor file. "
                 f"Nothing was written: do not trust this file."
@@ -113,6 +114,22 @@ def inside(folder: str, names: Sequence[str], path: str) -> list[str]:
     if len(set(names)) < len(names):
         raise InvalidArgument(f"{path}: wants to write two files of one name. Do not trust this file.")
     return [os.path.join(folder, name) for name in names]
+
+
+def check_parts(names: Sequence[str], path: str) -> None:
+    """Raise InvalidArgument if a model at path has files of such names that `inside` would refuse to write again."""
+    for name in names:
+        if not _is_restorable(name):
+            raise InvalidArgument(
+                f"{path}: has a file called {name!r}, a name that decompress would not write: expected it to end in "
+                f"{', '.join(_SUFFIXES)}, and is not hidden. Rename the file, in the index too."
+            )
+
+
+def _is_restorable(name: str) -> bool:
+    """Whether a name is the plain one of a tensor file or of an index of shards, in capitals or not."""
+    is_plain = name == os.path.basename(name) and "\\" not in name and name.isprintable() and not name.startswith(".")
+    return is_plain and (name.lower().endswith(_SUFFIXES) or _INDEX.search(name) is not None)
 
 
 def check_output(path: str, inputs: Sequence[str], overwrite: bool, reserved: Container[str] = ()) -> None:
