@@ -340,7 +340,7 @@ def test_export_chooses_names_and_formats(run, folder):
         (["b.npz", "--to", "npy"], "is a npz file, not a .tri file"),
         (["b.tri", "-o", "x.npz", "--leaves", "q*"], "no leaf matches 'q*'"),
         (["b.tri", "-o", "no/x.npz"], "there is no folder"),
-        (["run@50", "-o", "x.safetensors"], "this is a float. Export the arrays alone (--leaves '*'), or"),
+        (["run@50", "-o", "x.safetensors"], "of type float. Export the arrays alone (--leaves '*'), or"),
     ):
         code, out, err = run("export", *argv)
         assert (code, out, err.count("\n")) == (1, "", 1), argv

@@ -269,7 +269,7 @@ def test_export_to_safetensors(tmp_path):
     ("tree", "message"),
     [
         ({"a": {"b": np.zeros(3, ml_dtypes.float8_e3m4)}}, "leaf 'a/b': safetensors has no float8_e3m4"),
-        ({"a": np.zeros(3), "step": 7}, "node 'step': safetensors holds arrays only, and this is a int"),
+        ({"a": np.zeros(3), "step": 7}, "node 'step': safetensors holds arrays only, and this is of type int. Export"),
         ({"a": [np.zeros(3), None]}, "node 'a/1': safetensors holds arrays only"),
         ({"__metadata__": np.zeros(3)}, "leaf '__metadata__': safetensors keeps that name"),
     ],

@@ -15,7 +15,7 @@ def named_leaves(file: File, format: str) -> list[tuple[str, Leaf]]:
     """
     for path, value in trees.values_of(file.structure):
         raise InvalidArgument(
-            f"node {path!r}: {format} holds arrays only, and this is a {type(value).__name__}. "
+            f"node {path!r}: {format} holds arrays only, and this is of type {type(value).__name__}. "
             f"Export the arrays alone (--leaves '*'), or to a format that holds plain values."
         )
     leaves = [file.leaf(path) for path in file]
