@@ -435,6 +435,7 @@ def test_names():
     assert archive_names.compressed("m/model.safetensors.index.json") == "m/model.safetensors.index.tri"
     assert archive_names.restored("m/x.ckpt.tri", "torch", "y.pt") == "m/x.ckpt"
     assert archive_names.restored("m/x.tri", "torch", "y.pth") == "m/x.pth"
+    assert archive_names.restored("m/X.NPY.tri", "npy", "X.NPY") == "m/X.NPY"
     assert archive_names.restored("m/x.tri", "safetensors", "stdin") == "m/x.safetensors"
     for path in ("m/x", "m/.tri", ".tri"):
         with pytest.raises(tricomp.InvalidArgument, match=r"does not end in .tri|no name"):

@@ -94,7 +94,7 @@ def restored(path: str, format: str, origin_name: str) -> str:
         raise InvalidArgument(
             f"{path}: does not end in {SUFFIX}, so there is no name for the output. Give one with -o."
         )
-    if name.endswith(_SUFFIXES):
+    if name.lower().endswith(_SUFFIXES):
         return name
     suffix = os.path.splitext(origin_name)[1]
     return name + (suffix if suffix in _SUFFIXES else _SUFFIX_OF.get(format, ""))
