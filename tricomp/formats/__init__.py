@@ -58,9 +58,10 @@ def read(path: str | os.PathLike[str]) -> TensorFile:
     format = _best(_CORE, head, path) or _best(_adapters(missing), head, path) or _by_suffix(path, missing)
     if format is None:
         hint = f" ({'; '.join(missing)})" if missing else ""
+        advice = "Install it, or convert the file first." if missing else "Convert it to one of them first."
         raise UnsupportedFormat(
             f"{path}: expected a file of tensors ({', '.join(names())}), got one that is none of these{hint}. "
-            f"{'It is empty.' if not head else 'Convert it to one of them first.'}"
+            f"{advice if head else 'It is empty.'}"
         )
     return format.read(path)
 
@@ -92,7 +93,7 @@ def exported(format: str, file: File) -> Iterator[Bytes]:
     for known in (*_CORE, *_adapters(missing)):
         if known.name == format:
             return known.pieces(file)
-    hint = "".join(f" {each}." for each in missing)
+    hint = "".join(f" {each[:1].upper()}{each[1:]}." for each in missing)
     raise UnsupportedFormat(f"format {format!r}: expected one of {', '.join(names())}.{hint}")
 
 
