@@ -538,3 +538,32 @@ def test_a_fine_tune_against_its_base_in_either_form(tmp_path):
     for base in ("base.pt", "base.pt.tri"):
         archive.decompress(tmp_path / "tuned.pt.tri", tmp_path / "again.pt", base=tmp_path / base, overwrite=True)
         assert (tmp_path / "again.pt").read_bytes() == (tmp_path / "tuned.pt").read_bytes()
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_parameters_come_back_as_parameters(tmp_path, is_zip):
+    buffer = torch.arange(40_000, dtype=torch.float32)
+    obj = {
+        "weight": torch.nn.Parameter(buffer[:33].clone()),
+        "frozen": torch.nn.Parameter(buffer[:3].clone(), requires_grad=False),
+        "tracked": buffer[5:9].clone().requires_grad_(),
+        "plain": buffer[7:20_000],  # part of its storage: an equal file is written
+    }
+    path = tmp_path / "x.pt"
+    torch.save(obj, path, _use_new_zipfile_serialization=is_zip)
+    archive.compress(path)
+    found = tricomp_torch.load(f"{path}.tri")
+    path.unlink()
+    archive.decompress(f"{path}.tri")
+    for back in (torch.load(path, weights_only=True), found):
+        for name, tensor in obj.items():
+            assert type(back[name]) is type(tensor)
+            assert back[name].requires_grad is tensor.requires_grad
+            assert torch.equal(back[name], tensor)
+
+
+@pytest.mark.parametrize("note", ["Parameter", "module", 3])
+def test_a_note_on_gradients_that_cannot_be_is_refused(note):
+    flat = Flat({"x": np.arange(3)}, {"gradients": {"x": note}})
+    with pytest.raises(tricomp.CorruptFile, match="noted as|damaged at 'gradients'"):
+        unflatten(flat)

@@ -24,7 +24,7 @@ from tricomp.formats import Span, TensorFile
 from tricomp_torch.pt_archive import Archive, read_archive, spans_of
 from tricomp_torch.pt_export import written
 from tricomp_torch.subclasses import known_classes
-from tricomp_torch.trees import NOTES_KEY, flatten
+from tricomp_torch.trees import NOTES_KEY, flatten, gradient_of
 
 _ZIP = b"PK\3\4"
 _LEGACY = bytes.fromhex("6cfc9c46f9206aa85019")  # torch's magic number, pickled first in files from before the zip form
@@ -82,7 +82,9 @@ class Torch:
         except BaseException:
             source.close()
             raise
-        notes = {NOTES_KEY: flat.notes} if flat.notes else {}
+        gradients = {leaf: note for leaf, tensor in leaves if (note := gradient_of(tensor))}
+        own = {**flat.notes, "gradients": gradients} if gradients else flat.notes
+        notes = {NOTES_KEY: own} if own else {}
         return TensorFile(os.path.basename(path), self.name, flat.tree, source.n_bytes, spans, source, notes)
 
     def pieces(self, file: File) -> Iterator[Bytes]:

@@ -50,6 +50,12 @@ _MAKE_NODE: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "device": (str, torch.device),
     "dtype": (str, _dtype),
 }
+# How a leaf takes part in training, noted of files of torch.save alone: a state_dict is of plain tensors.
+_TAKE_PART: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "Parameter": torch.nn.Parameter,
+    "frozen Parameter": lambda tensor: torch.nn.Parameter(tensor, requires_grad=False),
+    "tensor": torch.Tensor.requires_grad_,
+}
 _ORDERED_DICT_META = "_metadata"  # torch's name for the module versions that a state_dict carries
 
 
@@ -137,6 +143,7 @@ def unflatten(flat: Flat, device: torch.device | None = None, make: MakeTensor |
     """
     kinds, modules = _table(flat.notes, "kinds"), _table(flat.notes, "modules")
     make = make or maker_of(flat.notes).tensor
+    gradients = _table(flat.notes, "gradients")
     parts = _table(flat.notes, "subclasses")
     subclasses.require_notes(parts)
     _require_maps(modules)
@@ -149,7 +156,7 @@ def unflatten(flat: Flat, device: torch.device | None = None, make: MakeTensor |
                 return node
             if kind == "generic" and node.shape == ():
                 return node[()]
-            return make(name, node, device)
+            return _taking_part(make(name, node, device), gradients.get(name), name)
         made: Any = node
         if isinstance(node, dict):
             made = type(node)((key, walk(value, join(path, key))) for key, value in node.items())
@@ -173,6 +180,22 @@ def unflatten(flat: Flat, device: torch.device | None = None, make: MakeTensor |
         return made
 
     return walk(flat.tree, None)
+
+
+def gradient_of(tensor: torch.Tensor) -> str:
+    """The note on a tensor that takes part in training, or is a Parameter; "" for one that does not."""
+    if type(tensor) is torch.nn.Parameter:
+        return "Parameter" if tensor.requires_grad else "frozen Parameter"
+    return "tensor" if tensor.requires_grad else ""
+
+
+def _taking_part(tensor: torch.Tensor, note: str | None, path: str) -> torch.Tensor:
+    if note is None:
+        return tensor
+    try:
+        return _TAKE_PART[note](tensor)
+    except (KeyError, RuntimeError):
+        raise CorruptFile(f"{path!r} is noted as {note}, but is a {tensor.dtype}. Use tricomp.load.") from None
 
 
 def unflatten_leaves(leaves: Mapping[str, Array], notes: Mapping[str, Any], device: torch.device | None) -> Any:
@@ -211,6 +234,7 @@ def _map_tuple(node: tuple[Any, ...], path: str | None, walk: Callable[[Any, str
 _IS_ENTRY: dict[str, Callable[[Any], bool]] = {
     "ties": lambda entry: isinstance(entry, str),
     "kinds": lambda entry: isinstance(entry, str),
+    "gradients": lambda entry: isinstance(entry, str),
     "strides": subclasses.is_sizes,
 }
 
