@@ -147,7 +147,8 @@ def test_leaves_and_sort(run):
         assert run("inspect", "0.tri", "--sort", sort)[0] == 0
     code, out, err = run("inspect", "0.tri", "--leaves", "nope*")
     assert (code, out) == (1, "")
-    assert err == "tricomp inspect: 0.tri: no leaf matches 'nope*' among its 13 leaves.\n"
+    advice = "See keys() or tricomp inspect -v."
+    assert err == f"tricomp inspect: 0.tri: no leaf matches 'nope*' among its 13 leaves. {advice}\n"
 
 
 def test_hostile_and_long_names(run, tmp_path):

@@ -14,7 +14,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import IO, Protocol
+from typing import IO, TYPE_CHECKING
 
 import xxhash
 
@@ -22,19 +22,13 @@ from tricomp.bounds import Bytes
 from tricomp.errors import CorruptFile, InvalidArgument, TricompError
 from tricomp.folder import LocalFile
 
+if TYPE_CHECKING:
+    from tricomp.storage import Source
+
 _log = logging.getLogger("tricomp")
 BLOCK_BYTES = 1 << 20
 _SUFFIX, _UNFINISHED = ".copy", ".tmp"
 _ORPHAN_SECONDS = 3600.0  # a copy that nobody wrote to for this long has no writer any more
-
-
-class _Source(Protocol):
-    name: str
-    n_bytes: int
-
-    def read(self, offset: int, n_bytes: int) -> Bytes: ...
-
-    def close(self) -> None: ...
 
 
 class Cache:
@@ -55,7 +49,7 @@ class Cache:
         where = xxhash.xxh3_64_hexdigest(repr((url, sorted(places.items()))).encode())
         return f"{where}-{name}-{xxhash.xxh3_64_hexdigest(repr(stamp).encode())}{_SUFFIX}"
 
-    def get(self, key: str, n_bytes: int, name: str, far: Callable[[], _Source]) -> CachedFile | None:
+    def get(self, key: str, n_bytes: int, name: str, far: Callable[[], Source]) -> CachedFile | None:
         """The copy of a file of n_bytes; None: there is none, or it has another size and was removed.
 
         name: of the file, for messages. far: opens the file itself, should the copy turn out damaged.
@@ -180,10 +174,10 @@ class Filling:
 class CachedFile:
     """A Source over a copy; over the bucket's file from the moment on that a block of the copy is found damaged."""
 
-    def __init__(self, copy: LocalFile, path: str, n_bytes: int, far: Callable[[], _Source]) -> None:
+    def __init__(self, copy: LocalFile, path: str, n_bytes: int, far: Callable[[], Source]) -> None:
         self.name, self.n_bytes = copy.name, n_bytes
         self._copy, self._path, self._open = copy, path, far
-        self._far: _Source | None = None
+        self._far: Source | None = None
         self._is_sound = bytearray(-(-n_bytes // BLOCK_BYTES))
 
     def read(self, offset: int, n_bytes: int) -> Bytes:

@@ -16,12 +16,7 @@ from tricomp import bounds, codec, container, tree
 from tricomp.bounds import Limits
 from tricomp.content import Content
 from tricomp.dtypes import Words, from_words, to_words
-from tricomp.errors import (
-    CorruptFrame,
-    InvalidArgument,
-    MissingLeaf,
-    WrongReference,
-)
+from tricomp.errors import CorruptFrame, InvalidArgument, MissingLeaf, WrongReference
 from tricomp.frames import Frames
 from tricomp.layout import Leaf, snapshot_of
 from tricomp.plan import Plan
@@ -138,7 +133,7 @@ class File(Mapping[str, Array]):
             words = self._frames.decode_all(range(len(self)))
             arrays = [self._frames.array(number, words[number]) for number in range(len(self))]
             return tree.unflatten(self.structure, arrays, self._limits, f"{self.name}: tree")
-        numbers = self._matching(leaves)
+        numbers = sorted(self._index[path] for path in matching(self, leaves))
         words = self._frames.decode_all(numbers)
         return {self._contents.leaves[number].path: self._frames.array(number, words[number]) for number in numbers}
 
@@ -257,16 +252,19 @@ class File(Mapping[str, Array]):
         except KeyError:
             raise MissingLeaf(f"{self.name}: no leaf {path!r} among its {len(self)} leaves. See keys().") from None
 
-    def _matching(self, patterns: Iterable[str]) -> list[int]:
-        if isinstance(patterns, str):
-            raise InvalidArgument(f"leaves: expected a list of paths or patterns, got the text {patterns!r}.")
-        wanted: set[int] = set()
-        for pattern in patterns:
-            if pattern in self._index:
-                wanted.add(self._index[pattern])
-                continue
-            found = {number for path, number in self._index.items() if fnmatchcase(path, pattern)}
-            if not found:
-                raise MissingLeaf(f"{self.name}: no leaf matches {pattern!r} among its {len(self)} leaves. See keys().")
-            wanted |= found
-        return sorted(wanted)
+
+def matching(file: File, patterns: Iterable[str]) -> set[str]:
+    """Paths of a file's leaves that are given or match patterns as in fnmatch; in no order, as the file may be long.
+
+    Raises MissingLeaf when nothing matches a pattern, InvalidArgument for a text in the place of a list.
+    """
+    if isinstance(patterns, str):
+        raise InvalidArgument(f"leaves: expected a list of paths or patterns, got the text {patterns!r}.")
+    wanted: set[str] = set()
+    for pattern in patterns:
+        found = {pattern} if pattern in file else {path for path in file if fnmatchcase(path, pattern)}
+        if not found:
+            advice = "See keys() or tricomp inspect -v."
+            raise MissingLeaf(f"{file.name}: no leaf matches {pattern!r} among its {len(file)} leaves. {advice}")
+        wanted |= found
+    return wanted

@@ -10,11 +10,10 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from fnmatch import fnmatchcase
 from typing import Any
 
-from tricomp.errors import CorruptFrame, MissingLeaf
-from tricomp.file import File
+from tricomp.errors import CorruptFrame
+from tricomp.file import File, matching
 from tricomp.groups import group_names
 from tricomp.report import Breakdown, divided
 
@@ -140,7 +139,8 @@ def inspect(file: File, leaves: Iterable[str] | None = None) -> FileFacts:
 
     Raises MissingLeaf when nothing matches a pattern, CorruptFrame when the head of a frame is damaged.
     """
-    found = _leaves(file, matching(file, leaves))
+    asked = set(file) if leaves is None else matching(file, leaves)
+    found = _leaves(file, [path for path in file if path in asked])
     names = group_names([leaf.path for leaf in found], [leaf.raw_bytes for leaf in found])
     members: dict[str, list[LeafFacts]] = {}
     for leaf, name in zip(found, names):
@@ -179,19 +179,6 @@ def to_json(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     return f"<{len(value)} bytes>" if isinstance(value, bytes) else f"<{type(value).__name__}>"
-
-
-def matching(file: File, patterns: Iterable[str] | None) -> list[str]:
-    """Paths of a file's leaves that match patterns as in fnmatch (None: all), in its order. Raises MissingLeaf."""
-    if patterns is None:
-        return list(file)
-    wanted: set[str] = set()
-    for pattern in patterns:
-        found = {pattern} if pattern in file else {path for path in file if fnmatchcase(path, pattern)}
-        if not found:
-            raise MissingLeaf(f"{file.name}: no leaf matches {pattern!r} among its {len(file)} leaves.")
-        wanted |= found
-    return [path for path in file if path in wanted]
 
 
 def _leaves(file: File, paths: Sequence[str]) -> list[LeafFacts]:

@@ -71,7 +71,7 @@ def write(options: argparse.Namespace, file: File, stem: str) -> int:
     from tricomp import archive_names, checkpoint, folder, formats
     from tricomp.archive_output import put
     from tricomp.archive_output import write as stream
-    from tricomp.inspection import matching
+    from tricomp.file import matching
     from tricomp.subset import Subset
 
     if options.output is None and options.to is None:
@@ -84,7 +84,10 @@ def write(options: argparse.Namespace, file: File, stem: str) -> int:
     is_stream = out == "-"
     if not is_stream:
         archive_names.check_output(out, [file.name], options.force)
-    chosen = file if options.leaves is None else Subset(file, matching(file, options.leaves))
+    chosen = file
+    if options.leaves is not None:
+        asked = matching(file, options.leaves)
+        chosen = Subset(file, [path for path in file if path in asked])
     total = sum(chosen.leaf(path).n_bytes for path in chosen)
     with progress.shown(options, out) as draw:
         count = progress.counter(draw, total)
