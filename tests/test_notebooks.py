@@ -113,7 +113,7 @@ def test_a_committed_notebook_is_small_and_clean(path: Path) -> None:
     assert not [found[0] for text in _texts(notebook) if (found := FOREIGN.search(text))]
 
 
-@pytest.mark.parametrize("text", ["/home/a/b.tri", "in /tmp/x", "C:\\Users", "'/opt/venv'", "lib/site-packages/torch"])
+@pytest.mark.parametrize("text", ["/home/a/b.tri", "in /tmp/x", "C:\\Users", "'/opt/py'", "lib/site-packages/torch"])
 def test_the_path_of_a_machine_is_noticed(text: str) -> None:
     assert FOREIGN.search(text)
 

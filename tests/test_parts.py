@@ -82,7 +82,7 @@ def test_elements_are_those_of_the_whole_leaf(chain, level):
     rng = np.random.default_rng(level)
     for path in chain[level]:
         whole = chain[level][path].reshape(-1)
-        edges = [0, 1, 1023, 1024, 1025, len(whole) // 2, len(whole) - 1, len(whole), *rng.integers(0, N, 6)]
+        edges = [0, 1, 1023, 1024, 1025, len(whole) // 2, len(whole) - 1, len(whole), *rng.integers(0, N, 3)]
         edges = sorted({int(edge) for edge in edges if 0 <= edge <= len(whole)})
         for start in edges[::2]:
             for stop in edges:
