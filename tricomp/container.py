@@ -151,9 +151,9 @@ class Writing:
         index = self._index()
         yield index
         self.content_id = content_id(self.structure, self.leaves, self.digests)
-        tail = _tail(self._header, offset, index, self.content_id)
-        yield tail
-        self.n_bytes = offset + len(index) + len(tail)
+        end = _tail(self._header, offset, index, self.content_id)
+        yield end
+        self.n_bytes = offset + len(index) + len(end)
 
     def _index(self) -> bytes:
         table = [
@@ -198,7 +198,7 @@ def _in_bins(pieces: Iterable[Bytes], sizes: Sequence[int], check: xxhash.xxh3_6
 
 
 def _tail(header: bytes, index_offset: int, index: bytes, content: bytes) -> bytes:
-    start = bin_start(TAIL_BYTES - 2)
+    start = tail.TAIL_START
     fields = _TAIL.pack(len(header), check_of(header), index_offset, len(index), check_of(index), content)
     return start + fields + check_of(start + fields).to_bytes(8, "little") + MAGIC
 
@@ -209,14 +209,14 @@ def read_summary(source: Source, limits: Limits = bounds.DEFAULTS) -> Summary:
     _check_start(source)
     if n_bytes < TAIL_BYTES:
         raise CorruptFile(f"{name}: is cut: {n_bytes} bytes, and the smallest file has more. {_ADVICE}")
-    tail = bytes(source.read(n_bytes - TAIL_BYTES, TAIL_BYTES))
-    if tail[-len(MAGIC) :] != MAGIC or tail[:2] != bin_start(TAIL_BYTES - 2):
+    end = bytes(source.read(n_bytes - TAIL_BYTES, TAIL_BYTES))
+    if not end.endswith(MAGIC) or not end.startswith(tail.TAIL_START):
         raise CorruptFile(
             f"{name}: its last {TAIL_BYTES} bytes are no tail: it was cut at {n_bytes} bytes, "
             f"or something was appended to it. {_ADVICE}"
         )
-    body = tail[: 2 + _TAIL.size]
-    _compare(name, "tail", int.from_bytes(tail[len(body) : len(body) + 8], "little"), check_of(body))
+    body = end[: 2 + _TAIL.size]
+    _compare(name, "tail", int.from_bytes(end[len(body) : len(body) + 8], "little"), check_of(body))
     header_bytes, header_check, index_offset, index_bytes, index_check, content = _TAIL.unpack(body[2:])
     if not 0 < header_bytes <= index_offset or index_offset + index_bytes + TAIL_BYTES != n_bytes:
         raise CorruptFile(
