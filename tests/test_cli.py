@@ -59,7 +59,8 @@ def test_every_subcommand_has_help_and_the_common_options(capsys):
 
 
 @pytest.mark.parametrize("arguments", [[], ["nonsense"], ["compress"], ["compress", "-q", "-v", "x"], ["--nonsense"]])
-def test_wrong_use_ends_with_two(arguments, capsys):
+def test_wrong_use_ends_with_two(arguments, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)  # or nothing given would mean standard input
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments)
     assert stopped.value.code == 2
@@ -172,13 +173,9 @@ def test_progress_is_for_terminals_alone(monkeypatch):
     for silent in ({"quiet": True, "json": False}, {"quiet": False, "json": True}):
         with progress.shown(argparse.Namespace(**silent), "x") as draw:
             assert draw is None
-    monkeypatch.setitem(sys.modules, "tqdm", None)
-    with progress.shown(options, "x") as draw:
-        assert draw is None
 
 
 def test_progress_shows_rate_and_time_left(tmp_path):
-    pytest.importorskip("tqdm")
     np.savez(tmp_path / "a.npz", *[weights((300, 301), seed) for seed in range(4)])
     ours, theirs = pty.openpty()
     with subprocess.Popen([*COMMAND, "compress", tmp_path / "a.npz"], stderr=theirs) as started:
@@ -265,3 +262,25 @@ def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(tmp_path, c
     done = run(*command.split(), "pipe", *(["a.npy"] if "base" in command else []), cwd=tmp_path, timeout=60)
     assert done.returncode in (1, 2)
     assert "pipe: is not a regular file." in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("short", "command"), [("-z", "compress"), ("-d", "decompress"), ("-t", "verify"), ("-l", "inspect")]
+)
+def test_the_letters_of_zstd_are_the_commands(short, command, tmp_path, capsys):
+    np.save(tmp_path / "a.npy", weights((30, 31)))
+    given = tmp_path / ("a.npy" if command == "compress" else "a.npy.tri")
+    if command != "compress":
+        assert cli.main(["compress", str(tmp_path / "a.npy"), "-q"]) == 0
+    assert cli.main([short, str(given), *(["-f"] if command == "decompress" else [])]) == 0
+    told = capsys.readouterr()
+    assert "a.npy" in told.out + told.err
+
+
+def test_no_input_is_standard_input(tmp_path):
+    np.save(tmp_path / "a.npy", weights((30, 31)))
+    packed = subprocess.run(
+        [*COMMAND, "compress"], input=(tmp_path / "a.npy").read_bytes(), capture_output=True, check=True
+    )
+    back = subprocess.run([*COMMAND, "-d"], input=packed.stdout, capture_output=True, check=True)
+    assert back.stdout == (tmp_path / "a.npy").read_bytes()

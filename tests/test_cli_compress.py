@@ -440,3 +440,20 @@ def test_a_signal_while_standard_input_is_read(folder):
         assert started.stderr.read() == b"tricomp: interrupted\n"
     assert started.returncode == 130
     assert contents(folder) == {}
+
+
+def test_names_as_long_as_a_file_system_takes(folder):
+    name = f"{'x' * 247}.npy"
+    np.save(name, weights((9, 9)))
+    assert call("compress", "-q", "--rm", name) == 0
+    assert contents(folder).keys() == {f"{name}.tri"}
+    assert call("decompress", "-q", f"{name}.tri") == 0
+    assert np.array_equal(np.load(name), weights((9, 9)))
+
+
+def test_several_files_need_a_folder(folder, capsys):
+    for name in ("a.npy", "b.npy"):
+        np.save(name, weights((9, 9)))
+    assert call("compress", "a.npy", "b.npy", "-o", "one.tri") == 2
+    assert "-o one.tri: 2 inputs need a folder; end its name with /" in capsys.readouterr().err
+    assert set(contents(folder)) == {"a.npy", "b.npy"}

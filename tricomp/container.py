@@ -312,7 +312,10 @@ def _check_start(source: Source) -> None:
     if not head:
         raise CorruptFile(f"{name}: is empty (0 bytes). {_ADVICE}")
     if not 0x80 <= head[0] <= 0x8F or head[1:9] != START[: max(len(head) - 1, 0)]:
-        raise CorruptFile(f"{name}: is not a tricomp file: it begins with {head!r}.")
+        raise CorruptFile(
+            f"{name}: is not a tricomp file: it begins with {head!r}. For tensor files of other formats there are "
+            "tricomp compress and tricomp.formats.read."
+        )
     if len(head) == 10 and head[9] != FORMAT:
         version = str(head[9]) if head[9] < 0x80 else "above 127"
         if version == "0":

@@ -20,6 +20,7 @@ import socket
 import stat
 import time
 import weakref
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import IO
@@ -34,6 +35,7 @@ except ImportError:  # not on Windows; then nothing keeps a second writer out
 
 _log = logging.getLogger("tricomp")
 LOCK_NAME = ".tricomp.lock"
+_LONGEST_STEM = 255 - len("..01234567.tmp")  # bytes of a name, for its temporary name to be one
 _DYING_SECONDS = 5.0  # how long to wait for the lock of a holder that has ended; its children may still be starting
 _FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota exceeded", errno.EFBIG: "file size limit reached"}
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -146,8 +148,9 @@ class Folder:
         n_bytes = 0
         with self._refusal(target):
             _make_folder(self._path)
-            _remove_orphans(self._path, f".{name}.")
-        temporary = os.path.join(self._path, f".{name}.{secrets.token_hex(4)}.tmp")
+            stem = name if len(os.fsencode(name)) <= _LONGEST_STEM else f"{zlib.crc32(os.fsencode(name)):08x}"
+            _remove_orphans(self._path, f".{stem}.")
+        temporary = os.path.join(self._path, f".{stem}.{secrets.token_hex(4)}.tmp")
         file: IO[bytes] | None = None
         try:  # the file is made in here, so that a signal at any instant leaves none
             with self._refusal(target):

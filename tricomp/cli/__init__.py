@@ -22,6 +22,8 @@ from tricomp.cli import console
 from tricomp.container import VERSION
 from tricomp.errors import TricompError
 
+_LETTERS = {"-z": "compress", "-d": "decompress", "-t": "verify", "-l": "inspect"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line argv (None: of this process).
@@ -33,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _fill_streams()
     try:
         with _stoppable():
-            options = parser().parse_args(argv)
+            options = parser().parse_args(_spelled_out(sys.argv[1:] if argv is None else argv))
             with _logging(options):
                 code: int = options.run(options)
                 sys.stdout.flush()
@@ -50,11 +52,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def _spelled_out(argv: Sequence[str]) -> list[str]:
+    """The arguments with zstd's letter for a command, if they begin with one, as its name."""
+    return [_LETTERS.get(word, word) if i == 0 else word for i, word in enumerate(argv)]
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command."""
     from tricomp.cli import completion, compress, demo, inspection, stores
 
-    made = argparse.ArgumentParser(prog="tricomp", description="Lossless compression of training checkpoints.")
+    letters = ", ".join(f"{letter} {name}" for letter, name in _LETTERS.items())
+    made = argparse.ArgumentParser(
+        prog="tricomp",
+        description="Lossless compression of training checkpoints.",
+        epilog=f"In the place of COMMAND, zstd's letters are understood: {letters}.",
+    )
     made.add_argument("--version", action=_Version, help="show the version and the backends that are live")
     commands = made.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for module in (compress, inspection, stores, completion, demo):

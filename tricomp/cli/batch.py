@@ -53,6 +53,10 @@ class Batch:
         self.outputs: set[str] = set()
         self.stream: BinaryIO | None = None
         self._options, self._is_compressed = options, is_compressed
+        if not options.inputs:
+            if sys.stdin is None or sys.stdin.isatty():
+                options.refuse("name an input: a file, a folder, a pattern, or - for standard input")
+            options.inputs = [inputs.STANDARD]
         self._found = inputs.find(options.inputs, is_compressed)
         self._is_many = len(self._found.inputs) > 1 or inputs.is_many(options.inputs)
         self._n_failed = 0
@@ -138,7 +142,7 @@ class Batch:
         """Whether an output is, or is to be made, a folder for several inputs."""
         if os.path.lexists(out):
             return os.path.isdir(out)
-        return out.endswith(os.sep) or inputs.is_many(self._options.inputs)
+        return out.endswith(os.sep) or any(map(os.path.isdir, self._options.inputs))
 
     def _fail(self, given: inputs.Input | None, error: Exception | str) -> None:
         self._n_failed += 1

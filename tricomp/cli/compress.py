@@ -50,9 +50,9 @@ def add(
 def _add_files(parser: argparse.ArgumentParser, verb: str, default: str) -> None:
     named = parser.add_argument(
         "inputs",
-        nargs="+",
+        nargs="*",
         metavar="IN",
-        help=f"file to {verb}, folder (with all below it), pattern, or - for standard input",
+        help=f"file to {verb}, folder (with all below it), pattern, or - for standard input (default, if it is piped)",
     )
     out = parser.add_argument(
         "-o", "--output", metavar="OUT", help=f"output file, or folder for several; - is standard output ({default})"

@@ -1,4 +1,4 @@
-"""A bar with rate and time left, for people: on a terminal, if tqdm is there, and never with -q or --json.
+"""A bar with rate and time left, for people: on a terminal alone, and never with -q or --json.
 
 The hard thing is to show nothing anywhere else: what is piped or logged holds results and errors only.
 """
@@ -25,11 +25,8 @@ def shown(options: argparse.Namespace, what: str) -> Iterator[Callable[[int, int
     if console.is_quiet(options) or getattr(options, "json", False) or not _is_terminal():
         yield None
         return
-    try:
-        from tqdm import tqdm  # type: ignore[import-untyped]
-    except ModuleNotFoundError:
-        yield None
-        return
+    from tqdm import tqdm
+
     looks: dict[str, Any] = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "leave": False}
     looks |= {} if _size() else {"ncols": _COLUMNS, "nrows": 24}  # else tqdm would draw nothing
     name = shortened(console.printable(what), max((_size() or _COLUMNS) - _NUMBERS, 8))
