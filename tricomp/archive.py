@@ -25,10 +25,10 @@ from tricomp.errors import InvalidArgument
 from tricomp.file import File
 from tricomp.formats import Origin
 from tricomp.plan import Spec, check_spec
+from tricomp.progress import OnBytes, OnProgress, counter
 from tricomp.report import Report
 
 Path = str | os.PathLike[str]
-OnProgress = Callable[[int, int], None]  # bytes done, of so many
 
 STREAM = "standard output"
 
@@ -150,7 +150,7 @@ def compress_file(
             metadata,
             0 if opened_base is None else 1,
             threads,
-            _counter(on_progress, sum(leaf.n_bytes for leaf in content.snapshot.layout.leaves)),
+            counter(on_progress, sum(leaf.n_bytes for leaf in content.snapshot.layout.leaves)),
         )
         if isinstance(target, str):
             keep_private(target, path)
@@ -203,7 +203,7 @@ def decompress_file(
                 f"{path}: was not made of a file, so there is none to restore. "
                 f'Run "tricomp export --to safetensors {path}", or tricomp.load it.'
             )
-        count = _counter(on_progress, sum(origin.n_bytes for origin in origins))
+        count = counter(on_progress, sum(origin.n_bytes for origin in origins))
         inputs = (path,) if used is None else (path, *used.files)
         if out is None or isinstance(out, (str, os.PathLike)):
             targets = _places(path, None if out is None else archive_names.path_of(out, "out"), origins)
@@ -267,20 +267,6 @@ def _output(
     return Output(where.url, where.put, check), name
 
 
-def _counter(on_progress: OnProgress | None, total: int) -> Callable[[int], None] | None:
-    """on_progress for a caller that tells how many bytes were done since the last call."""
-    if on_progress is None:
-        return None
-    done = 0
-
-    def count(n_bytes: int) -> None:
-        nonlocal done
-        done += n_bytes
-        on_progress(done, total)
-
-    return count
-
-
 def _places(path: str, out: str | None, origins: Sequence[Origin]) -> list[str]:
     """Where the files of a compressed file go."""
     is_folder = out is not None and (os.path.isdir(out) or out.endswith(os.sep))
@@ -295,7 +281,7 @@ def _places(path: str, out: str | None, origins: Sequence[Origin]) -> list[str]:
     return [name if out is None else os.path.join(out, os.path.basename(name))]
 
 
-def _pieces(file: File, origin: Origin, count: Callable[[int], None] | None) -> Iterator[Bytes]:
+def _pieces(file: File, origin: Origin, count: OnBytes | None) -> Iterator[Bytes]:
     for piece in formats.restored(file, origin):
         yield piece
         if count is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from tricomp import bounds, codec, storage
@@ -18,6 +18,7 @@ from tricomp.content import Content, content_of
 from tricomp.errors import InvalidArgument
 from tricomp.file import File
 from tricomp.plan import Spec, check_spec
+from tricomp.progress import OnBytes
 from tricomp.report import Report, report_of
 from tricomp.storage import Storage
 
@@ -101,7 +102,7 @@ def put(
     metadata: dict[str, Any] | None = None,
     since_keyframe: int = 0,
     threads: int | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: OnBytes | None = None,
 ) -> Report:
     """Encode content into one file of a storage, frame by frame as they come.
 

@@ -7,7 +7,7 @@ The hard thing: two sides come in pieces of different sizes, and numbers must be
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from tricomp import tree
 from tricomp.dtypes import of
 from tricomp.errors import MissingLeaf
 from tricomp.layout import Leaf
+from tricomp.progress import OnBytes
 
 Array = np.ndarray[Any, Any]
 _PIECE = 1 << 20  # elements asked for at a time; a File rounds up
@@ -137,7 +138,7 @@ class Comparison:
         return {"is_equal": self.is_equal, "n_changed": self.n_changed, **found}
 
 
-def compare(a: Side, b: Side, on_progress: Callable[[int], None] | None = None) -> Comparison:
+def compare(a: Side, b: Side, on_progress: OnBytes | None = None) -> Comparison:
     """What differs between two trees. Leaves whose digests are known and equal are not decoded.
 
     on_progress gets the bytes of a leaf or piece done since the last call. Raises what decoding raises.
@@ -212,7 +213,7 @@ def _values(a: bytes, b: bytes) -> Iterator[Mismatch]:
 
 
 def _change(
-    leaf: Leaf, a: Iterable[Array], b: Iterable[Array], on_progress: Callable[[int], None] | None
+    leaf: Leaf, a: Iterable[Array], b: Iterable[Array], on_progress: OnBytes | None
 ) -> LeafChange | None:
     """What changed in a leaf whose elements come in pieces; None: nothing."""
     tally = _Tally()

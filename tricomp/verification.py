@@ -6,7 +6,7 @@ piece is decoded once, and handed on to those that were made against it. And one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -15,11 +15,11 @@ from tricomp.chain import Link, chains
 from tricomp.dtypes import to_words
 from tricomp.errors import CorruptFile, CorruptFrame, TricompError, WrongReference
 from tricomp.file import Array, File
+from tricomp.progress import OnBytes
 from tricomp.report import BrokenStep, VerifyReport
 from tricomp.store import Store
 
 _PIECE_BYTES = 16 << 20  # decoded at a time: enough chunks for the codec to be quick
-OnProgress = Callable[[int], None]  # raw bytes decoded since the last call
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Verified:
         return not self.faults
 
 
-def verify(file: File, on_progress: OnProgress | None = None) -> Verified:
+def verify(file: File, on_progress: OnBytes | None = None) -> Verified:
     """Compare every checksum and every digest of an open file; damage is told, not raised. Raises LimitExceeded."""
     return _verify_together([file], [None], on_progress)[0]
 
 
-def verify_store(store: Store, on_progress: OnProgress | None = None) -> VerifyReport:
+def verify_store(store: Store, on_progress: OnBytes | None = None) -> VerifyReport:
     """Verify every step of a store, as Store.verify does, in little memory. Raises LimitExceeded, StorageError."""
     links: list[Link] = []
     reasons: dict[int, str] = {}
@@ -99,7 +99,7 @@ class _Check:
 
 
 def _verify_together(
-    files: Sequence[File], parents: Sequence[int | None], on_progress: OnProgress | None
+    files: Sequence[File], parents: Sequence[int | None], on_progress: OnBytes | None
 ) -> list[Verified]:
     """Verify files of one chain or tree. parents: position of each file's parent, which comes before it."""
     checks = [_Check(file, parent) for file, parent in zip(files, parents)]
@@ -126,7 +126,7 @@ def _verify_together(
     ]
 
 
-def _verify_leaf(checks: list[_Check], path: str, on_progress: OnProgress | None) -> None:
+def _verify_leaf(checks: list[_Check], path: str, on_progress: OnBytes | None) -> None:
     """Decode one leaf of all files that have it, and compare digests."""
     having = [check for check in checks if path in check.file]
     tops = [i for i, check in enumerate(checks) if path in check.file and not _hands_on(checks, check, path)]

@@ -13,10 +13,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from tricomp.archive import OnProgress
 from tricomp.archive_base import Base
 from tricomp.cli import console, inputs, progress
 from tricomp.errors import StorageError, TricompError
+from tricomp.progress import OnProgress
 
 Out = str | BinaryIO | None
 

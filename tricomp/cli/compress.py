@@ -9,10 +9,10 @@ import argparse
 import os
 from collections.abc import Iterator
 
-from tricomp.archive import OnProgress
 from tricomp.cli import console, inputs
 from tricomp.cli.batch import Batch, Done, LeftAlone, Out, share
 from tricomp.errors import UnsupportedFormat
+from tricomp.progress import OnProgress
 from tricomp.report import Report
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from tricomp.cli import console, progress, sources
 from tricomp.errors import InvalidArgument
+from tricomp.progress import counter
 
 if TYPE_CHECKING:
     from tricomp.bounds import Bytes
@@ -90,7 +91,7 @@ def write(options: argparse.Namespace, file: File, stem: str) -> int:
         chosen = Subset(file, [path for path in file if path in asked])
     total = sum(chosen.leaf(path).n_bytes for path in chosen)
     with progress.shown(options, out) as draw:
-        count = progress.counter(draw, total)
+        count = counter(draw, total)
         if to != _TRI:
             pieces = _counted(formats.exported(to, chosen), count)
             n_bytes = stream(sys.stdout.buffer, pieces) if is_stream else put(out, pieces)

@@ -16,6 +16,7 @@ from tricomp.archive_names import SUFFIX
 from tricomp.cli import console, progress, sources
 from tricomp.cli.table import entry, table
 from tricomp.errors import InvalidArgument, StorageError, TricompError
+from tricomp.progress import counter
 
 if TYPE_CHECKING:
     from tricomp.comparison import Comparison, LeafChange
@@ -128,7 +129,7 @@ def verify(options: argparse.Namespace) -> int:
                     raise InvalidArgument(f"{path}: is a {file.format} file, which has no checksums to compare.")
                 total = sum(file.leaf(leaf).n_bytes for leaf in file)
                 with progress.shown(options, path) as draw:
-                    found = verified(file, progress.counter(draw, total))
+                    found = verified(file, counter(draw, total))
         except (TricompError, OSError) as error:
             if options.json:
                 console.emit({"name": path, "is_clean": False, "faults": [str(error)]})
@@ -169,7 +170,7 @@ def diff(options: argparse.Namespace) -> int:
             a, b = (file if isinstance(file, File) else TreeSide(file.tree) for file in opened)
             total = sum(a.leaf(path).n_bytes for path in a if path in b)
             with progress.shown(options, "diff") as draw:
-                found = compare(a, b, progress.counter(draw, total))
+                found = compare(a, b, counter(draw, total))
     except (TricompError, OSError, MemoryError) as error:
         console.complain(options, error)
         return TROUBLE

@@ -39,20 +39,6 @@ def shown(options: argparse.Namespace, what: str) -> Iterator[Callable[[int, int
         yield draw
 
 
-def counter(draw: Callable[[int, int], None] | None, total: int) -> Callable[[int], None] | None:
-    """draw for work that tells how many bytes, of so many, were done since the last call."""
-    if draw is None:
-        return None
-    drawn, done = draw, 0
-
-    def count(n_bytes: int) -> None:
-        nonlocal done
-        done += n_bytes
-        drawn(done, total)
-
-    return count
-
-
 def _is_terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
 

@@ -17,6 +17,7 @@ from tricomp.chain import Keep, KeepEvery, KeepLast, Link, chains, nearest, to_p
 from tricomp.cli import console, export, progress
 from tricomp.cli.table import entry, table
 from tricomp.errors import MissingStep, TricompError
+from tricomp.progress import counter
 
 if TYPE_CHECKING:
     from tricomp.file import File
@@ -144,7 +145,7 @@ def verify_store(options: argparse.Namespace, path: str) -> int:
     store = _store(path)
     total = sum(step.raw_bytes for step in _steps(store)[0])
     with progress.shown(options, path) as draw:
-        report = verified(store, progress.counter(draw, total))
+        report = verified(store, counter(draw, total))
     if options.json:
         broken = [{"step": one.step, "reason": one.reason} for one in report.broken]
         console.emit({"name": path, "is_clean": report.is_clean, "intact": list(report.intact), "broken": broken})
