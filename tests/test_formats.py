@@ -587,7 +587,7 @@ def test_a_zip_bomb_stops_at_the_limit(put, monkeypatch):
 
 
 def test_no_room_to_inflate(put, monkeypatch):
-    def full(*_):
+    def full(**_):
         raise OSError(errno.ENOSPC, "full")
 
     path = put(hostile(method=zipfile.ZIP_DEFLATED), "x.npz")
