@@ -3,6 +3,9 @@ tensor subclasses, torchao's among them, taken apart and put together again."""
 
 import collections
 import importlib
+import os
+import subprocess
+import sys
 from typing import Any
 
 import ml_dtypes
@@ -630,6 +633,18 @@ def test_plain_values_that_torch_save_keeps(tmp_path):
     back = tricomp_torch.load(tmp_path / "a.tri")
     assert back.pop("sets") == tree.pop("sets")  # whose order a repr would show
     assert repr(back) == repr(tree)
+
+
+def test_a_set_is_stored_in_one_order_in_every_process():
+    code = """
+import tricomp, tricomp_torch
+print(tricomp.content_id(tricomp_torch.flatten({"s": {"a", "b", "c", None, 1, 2.5, b"x"}}).tree))
+"""
+    ids = set()
+    for seed in "123":
+        environ = {**os.environ, "PYTHONHASHSEED": seed}
+        ids.add(subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, check=True).stdout)
+    assert len(ids) == 1
 
 
 @pytest.mark.parametrize("kind", ["dtype", "device", "complex", "set", "bytearray", "Size"])

@@ -264,7 +264,7 @@ def _plain(node: Any) -> tuple[str, Any]:
     if type(node) is bytearray:
         return "bytearray", bytes(node)
     if type(node) is set and all(type(entry) in (str, int, float, bool, bytes) or entry is None for entry in node):
-        return "set", list(node)
+        return "set", sorted(node, key=lambda entry: (type(entry).__name__, repr(entry)))  # not by hashes, new each time
     return "", None
 
 
