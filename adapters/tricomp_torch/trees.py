@@ -264,7 +264,8 @@ def _plain(node: Any) -> tuple[str, Any]:
     if type(node) is bytearray:
         return "bytearray", bytes(node)
     if type(node) is set and all(type(entry) in (str, int, float, bool, bytes) or entry is None for entry in node):
-        return "set", sorted(node, key=lambda entry: (type(entry).__name__, repr(entry)))  # not by hashes, new each time
+        # Not in its own order, which is another in each process: equal trees have one content id.
+        return "set", sorted(node, key=lambda entry: (type(entry).__name__, repr(entry)))
     return "", None
 
 

@@ -127,7 +127,7 @@ def _read_index(path: str) -> TensorFile:
         for part in parts:
             part.close()
         raise
-    shared = dict(set.intersection(*(set(note.items()) for note in notes))) if notes else {}
+    shared = dict(sorted(set.intersection(*(set(note.items()) for note in notes)))) if notes else {}
     return TensorFile(
         os.path.basename(path),
         "safetensors",
