@@ -11,7 +11,7 @@ import pytest
 
 import tricomp
 from tests.cases import equal, moments, stepped, weights
-from tricomp import codec, verification
+from tricomp import codec
 from tricomp.cli import main
 from tricomp.file import File
 from tricomp.reference import decode as decoder
@@ -193,7 +193,7 @@ def test_verify_goes_in_pieces(tmp_path, monkeypatch):
             return elements(file, path, start, stop, parent)
 
         monkeypatch.setattr(File, "elements", spied)
-        monkeypatch.setattr(verification, "_PIECE_BYTES", 1)
+        monkeypatch.setattr(tricomp.file, "PIECE_BYTES", 1)
         done: list[int] = []
         assert verify_store(store, done.append).is_clean
         assert max(sizes) == codec.DIGEST_BYTES < len(third)

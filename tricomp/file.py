@@ -25,6 +25,15 @@ from tricomp.storage import Source
 
 Array = np.ndarray[Any, Any]
 
+PIECE_BYTES = 16 << 20  # decoded at a time, about: enough chunks for the codec to be quick
+
+
+def piece_elements(leaf: Leaf, n_elements: int | None = None) -> int:
+    """Elements of a leaf to decode at a time, about n_elements or PIECE_BYTES: whole chunks and digest blocks."""
+    if n_elements is None:
+        n_elements = PIECE_BYTES // (leaf.dtype.word_bits // 8 * leaf.dtype.words_per_element)
+    return max(-(-n_elements // codec.DIGEST_BYTES), 1) * codec.DIGEST_BYTES
+
 
 class File(Mapping[str, Array]):
     """A read-only mapping from leaf paths to arrays, decoded when asked for; each access gives a new array.
@@ -176,15 +185,15 @@ class File(Mapping[str, Array]):
         words = self._frames.parts(number, [range(run.start * n_each, run.stop * n_each) for run in runs])
         return [from_words(part, leaf.dtype, (len(run),)) for part, run in zip(words, runs, strict=True)]
 
-    def pieces(self, path: str, n_elements: int = 1 << 22) -> Iterator[Array]:
+    def pieces(self, path: str, n_elements: int | None = None) -> Iterator[Array]:
         """A whole leaf in order, as one-dimensional arrays of about n_elements each: however large, in little memory.
 
-        The digest of the leaf is compared at the end: until then what came may be wrong. Raises MissingLeaf, and what
-        decoding raises.
+        n_elements: None: as many as decode quickly together, see piece_elements. The digest of the leaf is compared at
+        the end: until then what came may be wrong. Raises MissingLeaf, and what decoding raises.
         """
         number = self._number(path)
         leaf = self._contents.leaves[number]
-        size = max(-(-n_elements // codec.DIGEST_BYTES), 1) * codec.DIGEST_BYTES * leaf.dtype.words_per_element
+        size = piece_elements(leaf, n_elements) * leaf.dtype.words_per_element
         if leaf.n_words <= size:
             yield self[path].reshape(-1)
             return

@@ -21,8 +21,26 @@ PURPOSES = tuple(field.name for field in fields(Breakdown))
 _ORIGIN, _BASE = "origin", "base"  # keys of the metadata of a file that was compressed from files
 
 
+class _Measured:
+    """What is told of anything that has elements, and bytes raw and coded."""
+
+    n_elements: int
+    raw_bytes: int
+    coded_bytes: int
+
+    @property
+    def bits(self) -> float | None:
+        """Bits in the file per element; None if there are none."""
+        return 8 * self.coded_bytes / self.n_elements if self.n_elements else None
+
+    @property
+    def ratio(self) -> float | None:
+        """Raw over coded bytes; None if it takes none."""
+        return _ratio(self.raw_bytes, self.coded_bytes)
+
+
 @dataclass(frozen=True)
-class LeafFacts:
+class LeafFacts(_Measured):
     """One leaf. coded_bytes, parts: its share of its frame, and of what that is for. mode: of the plan, for people.
 
     keep_mantissa_bits: None unless the leaf was rounded when it was saved. n_sharing: leaves in its frame.
@@ -42,19 +60,9 @@ class LeafFacts:
     n_sharing: int
     parts: Breakdown
 
-    @property
-    def bits(self) -> float | None:
-        """Bits in the file per element; None if it has none."""
-        return _bits(self.coded_bytes, self.n_elements)
-
-    @property
-    def ratio(self) -> float | None:
-        """Raw over coded bytes; None if it takes none."""
-        return _ratio(self.raw_bytes, self.coded_bytes)
-
 
 @dataclass(frozen=True)
-class GroupFacts:
+class GroupFacts(_Measured):
     """Sums over leaves. dtypes, modes: how many leaves are of each dtype and prediction.
 
     keep_mantissa_bits: of the leaves that were rounded, ascending.
@@ -69,16 +77,6 @@ class GroupFacts:
     modes: dict[str, int]
     keep_mantissa_bits: tuple[int, ...]
     parts: Breakdown
-
-    @property
-    def bits(self) -> float | None:
-        """Bits in the file per element; None if there are none."""
-        return _bits(self.coded_bytes, self.n_elements)
-
-    @property
-    def ratio(self) -> float | None:
-        """Raw over coded bytes; None if they take none."""
-        return _ratio(self.raw_bytes, self.coded_bytes)
 
 
 @dataclass(frozen=True)
@@ -252,10 +250,6 @@ def _origins(packed: Any, is_rounded: bool) -> tuple[OriginFacts, ...]:
             if isinstance(format, str) and isinstance(name, str) and type(n_bytes) is int:
                 found.append(OriginFacts(format, name, n_bytes, entry.get("spans") is not None and not is_rounded))
     return tuple(found)
-
-
-def _bits(n_bytes: int, n_elements: int) -> float | None:
-    return 8 * n_bytes / n_elements if n_elements else None
 
 
 def _ratio(raw_bytes: int, coded_bytes: int) -> float | None:

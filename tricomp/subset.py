@@ -85,7 +85,7 @@ class Subset(File):
     def elements(self, path: str, start: int, stop: int, parent: Array | None = None) -> Array:
         return self._file.elements(self._known(path), start, stop, parent)
 
-    def pieces(self, path: str, n_elements: int = 1 << 22) -> Iterator[Array]:
+    def pieces(self, path: str, n_elements: int | None = None) -> Iterator[Array]:
         return self._file.pieces(self._known(path), n_elements)
 
     def load(self, leaves: Iterable[str] | None = None) -> Any:

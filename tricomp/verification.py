@@ -14,12 +14,10 @@ from tricomp import codec
 from tricomp.chain import Link, chains
 from tricomp.dtypes import to_words
 from tricomp.errors import CorruptFile, CorruptFrame, TricompError, WrongReference
-from tricomp.file import Array, File
+from tricomp.file import Array, File, piece_elements
 from tricomp.progress import OnBytes
 from tricomp.report import BrokenStep, VerifyReport
 from tricomp.store import Store
-
-_PIECE_BYTES = 16 << 20  # decoded at a time: enough chunks for the codec to be quick
 
 
 @dataclass(frozen=True)
@@ -134,8 +132,7 @@ def _verify_leaf(checks: list[_Check], path: str, on_progress: OnBytes | None) -
         check.digester, check.is_lost = codec.Digester(), False
     leaves = [(check, check.file.leaf(path)) for check in having]
     sizes = {id(check): leaf.n_words // leaf.dtype.words_per_element for check, leaf in leaves}
-    widest = max(1, *(leaf.n_bytes // max(sizes[id(check)], 1) for check, leaf in leaves))
-    n_each = max(_PIECE_BYTES // (widest * codec.DIGEST_BYTES), 1) * codec.DIGEST_BYTES  # whole chunks, whole blocks
+    n_each = min(piece_elements(leaf) for _, leaf in leaves)
     for start in range(0, max(sizes.values()), n_each):
         pending: list[tuple[int, Array | None]] = [(i, None) for i in tops]
         while pending:  # depth first, so that few pieces are held

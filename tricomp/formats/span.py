@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tricomp.bounds import Bytes
+from tricomp.file import PIECE_BYTES
 from tricomp.layout import Leaf
 
 if TYPE_CHECKING:
     from tricomp.file import File
 
 Array = np.ndarray[Any, Any]
-_PIECE_BYTES = 16 << 20  # decoded at a time, about: enough chunks for the codec to be quick
 
 
 class Leaves:
@@ -107,8 +107,8 @@ def _batches(spans: Sequence[Span], leaves: Leaves) -> Iterator[list[Span]]:
     batch: list[Span] = []
     n_bytes = 0
     for span in spans:
-        is_small = leaves[leaves.number(span.leaf)].n_bytes < _PIECE_BYTES // 2
-        if batch and (not is_small or n_bytes + span.n_bytes > _PIECE_BYTES):
+        is_small = leaves[leaves.number(span.leaf)].n_bytes < PIECE_BYTES // 2
+        if batch and (not is_small or n_bytes + span.n_bytes > PIECE_BYTES):
             yield batch
             batch, n_bytes = [], 0
         if is_small:
@@ -124,7 +124,7 @@ def _span_bytes(span: Span, leaf: Leaf, file: File, array: Array | None) -> Iter
     """What stands in a span. array: its leaf, if it is decoded already."""
     word = leaf.dtype.word_dtype
     size = element_bytes(leaf)
-    for piece in _pieces_in_order(span, leaf, file, array, max(_PIECE_BYTES // size, 1)):
+    for piece in _pieces_in_order(span, leaf, file, array, max(PIECE_BYTES // size, 1)):
         words = piece.view(word)
         yield (words.byteswap() if span.is_swapped else words).view(np.uint8).data
 
