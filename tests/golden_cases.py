@@ -18,12 +18,12 @@ import xxhash
 import tricomp
 from tricomp import dtypes
 from tricomp.dtypes import DType
+from tricomp.job import EncodeJob, Scales, Side, Tables
 from tricomp.plan import Plan
 from tricomp.reference import encode as encoder
 from tricomp.reference.bits import ordered, trailing_zeros, unordered
-from tricomp.reference.entropy import Tables, normalise
-from tricomp.reference.predict import Scales, basis, split
-from tricomp.reference.side import Side
+from tricomp.reference.entropy import normalise
+from tricomp.reference.predict import basis, split
 
 FOLDER = Path(__file__).parent / "golden"
 Array = np.ndarray[Any, Any]
@@ -102,7 +102,7 @@ def tree(step: int) -> dict[str, Any]:
     }
 
 
-def jobs() -> Iterator[tuple[str, encoder.Job]]:
+def jobs() -> Iterator[tuple[str, EncodeJob]]:
     """Frames of plans by hand: every prediction, entropy, remainder and place of the sign at many widths."""
     rows = Scales(np.arange(900, 911, dtype=np.int16), np.arange(200, dtype=np.int16) % 5)
     ratios = Scales(np.full(11, 31_000, np.uint16), np.full(200, 33_000, np.uint16))
@@ -132,7 +132,7 @@ def jobs() -> Iterator[tuple[str, encoder.Job]]:
             yield f"{name} {i}: {plan.describe()}", _job(plan, scales, new, reference)
 
 
-def _job(plan: Plan, scales: Scales, new: Array, reference: Array | None) -> encoder.Job:
+def _job(plan: Plan, scales: Scales, new: Array, reference: Array | None) -> EncodeJob:
     """Fill in a window around the middle, and tables from the data, less one symbol."""
     known = basis(plan, reference, scales, 0, len(new))
     if plan.predict == "full":
@@ -150,13 +150,13 @@ def _job(plan: Plan, scales: Scales, new: Array, reference: Array | None) -> enc
     if plan.entropy == "index":
         common = np.argsort(-np.bincount(parts.symbols, minlength=plan.n_symbols), kind="stable")
         dictionary = np.sort(common[: (1 << plan.index_bits) - 1]).astype(np.uint8)
-        return encoder.Job(plan, Side(None, planes, dictionary, scales=scales), new, reference)
+        return EncodeJob(plan, Side(None, planes, dictionary, scales=scales), new, reference)
     context = np.zeros(len(new), np.int64) if parts.contexts is None else parts.contexts
     counts = np.zeros((plan.n_contexts, plan.n_symbols), np.int64)
     np.add.at(counts, (context, parts.symbols), 1)
     counts[:, 7] = 0
     tables = Tables(np.stack([normalise(row, 11) for row in counts]), 11)
-    return encoder.Job(plan, Side(tables, planes, scales=scales), new, reference)
+    return EncodeJob(plan, Side(tables, planes, scales=scales), new, reference)
 
 
 def frame_checks() -> dict[str, str]:

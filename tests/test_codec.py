@@ -16,13 +16,13 @@ from tests.cases import ODD_SIZES, decayed, moments, of_dtype, same_bits, specia
 from tricomp import codec, dtypes
 from tricomp.bounds import most_frame_bytes
 from tricomp.errors import CorruptFrame, InvalidArgument, WrongReference
+from tricomp.job import DecodeJob, EncodeJob, Scales, Side, Tables
 from tricomp.layout import Layout, Snapshot, snapshot_of
 from tricomp.plan import Plan, Spec
 from tricomp.reference import decode as decoder
 from tricomp.reference import encode as encoder
-from tricomp.reference.entropy import Tables, normalise
-from tricomp.reference.predict import Scales, basis, split, symbol_bits
-from tricomp.reference.side import Side
+from tricomp.reference.entropy import normalise
+from tricomp.reference.predict import basis, split, spread, symbol_bits
 
 DENSE, FAST = Spec(), Spec(tier="fast")
 
@@ -363,10 +363,10 @@ def test_every_plan_by_hand():
             planes[0] = Tables(normalise(np.ones(1 << width, np.int64), 11)[None], 11)
             plan = replace(plan, coded_planes=1)
         side = Side(tables, planes, dictionary, scales=scales)
-        encoded = encoder.encode([encoder.Job(plan, side, words, reference)])[0]
+        encoded = encoder.encode([EncodeJob(plan, side, words, reference)])[0]
         complete, data = encoded.plan, encoded.data
         assert Plan.from_wire(complete.to_wire()) == complete
-        back = decoder.decode([decoder.Job(complete, data, reference)])[0]
+        back = decoder.decode([DecodeJob(complete, data, reference)])[0]
         assert np.array_equal(back, words), complete
         assert (symbol_bits(plan) <= plan.dtype.word_bits).all()
         n_plans += 1
@@ -379,14 +379,14 @@ def test_scales_are_spread_over_the_asked_words_only():
         n_columns, n_words = (int(n) for n in rng.integers(1, 40, 2))
         scales = Scales(np.arange(100, dtype=np.int16), rng.integers(0, 99, n_columns).astype(np.int16))
         places = int(rng.integers(0, 60 * n_columns)) + np.arange(n_words)
-        rows, columns = scales.table(n_columns, int(places[0]), n_words)
+        rows, columns = spread(scales, n_columns, int(places[0]), n_words)
         assert np.array_equal(rows, scales.rows[places // n_columns])
         assert columns is not None
         assert scales.columns is not None
         assert np.array_equal(columns, scales.columns[places % n_columns])
     n_columns = 1 << 24  # a flat leaf is one row
     tracemalloc.start()
-    rows, _ = Scales(np.full(1, 7, np.int16)).table(n_columns, n_columns - 1000, 1000)
+    rows, _ = spread(Scales(np.full(1, 7, np.int16)), n_columns, n_columns - 1000, 1000)
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (rows == 7).all()

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tricomp.errors import CorruptFrame
+from tricomp.job import Tables
 from tricomp.reference import entropy, lanes, pack
 
 
@@ -23,7 +24,7 @@ def table_of(chunks, contexts, n_contexts, n_symbols, prob_bits=11):
     counts = np.zeros((n_contexts, n_symbols), np.int64)
     for chunk, context in zip(chunks, contexts):
         np.add.at(counts, (context, chunk), 1)
-    return entropy.Tables(np.stack([entropy.normalise(row, prob_bits) for row in counts]), prob_bits)
+    return Tables(np.stack([entropy.normalise(row, prob_bits) for row in counts]), prob_bits)
 
 
 def test_rans_round_trip_of_unlike_chunks_in_one_call():
@@ -64,7 +65,7 @@ def test_rans_is_close_to_the_entropy():
 
 
 def test_a_certain_symbol_costs_no_words():
-    tables = entropy.Tables(np.array([[0, 2048, 0]]), 11)
+    tables = Tables(np.array([[0, 2048, 0]]), 11)
     assert len(entropy.rans_encode([np.ones(65_536, np.uint8)], [tables])[0].words) == 0
 
 

@@ -9,11 +9,10 @@ from importlib.resources import files
 import numpy as np
 
 from tricomp import dtypes
+from tricomp.job import DecodeJob, EncodeJob, Side, Tables
 from tricomp.plan import ENTROPIES, PREDICTIONS, REMAINDERS, Plan
 from tricomp.reference import decode as decoder
 from tricomp.reference import encode as encoder
-from tricomp.reference.entropy import Tables
-from tricomp.reference.side import Side
 
 TEXT = (files("tricomp") / "FORMAT.md").read_text(encoding="utf-8")
 
@@ -27,11 +26,11 @@ def test_the_worked_frame_is_what_the_encoder_writes():
     words[77] = 200
     plan = Plan(dtypes.by_name("uint16"), 130, "palette", chunk_log2=10, entropy="rans", n_symbols=2)
     side = Side(Tables(np.array([[1536, 512]]), 11), palette=np.array([7, 9], np.uint16))
-    encoded = encoder.encode([encoder.Job(plan, side, words)])[0]
+    encoded = encoder.encode([EncodeJob(plan, side, words)])[0]
     complete, data = encoded.plan, encoded.data
     assert data == shown
     assert complete.to_wire() == wire
-    assert np.array_equal(decoder.decode([decoder.Job(Plan.from_wire(wire), shown)])[0], words)
+    assert np.array_equal(decoder.decode([DecodeJob(Plan.from_wire(wire), shown)])[0], words)
 
 
 def rows_of(heading):

@@ -14,6 +14,7 @@ from tricomp import container
 from tricomp import tree as trees
 from tricomp.dtypes import to_words
 from tricomp.folder import LocalFile
+from tricomp.job import DecodeJob, EncodeJob, Side
 from tricomp.reference import decode as decoder
 from tricomp.reference import encode as encoder
 from tricomp.reference import side
@@ -55,8 +56,8 @@ def test_plans_in_files_give_the_same_bytes(name):
             if plan.reference == "sibling":
                 sibling = list(file)[plan.sibling]
                 old, origin = to_words(file[sibling]), file.leaf(sibling).dtype
-            known = side.read(plan, data[: plan.side_bytes]) if plan.n_chunks else side.Side()
-            encoded = encoder.encode([encoder.Job(plan, known, words, old, origin)])[0]
+            known = side.read(plan, data[: plan.side_bytes]) if plan.n_chunks else Side()
+            encoded = encoder.encode([EncodeJob(plan, known, words, old, origin)])[0]
             again, coded = encoded.plan, encoded.data
             assert coded == data, (paths, plan)
             assert again == plan
@@ -70,7 +71,7 @@ def test_frames_of_plans_by_hand_have_the_same_bytes_and_decode():
     assert frame_checks() == stored
     names, cases = zip(*jobs())
     encoded = encoder.encode(cases)
-    frames = [decoder.Job(coded.plan, coded.data, case.reference) for case, coded in zip(cases, encoded)]
+    frames = [DecodeJob(coded.plan, coded.data, case.reference) for case, coded in zip(cases, encoded)]
     decoded = decoder.decode(frames)
     for name, case, words in zip(names, cases, decoded):
         assert np.array_equal(words, case.words), name

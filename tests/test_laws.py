@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"tricomp": ROOT / "tricomp", **{p: ROOT / "adapters" / p for p in ("tricomp_torch", "tricomp_jax")}}
 BACKENDS = ("tricomp.reference", "tricomp.native", "tricomp.kernels")
-GROUND = ("tricomp.errors", "tricomp.dtypes", "tricomp.layout", "tricomp.plan", "tricomp.bounds")
+GROUND = ("tricomp.errors", "tricomp.dtypes", "tricomp.layout", "tricomp.plan", "tricomp.bounds", "tricomp.job")
 FRAMEWORKS = ("torch", "jax", "triton")
 PICKLES = ("pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib")
 

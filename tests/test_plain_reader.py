@@ -21,12 +21,12 @@ from tests import plain_reader
 from tests.cases import decayed, moments, of_dtype, special_words, stepped, weights
 from tests.plain_reader import Leaf, Named, Refused, Registered
 from tricomp import dtypes
+from tricomp.job import EncodeJob, Scales, Side, Tables
 from tricomp.plan import Plan, Spec
 from tricomp.reference import encode as encoder
 from tricomp.reference.bits import cast, ordered, unordered
-from tricomp.reference.entropy import Tables, normalise
-from tricomp.reference.predict import Scales, basis, split
-from tricomp.reference.side import Side
+from tricomp.reference.entropy import normalise
+from tricomp.reference.predict import basis, split
 
 FORMAT = (Path(tricomp.__file__).parent / "FORMAT.md").read_text()
 SPECS = {"dense": Spec(chunk_log2=10), "fast": Spec(tier="fast", chunk_log2=10)}
@@ -316,7 +316,7 @@ def test_plans_by_hand():
         if plan.remainder == "planes" and not plan.plane_widths:
             plan = replace(plan, remainder="none")
         plan, side = complete(plan, scales, new, old)
-        encoded = encoder.encode([encoder.Job(plan, side, new, old)])[0]
+        encoded = encoder.encode([EncodeJob(plan, side, new, old)])[0]
         plan, data = encoded.plan, encoded.data
         words = plain_reader.read_frame(data, plan.to_wire(), None if old is None else old.tolist(), plan.dtype.number)
         assert words == new.tolist(), plan
@@ -340,7 +340,7 @@ def test_casts(source, target):
     new = cast(old, source, target)
     new[::71] ^= 1
     plan = Plan(target, len(new), "cast", reference="sibling")
-    encoded = encoder.encode([encoder.Job(plan, Side(), new, old, source)])[0]
+    encoded = encoder.encode([EncodeJob(plan, Side(), new, old, source)])[0]
     plan, data = encoded.plan, encoded.data
     assert len(data) < new.nbytes / 4
     assert plain_reader.read_frame(data, plan.to_wire(), old.tolist(), source.number) == new.tolist()

@@ -19,6 +19,7 @@ import numpy as np
 from tricomp.bounds import Bytes, Cut
 from tricomp.dtypes import Words
 from tricomp.errors import CorruptFrame, InvalidArgument, WrongReference
+from tricomp.job import DecodeJob, EncodeJob, Side
 from tricomp.layout import Leaf, Snapshot
 from tricomp.plan import Frame, Plan, Spec
 from tricomp.reference import decode as _decoder
@@ -28,7 +29,6 @@ from tricomp.reference.digest import BLOCK_BYTES as DIGEST_BYTES
 from tricomp.reference.digest import Digester, digest
 from tricomp.reference.frame import anatomy, head_bytes
 from tricomp.reference.planner import plan_frame
-from tricomp.reference.side import Side
 from tricomp.spool import Spool
 
 __all__ = [
@@ -117,7 +117,7 @@ def encode(
     snapshot = bounded(snapshot, spec)
     leaves = snapshot.layout.leaves
     digests = [digest(snapshot.words(i)) for i in range(len(leaves))]
-    pending: list[tuple[_Task, _encoder.Job]] = []
+    pending: list[tuple[_Task, EncodeJob]] = []
     n_pending = 0
     # Asked for once: finding a leaf may mean decoding it.
     found = {i: _counterpart(leaf, reference) for i, leaf in enumerate(leaves) if leaf.n_words < SMALL_WORDS}
@@ -139,7 +139,7 @@ def _check_backend(backend: str | None) -> None:
         raise InvalidArgument(f"{where}: expected 'auto' or 'reference', got {chosen!r}; this version has no other.")
 
 
-def _flush(pending: list[tuple[_Task, _encoder.Job]], digests: list[int]) -> Iterator[Frame]:
+def _flush(pending: list[tuple[_Task, EncodeJob]], digests: list[int]) -> Iterator[Frame]:
     for (task, job), encoded in zip(pending, _encoder.encode([job for _, job in pending], Spool), strict=True):
         if encoded.plan.predict != "raw" and encoded.n_bytes > job.words.nbytes + 64 and encoded.plan.n_chunks:
             raw = replace(job, plan=_raw(job.plan), side=Side())
@@ -264,7 +264,7 @@ def _counterpart(leaf: Leaf, reference: Reference | None) -> Words | None:
     return found[1]
 
 
-def _job(snapshot: Snapshot, old: Sequence[Words | None], task: _Task, spec: Spec) -> _encoder.Job:
+def _job(snapshot: Snapshot, old: Sequence[Words | None], task: _Task, spec: Spec) -> EncodeJob:
     """Plan one frame. old: the reference's words of each of its leaves."""
     leaves = [snapshot.layout.leaves[i] for i in task.leaves]
     words = _joined([snapshot.words(i) for i in task.leaves])
@@ -277,7 +277,7 @@ def _job(snapshot: Snapshot, old: Sequence[Words | None], task: _Task, spec: Spe
         return plan_frame(words, parent, leaves[0].dtype, shape, spec, kept)
     if parent is not None and is_equal(parent, words):
         plan = Plan(leaves[0].dtype, len(words), "copy", reference="parent", keep_mantissa_bits=kept)
-        return _encoder.Job(plan, Side(), words, parent)
+        return EncodeJob(plan, Side(), words, parent)
     source = snapshot.layout.leaves[task.sibling]
     plan = Plan(
         leaves[0].dtype,
@@ -288,7 +288,7 @@ def _job(snapshot: Snapshot, old: Sequence[Words | None], task: _Task, spec: Spe
         sibling=task.sibling,
         keep_mantissa_bits=kept,
     )
-    return _encoder.Job(plan, Side(), words, snapshot.words(task.sibling), source.dtype)
+    return EncodeJob(plan, Side(), words, snapshot.words(task.sibling), source.dtype)
 
 
 def _joined(parts: Sequence[Words]) -> Words:
@@ -366,7 +366,7 @@ def _decode_job(
     parent: Words | None,
     sibling: tuple[Leaf, Words] | None,
     part: range | None = None,
-) -> _decoder.Job:
+) -> DecodeJob:
     name = leaves[0].path if leaves else "array"
     n_words = sum(leaf.n_words for leaf in leaves)
     if n_words != plan.n_words or any(leaf.dtype != plan.dtype for leaf in leaves):
@@ -376,7 +376,7 @@ def _decode_job(
         )
     part = range(plan.n_words) if part is None else part
     if plan.reference == "none":
-        return _decoder.Job(plan, data, name=name, start=part.start, stop=part.stop)
+        return DecodeJob(plan, data, name=name, start=part.start, stop=part.stop)
     words, source = (parent, plan.dtype) if plan.reference == "parent" else (None, plan.dtype)
     if plan.reference == "sibling" and sibling is not None:
         words, source = sibling[1], sibling[0].dtype
@@ -389,4 +389,4 @@ def _decode_job(
     pair = (source.name, plan.dtype.name)
     if (pair not in _CAST_PAIRS) if plan.predict == "cast" else (source != plan.dtype):
         raise CorruptFrame(f"frame of {name!r}: its reference of {pair[0]} does not fit a leaf of {pair[1]}.")
-    return _decoder.Job(plan, data, words, source, name, part.start, part.stop)
+    return DecodeJob(plan, data, words, source, name, part.start, part.stop)

@@ -212,9 +212,7 @@ def _values(a: bytes, b: bytes) -> Iterator[Mismatch]:
             yield Mismatch(path, ", ".join(one), ", ".join(other))
 
 
-def _change(
-    leaf: Leaf, a: Iterable[Array], b: Iterable[Array], on_progress: OnBytes | None
-) -> LeafChange | None:
+def _change(leaf: Leaf, a: Iterable[Array], b: Iterable[Array], on_progress: OnBytes | None) -> LeafChange | None:
     """What changed in a leaf whose elements come in pieces; None: nothing."""
     tally = _Tally()
     for x, y in _aligned(a, b):

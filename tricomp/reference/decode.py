@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from tricomp.bounds import Cut
-from tricomp.dtypes import DType, Words
+from tricomp.dtypes import Words
 from tricomp.errors import CorruptFrame
-from tricomp.plan import Plan
+from tricomp.job import DecodeJob, Side
 from tricomp.reference import side
 from tricomp.reference.entropy import Coded, rans_decode
 from tricomp.reference.frame import (
@@ -33,44 +32,17 @@ from tricomp.reference.frame import (
 from tricomp.reference.lanes import BATCH_CHUNKS, LANES, ROW, padded
 from tricomp.reference.pack import Stacked, packed_bytes, stack_decode, stack_word_bits, unpack_bits
 from tricomp.reference.predict import Basis, basis, contexts_of, merge, symbol_bits
-from tricomp.reference.side import Side
 
 Array = np.ndarray[Any, Any]
 
 _ADVICE = "Restore the file from another copy, or list a store's intact steps: tricomp verify FOLDER."
 
 
-@dataclass(frozen=True)
-class Job:
-    """One frame to decode, or the words [start, stop) of it. For `cast`: source is the reference's dtype.
-
-    reference: uint[stop - start] as the plan asks. start: of a chunk; stop: of one, or the frame's end; None: the end.
-    name: what errors call the frame, a leaf's path.
-    """
-
-    plan: Plan
-    data: bytes | memoryview | Cut
-    reference: Words | None = None
-    source: DType | None = None
-    name: str = "array"
-    start: int = 0
-    stop: int | None = None
-
-    @property
-    def end(self) -> int:
-        return self.plan.n_words if self.stop is None else self.stop
-
-    @property
-    def cut(self) -> memoryview | Cut:
-        """The frame's bytes, to be sliced."""
-        return memoryview(self.data).cast("B") if isinstance(self.data, bytes | memoryview) else self.data
-
-
 @dataclass
 class _Chunk:
     """A chunk on its way: what its payload holds, then symbols and remainders."""
 
-    job: Job
+    job: DecodeJob
     side: Side
     number: int
     n_words: int
@@ -91,7 +63,7 @@ class _Chunk:
         return CorruptFrame(f"chunk {self.number} of {self.job.name!r}: {text}. {_ADVICE}")
 
 
-def decode(jobs: Sequence[Job]) -> list[Words]:
+def decode(jobs: Sequence[DecodeJob]) -> list[Words]:
     """The words that each job asks for. Raises CorruptFrame, naming chunk and frame."""
     out = [_allocate(job) for job in jobs]
     pending: list[tuple[Words, _Chunk]] = []
@@ -105,7 +77,7 @@ def decode(jobs: Sequence[Job]) -> list[Words]:
     return out
 
 
-def _allocate(job: Job) -> Words:
+def _allocate(job: DecodeJob) -> Words:
     """The frame's words where the plan alone gives them, else room for them, earned by its directory."""
     plan = job.plan
     if plan.predict == "constant":
@@ -132,7 +104,7 @@ def _flush(pending: list[tuple[Words, _Chunk]]) -> None:
         words[first : first + chunk.n_words] = _words(chunk)
 
 
-def _parse(job: Job) -> Iterator[_Chunk]:
+def _parse(job: DecodeJob) -> Iterator[_Chunk]:
     """Check the head and the checksum of every payload asked for, and cut the payloads up."""
     plan, data = job.plan, job.cut
     if plan.n_chunks == 0:

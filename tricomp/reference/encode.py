@@ -6,19 +6,19 @@ so frames are encoded in batches; a frame's bytes never depend on what else is i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import xxhash
 
-from tricomp.bounds import Bytes
-from tricomp.dtypes import DType, Words
+from tricomp.dtypes import Words
+from tricomp.job import Encoded, EncodeJob, Room, Tables
 from tricomp.plan import Plan
 from tricomp.reference import side
 from tricomp.reference.bits import trailing_zeros
-from tricomp.reference.entropy import Coded, Tables, rans_encode
+from tricomp.reference.entropy import Coded, rans_encode
 from tricomp.reference.frame import (
     ALIGN,
     DIRECTORY_FIELDS,
@@ -32,20 +32,8 @@ from tricomp.reference.frame import (
 from tricomp.reference.lanes import BATCH_CHUNKS, ROW, padded
 from tricomp.reference.pack import Stacked, pack_bits, packed_bytes, stack_encode, stack_word_bits
 from tricomp.reference.predict import Split, basis, split, symbol_bits
-from tricomp.reference.side import Side
 
 Array = np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One frame to encode. words, reference: uint[n_words]. For `cast`: source is the dtype of the reference."""
-
-    plan: Plan
-    side: Side
-    words: Words
-    reference: Words | None = None
-    source: DType | None = None
 
 
 @dataclass
@@ -59,14 +47,6 @@ class _Chunk:
     planes: list[Array] | None = None
     stack: tuple[Array, Array] | None = None
     block_shifts: Array | None = None
-
-
-class Room(Protocol):
-    """Where the payloads of a frame wait until its head is known. A list is one."""
-
-    def append(self, piece: bytes, /) -> None: ...
-
-    def __iter__(self) -> Iterator[Bytes]: ...
 
 
 @dataclass
@@ -87,28 +67,7 @@ class _Output:
         self.rows.append(row)
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """A frame's data in pieces, and its plan, completed by side_bytes and side_check."""
-
-    plan: Plan
-    n_bytes: int
-    head: bytes
-    payloads: Iterable[Bytes]
-
-    def pieces(self) -> Iterator[Bytes]:
-        """The data in order."""
-        if self.head:
-            yield self.head
-        yield from self.payloads
-
-    @property
-    def data(self) -> bytes:
-        """All of the data at once."""
-        return b"".join(self.pieces())
-
-
-def encode(jobs: Sequence[Job], room: Callable[[], Room] = list) -> list[Encoded]:
+def encode(jobs: Sequence[EncodeJob], room: Callable[[], Room] = list) -> list[Encoded]:
     """Encode frames. room: makes the place where the payloads of one frame wait."""
     outputs = [_Output(room()) for _ in jobs]
     pending: list[tuple[int, _Chunk]] = []
@@ -122,7 +81,7 @@ def encode(jobs: Sequence[Job], room: Callable[[], Room] = list) -> list[Encoded
     return [_assemble(job, output) for job, output in zip(jobs, outputs, strict=True)]
 
 
-def _flush(jobs: Sequence[Job], pending: list[tuple[int, _Chunk]], outputs: list[_Output]) -> None:
+def _flush(jobs: Sequence[EncodeJob], pending: list[tuple[int, _Chunk]], outputs: list[_Output]) -> None:
     """Code the streams of all pending chunks at once, and lay the chunks down."""
     parts = [(jobs[number], chunk) for number, chunk in pending]
     symbols = _code([(chunk.rows, job.side.tables) for job, chunk in parts if chunk.rows is not None])
@@ -153,7 +112,7 @@ def _code(streams: list[tuple[Array | None, Tables | None]]) -> list[Coded]:
     return rans_encode([s[0] for s in streams if s[0] is not None], [s[1] for s in streams if s[1] is not None])
 
 
-def _take_apart(job: Job) -> Iterator[_Chunk]:
+def _take_apart(job: EncodeJob) -> Iterator[_Chunk]:
     """Predict and split every chunk of a frame."""
     plan = job.plan
     size = 1 << plan.chunk_log2
@@ -185,7 +144,7 @@ def _take_apart(job: Job) -> Iterator[_Chunk]:
             yield chunk
 
 
-def _rows(job: Job, parts: Split) -> tuple[Array | None, Array]:
+def _rows(job: EncodeJob, parts: Split) -> tuple[Array | None, Array]:
     """Rows of the frequency tables (none for an index), and which words are patched.
 
     Symbols that the tables or the dictionary lack become patches, and a patch takes its context's stand-in: in place.
@@ -220,7 +179,7 @@ def _pad(values: Array, n_padded: int) -> Array:
     return out
 
 
-def _fill(job: Job, chunk: _Chunk, rows: Array | None, n_padded: int) -> None:
+def _fill(job: EncodeJob, chunk: _Chunk, rows: Array | None, n_padded: int) -> None:
     """Rows for the entropy stage, or places in the dictionary. Padding: context 0 and its stand-in, or place 0."""
     if rows is None:
         places = np.zeros(job.plan.n_symbols, np.uint8)
@@ -234,7 +193,7 @@ def _fill(job: Job, chunk: _Chunk, rows: Array | None, n_padded: int) -> None:
         chunk.rows[: len(rows)] = rows
 
 
-def _pack(job: Job, chunk: _Chunk, remainders: Words) -> None:
+def _pack(job: EncodeJob, chunk: _Chunk, remainders: Words) -> None:
     """Byte planes, or values and lengths for the stack."""
     plan = job.plan
     n = len(chunk.words)
@@ -263,7 +222,7 @@ def _block_shifts(plan: Plan, remainders: Words, lengths: Array) -> Array:
 
 
 def _lay_down(
-    job: Job, chunk: _Chunk, symbols: Iterator[Coded], planes: Iterator[Coded], stacked: Stacked | None
+    job: EncodeJob, chunk: _Chunk, symbols: Iterator[Coded], planes: Iterator[Coded], stacked: Stacked | None
 ) -> tuple[Array, bytes]:
     """The payload of a chunk and its row of the directory, checksum aside. Takes the chunk's streams."""
     plan = job.plan
@@ -314,7 +273,7 @@ def _stream(states: Array, words: Array) -> bytes:
     return states.tobytes() + bytes(-words.nbytes % 16) + words.tobytes()
 
 
-def _assemble(job: Job, output: _Output) -> Encoded:
+def _assemble(job: EncodeJob, output: _Output) -> Encoded:
     """Put the head before the payloads."""
     if not output.rows:
         return Encoded(job.plan, 0, b"", ())

@@ -1,6 +1,6 @@
 """Entropy stage, in numpy: frequency tables, interleaved rANS, fixed-width indices. Defines the bytes.
 
-Imports numpy, errors and lanes only. The hard thing: rANS is sequential within a lane, so the loops below run over
+Imports numpy, errors, job and lanes only. The hard thing: rANS is sequential within a lane, so the loops below run over
 steps, and every operation covers one step of all lanes of all chunks at once. Chunks of different leaves, tables and
 lengths share a call; longer chunks come first, so that the active lanes of a step are always a prefix.
 """
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from tricomp.errors import CorruptFrame
+from tricomp.job import Tables
 from tricomp.reference.lanes import LANES, WordQueue, active_lanes, batches, collect, from_steps, to_steps
 
 # Frozen since format 1.
@@ -45,35 +46,22 @@ def normalise(counts: Array, prob_bits: int) -> Array:
     return freqs
 
 
-@dataclass(frozen=True)
-class Tables:
-    """Frequency tables of several leaves and contexts, one after the other.
+def encoder_entries(tables: Tables) -> Array:
+    """uint32[n_tables * n_symbols]: frequency << 16 | start of the symbol's slots."""
+    starts = np.cumsum(tables.freqs, axis=1) - tables.freqs
+    return (tables.freqs << 16 | starts).astype(np.uint32).reshape(-1)
 
-    freqs: int64[n_tables, n_symbols], each row sums to 2^prob_bits; a symbol of frequency 0 cannot be coded.
-    """
 
-    freqs: Array
-    prob_bits: int
-
-    def encoder(self) -> Array:
-        """uint32[n_tables * n_symbols]: frequency << 16 | start of the symbol's slots."""
-        starts = np.cumsum(self.freqs, axis=1) - self.freqs
-        return (self.freqs << 16 | starts).astype(np.uint32).reshape(-1)
-
-    def decoder(self) -> Array:
-        """uint32[n_tables << prob_bits]: frequency << 20 | symbol << 12 | offset in the symbol's slots."""
-        n_tables, n_symbols = self.freqs.shape
-        starts = np.cumsum(self.freqs, axis=1) - self.freqs
-        entries = self.freqs << 20 | np.arange(n_symbols) << 12
-        flat = self.freqs.reshape(-1)
-        slots = np.repeat(entries.reshape(-1), flat)
-        offsets = np.tile(np.arange(1 << self.prob_bits), n_tables) - np.repeat(starts.reshape(-1), flat)
-        # A frequency of 4096 would not fit above bit 20; prob_bits <= 11 keeps it out.
-        return (slots + offsets).astype(np.uint32)
-
-    def favourites(self) -> Array:
-        """int64[n_tables]: the most frequent symbol of each table, lowest first; stands in for patched words."""
-        return np.argmax(self.freqs, axis=1)
+def decoder_slots(tables: Tables) -> Array:
+    """uint32[n_tables << prob_bits]: frequency << 20 | symbol << 12 | offset in the symbol's slots."""
+    n_tables, n_symbols = tables.freqs.shape
+    starts = np.cumsum(tables.freqs, axis=1) - tables.freqs
+    entries = tables.freqs << 20 | np.arange(n_symbols) << 12
+    flat = tables.freqs.reshape(-1)
+    slots = np.repeat(entries.reshape(-1), flat)
+    offsets = np.tile(np.arange(1 << tables.prob_bits), n_tables) - np.repeat(starts.reshape(-1), flat)
+    # A frequency of 4096 would not fit above bit 20; prob_bits <= 11 keeps it out.
+    return (slots + offsets).astype(np.uint32)
 
 
 @dataclass(frozen=True)
@@ -92,7 +80,7 @@ def rans_encode(chunks: Sequence[Array], tables: Sequence[Tables]) -> list[Coded
     """
     coded: list[Coded] = [Coded(np.empty(0), np.empty(0))] * len(chunks)
     for batch in batches([len(chunk) for chunk in chunks], [table.prob_bits for table in tables]):
-        entries, offsets = _lay_out([tables[c] for c in batch], Tables.encoder)
+        entries, offsets = _lay_out([tables[c] for c in batch], encoder_entries)
         steps = to_steps([chunks[c] for c in batch], np.uint32)
         steps += np.repeat(offsets, LANES)
         prob_bits = tables[batch[0]].prob_bits
@@ -159,7 +147,7 @@ def rans_decode(
     decoded: list[Array] = [np.empty(0)] * len(streams)
     for batch in batches(n_words, [table.prob_bits for table in tables]):
         prob_bits = tables[batch[0]].prob_bits
-        entries, offsets = _lay_out([tables[c] for c in batch], Tables.decoder)
+        entries, offsets = _lay_out([tables[c] for c in batch], decoder_slots)
         lengths = [n_words[c] for c in batch]
         rows: Array = np.repeat(offsets, LANES)
         if any(contexts[c] is not None for c in batch):

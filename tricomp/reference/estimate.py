@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from tricomp.dtypes import DType, Words
+from tricomp.job import Scales, Side, Tables
 from tricomp.plan import Plan, Spec
-from tricomp.reference.entropy import Tables, normalise
+from tricomp.reference.entropy import normalise
 from tricomp.reference.lanes import ROW
-from tricomp.reference.predict import Scales
-from tricomp.reference.side import Side, vector_step
+from tricomp.reference.side import vector_step
 
 Array = np.ndarray[Any, Any]
 

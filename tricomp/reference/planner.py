@@ -13,14 +13,12 @@ from dataclasses import replace
 import numpy as np
 
 from tricomp.dtypes import DType, Words
+from tricomp.job import EncodeJob, Scales, Side
 from tricomp.plan import MAX_SYMBOLS, Plan, Spec
 from tricomp.reference.bits import count_unequal, is_constant, is_equal
-from tricomp.reference.encode import Job
 from tricomp.reference.estimate import Choice, Sample, patch_bits, sample_of, side_of, symbol_cost, with_entropy
 from tricomp.reference.planner_delta import delta_choice, scaled_delta_choice
 from tricomp.reference.planner_full import full_choice
-from tricomp.reference.predict import Scales
-from tricomp.reference.side import Side
 
 HOPELESS_BITS = 1.5  # a delta that costs so much more than no reference is not tried with scales
 THIN_ROWS = 16  # every 16th row of the sample tells whether few distinct words are to be expected
@@ -34,7 +32,7 @@ def plan_frame(
     shape: Sequence[int] | None,
     spec: Spec,
     keep_mantissa_bits: int | None = None,
-) -> Job:
+) -> EncodeJob:
     """Choose how to encode a frame. words, reference: uint[n]. shape: of the leaf; None for several small leaves."""
     blank = Plan(dtype, len(words), "raw", chunk_log2=spec.chunk_log2, keep_mantissa_bits=keep_mantissa_bits)
     exact = _exact(words, reference, blank)
@@ -56,15 +54,15 @@ def plan_frame(
             scaled = scaled_delta_choice(words, reference, sample, blank, shape, spec)
             choices.append(replace(scaled, bits=scaled.bits + SIMPLER_BITS))
     best = min(choices, key=lambda choice: choice.bits)
-    return Job(best.plan, best.side, words, reference if best.plan.reference == "parent" else None)
+    return EncodeJob(best.plan, best.side, words, reference if best.plan.reference == "parent" else None)
 
 
-def _exact(words: Words, reference: Words | None, blank: Plan) -> Job | None:
+def _exact(words: Words, reference: Words | None, blank: Plan) -> EncodeJob | None:
     """Constant or copy, if the whole frame is."""
     if is_constant(words):
-        return Job(replace(blank, predict="constant", word=int(words[0]) if len(words) else 0), Side(), words)
+        return EncodeJob(replace(blank, predict="constant", word=int(words[0]) if len(words) else 0), Side(), words)
     if reference is not None and is_equal(words, reference):
-        return Job(replace(blank, predict="copy", reference="parent"), Side(), words, reference)
+        return EncodeJob(replace(blank, predict="copy", reference="parent"), Side(), words, reference)
     return None
 
 

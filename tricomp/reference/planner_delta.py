@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from tricomp.dtypes import DType, Words
+from tricomp.job import Scales
 from tricomp.plan import MAX_SYMBOLS, MAX_TABLE_ENTRIES, Plan, Spec
 from tricomp.reference.bits import bit_length, exponent, magnitude, trailing_zeros
 from tricomp.reference.estimate import (
@@ -34,7 +35,7 @@ from tricomp.reference.estimate import (
     with_entropy,
 )
 from tricomp.reference.lanes import ROW
-from tricomp.reference.predict import FACTOR_BITS, Scales, difference, factors, scale_words, size_codes
+from tricomp.reference.predict import FACTOR_BITS, difference, factors, scale_words, size_codes
 
 Array = np.ndarray[Any, Any]
 

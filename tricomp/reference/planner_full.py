@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from tricomp.dtypes import DType, Words
+from tricomp.job import Scales, Tables
 from tricomp.plan import MAX_MANTISSA_BITS, MAX_PHASE_BITS, MAX_SYMBOLS, MAX_TABLE_ENTRIES, Plan, Spec
 from tricomp.reference.bits import magnitude, trailing_zeros
-from tricomp.reference.entropy import Tables, normalise
+from tricomp.reference.entropy import normalise
 from tricomp.reference.estimate import (
     FIT_COLUMNS,
     FIT_ROWS,
@@ -34,7 +35,6 @@ from tricomp.reference.estimate import (
     with_entropy,
 )
 from tricomp.reference.lanes import ROW
-from tricomp.reference.predict import Scales
 
 Array = np.ndarray[Any, Any]
 

@@ -1,17 +1,18 @@
 """Prediction stage, in numpy: words to (symbol, context, remainder) and back. Defines the bytes.
 
-Imports numpy, dtypes, plan and bits only; integers only. The hard thing: every split must be undone exactly from its
-symbols, the same contexts, and its remainders; a word that does not fit is flagged and stored whole as a patch.
+Imports numpy, dtypes, job, plan and bits only; integers only. The hard thing: every split must be undone exactly from
+its symbols, the same contexts, and its remainders; a word that does not fit is flagged and stored whole as a patch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from tricomp.dtypes import DType, Words
+from tricomp.job import Scales
 from tricomp.plan import Plan
 from tricomp.reference.bits import bit_length, exponent, magnitude, ordered, unordered
 
@@ -20,30 +21,6 @@ Array = np.ndarray[Any, Any]
 # Frozen since format 1: `scaled_delta` multiplies by factors of row and column, one = 2^15 each, and by the plan's
 # factor for all, one = 2^30.
 FACTOR_BITS = 15
-
-
-@dataclass(frozen=True)
-class Scales:
-    """Vectors of the scale model or of the factors. rows: int16 or uint16[n_rows]; columns: [n_columns] or None."""
-
-    rows: Array = field(default_factory=lambda: np.zeros(0, np.int16))
-    columns: Array | None = None
-
-    def table(self, n_columns: int, first: int, n_words: int) -> tuple[Array, Array | None]:
-        """rows and columns spread over words [first, first + n_words) of the split."""
-        row, column = divmod(first, n_columns)
-        n_rows = -(-(column + n_words) // n_columns)
-        # A row may be far longer than what is asked for: only its words in the range are spread.
-        counts = np.full(n_rows, n_columns)
-        counts[0] -= column
-        counts[-1] -= n_rows * n_columns - column - n_words
-        rows = np.repeat(self.rows[row : row + n_rows], counts)
-        if self.columns is None:
-            return rows, None
-        if n_rows <= 2:
-            parts = self.columns[column : column + n_words], self.columns[: n_words - counts[0]]
-            return rows, np.concatenate(parts)
-        return rows, np.tile(self.columns, n_rows)[column : column + n_words]
 
 
 @dataclass(frozen=True)
@@ -70,16 +47,33 @@ class Basis:
     predicted: Words | None = None
 
 
+def spread(scales: Scales, n_columns: int, first: int, n_words: int) -> tuple[Array, Array | None]:
+    """Rows and columns of the scales spread over words [first, first + n_words) of the split."""
+    row, column = divmod(first, n_columns)
+    n_rows = -(-(column + n_words) // n_columns)
+    # A row may be far longer than what is asked for: only its words in the range are spread.
+    counts = np.full(n_rows, n_columns)
+    counts[0] -= column
+    counts[-1] -= n_rows * n_columns - column - n_words
+    rows = np.repeat(scales.rows[row : row + n_rows], counts)
+    if scales.columns is None:
+        return rows, None
+    if n_rows <= 2:
+        parts = scales.columns[column : column + n_words], scales.columns[: n_words - counts[0]]
+        return rows, np.concatenate(parts)
+    return rows, np.tile(scales.columns, n_rows)[column : column + n_words]
+
+
 def basis(plan: Plan, reference: Words | None, scales: Scales, first: int, n_words: int) -> Basis:
     """The basis of the frame's words [first, first + n_words). reference: uint[n_words], theirs."""
     if plan.predict == "full" and plan.is_scaled:
-        rows, columns = scales.table(plan.n_columns, first, n_words)
+        rows, columns = spread(scales, plan.n_columns, first, n_words)
         return Basis(level=rows if columns is None else rows + columns)
     if plan.predict == "delta":
         return Basis(predicted=np.zeros(n_words, plan.dtype.word_dtype) if reference is None else reference)
     if plan.predict == "scaled_delta":
         assert reference is not None
-        rows, columns = scales.table(plan.n_columns, first, n_words)
+        rows, columns = spread(scales, plan.n_columns, first, n_words)
         return Basis(predicted=scale_words(reference, factors(plan.factor, rows, columns), plan.dtype))
     return Basis()
 

@@ -6,38 +6,22 @@ checksum, so every length is derived from the Plan and checked against the bytes
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from tricomp.errors import CorruptFrame
+from tricomp.job import Scales, Side, Tables
 from tricomp.plan import Plan
-from tricomp.reference.entropy import STATE_BYTES, Coded, Tables, normalise, rans_decode, rans_encode
+from tricomp.reference.entropy import STATE_BYTES, Coded, normalise, rans_decode, rans_encode
 from tricomp.reference.frame import ALIGN, aligned
 from tricomp.reference.lanes import padded
-from tricomp.reference.predict import Scales
 
 Array = np.ndarray[Any, Any]
 
 _VECTOR_PROB_BITS = 11
 _MOST_CODED_VALUES = 1 << 20  # of a vector in one rANS stream, which only 32 lanes decode
 _LEVEL_LIMIT = 1 << 14
-
-
-@dataclass(frozen=True)
-class Side:
-    """What the decoder needs beside the Plan.
-
-    tables: of the symbols, one row a context, None unless rANS. plane_tables: of each coded plane, by plane number.
-    dictionary: uint8, ascending symbols, for `index`. palette: uint, ascending words. scales: see predict.Scales.
-    """
-
-    tables: Tables | None = None
-    plane_tables: dict[int, Tables] = field(default_factory=dict)
-    dictionary: Array = field(default_factory=lambda: np.zeros(0, np.uint8))
-    palette: Array = field(default_factory=lambda: np.zeros(0, np.uint8))
-    scales: Scales = field(default_factory=Scales)
 
 
 def write(plan: Plan, side: Side) -> bytes:

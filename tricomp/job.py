@@ -1,0 +1,123 @@
+"""What the codec hands to a backend and gets back: jobs, the Side of a frame, encoded frames. Imports ground and numpy.
+
+Every backend takes and gives these, so that none imports another. The hard thing: they hold data alone; what the data
+means is FORMAT.md's, and each backend's own business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from tricomp.bounds import Bytes, Cut
+from tricomp.dtypes import DType, Words
+from tricomp.plan import Plan
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Frequency tables of several contexts, one after the other.
+
+    freqs: int64[n_tables, n_symbols], each row sums to 2^prob_bits; a symbol of frequency 0 cannot be coded.
+    """
+
+    freqs: Array
+    prob_bits: int
+
+    def favourites(self) -> Array:
+        """int64[n_tables]: the most frequent symbol of each table, lowest first; stands in for patched words."""
+        return np.asarray(np.argmax(self.freqs, axis=1))
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Vectors of the scale model or of the factors. rows: int16 or uint16[n_rows]; columns: [n_columns] or None."""
+
+    rows: Array = field(default_factory=lambda: np.zeros(0, np.int16))
+    columns: Array | None = None
+
+
+@dataclass(frozen=True)
+class Side:
+    """What the decoder needs beside the Plan.
+
+    tables: of the symbols, one row a context, None unless rANS. plane_tables: of each coded plane, by plane number.
+    dictionary: uint8, ascending symbols, for `index`. palette: uint, ascending words. scales: see Scales.
+    """
+
+    tables: Tables | None = None
+    plane_tables: dict[int, Tables] = field(default_factory=dict)
+    dictionary: Array = field(default_factory=lambda: np.zeros(0, np.uint8))
+    palette: Array = field(default_factory=lambda: np.zeros(0, np.uint8))
+    scales: Scales = field(default_factory=Scales)
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """One frame to encode. words, reference: uint[n_words]. For `cast`: source is the dtype of the reference."""
+
+    plan: Plan
+    side: Side
+    words: Words
+    reference: Words | None = None
+    source: DType | None = None
+
+
+class Room(Protocol):
+    """Where the payloads of a frame wait until its head is known. A list is one."""
+
+    def append(self, piece: Bytes, /) -> None: ...
+
+    def __iter__(self) -> Iterator[Bytes]: ...
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A frame's data in pieces, and its plan, completed by side_bytes and side_check."""
+
+    plan: Plan
+    n_bytes: int
+    head: bytes
+    payloads: Iterable[Bytes]
+
+    def pieces(self) -> Iterator[Bytes]:
+        """The data in order."""
+        if self.head:
+            yield self.head
+        yield from self.payloads
+
+    @property
+    def data(self) -> bytes:
+        """All of the data at once."""
+        return b"".join(self.pieces())
+
+
+@dataclass(frozen=True)
+class DecodeJob:
+    """One frame to decode, or the words [start, stop) of it. For `cast`: source is the reference's dtype.
+
+    reference: uint[stop - start] as the plan asks. start: of a chunk; stop: of one, or the frame's end; None: the end.
+    name: what errors call the frame, a leaf's path.
+    """
+
+    plan: Plan
+    data: bytes | memoryview | Cut
+    reference: Words | None = None
+    source: DType | None = None
+    name: str = "array"
+    start: int = 0
+    stop: int | None = None
+
+    @property
+    def end(self) -> int:
+        return self.plan.n_words if self.stop is None else self.stop
+
+    @property
+    def cut(self) -> memoryview | Cut:
+        """The frame's bytes, to be sliced."""
+        return memoryview(self.data).cast("B") if isinstance(self.data, bytes | memoryview) else self.data
