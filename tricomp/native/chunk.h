@@ -1,0 +1,79 @@
+// What the drivers hand to the stages for one chunk, and what comes back. Plain data: no STL.
+#pragma once
+
+#include "model.h"
+
+namespace tricomp {
+
+constexpr size_t MAX_CHUNK = size_t(1) << 16;  // words
+constexpr size_t MAX_PLANES = 8;
+constexpr size_t TILE_BYTES = (sizeof(Tile<uint64_t>) + 63) / 64 * 64;  // a Tile of any word
+
+// What is wrong with a chunk. The texts are in decode.py; both must have the same order.
+enum ChunkFault : uint32_t {
+    NO_FAULT,
+    WRONG_CHECKSUM,  // stored, computed
+    SECTIONS_TOO_LONG,
+    SECTIONS_TOO_SHORT,
+    RAW_WITH_FIELDS,
+    NOT_RAW,
+    INDEX_OUTSIDE,
+    UNKNOWN_PLANE_MODE,  // plane
+    PATCH_OUTSIDE,
+    PATCHES_UNORDERED,
+    SYMBOLS_UNFINISHED,
+    SHIFT_TOO_LARGE,
+    HEAD_MISSING,
+    REMAINDERS_UNFINISHED,
+    PADDING_NOT_ZERO,
+};
+
+struct EncodeChunk {
+    const void* words;
+    const void* reference;  // null: none
+    uint64_t first;  // position in the frame
+    size_t n_words;
+};
+
+// A row of the directory, as numbers.
+struct Row {
+    uint32_t fields[DIRECTORY_FIELDS + MAX_PLANES];
+};
+
+struct DecodeChunk {
+    const uint8_t* payload;  // SLACK bytes after it may be read
+    size_t n_bytes;
+    const uint8_t* row;  // of the directory, as stored
+    const void* reference;
+    void* words;
+    uint64_t first;  // position in the frame
+    size_t n_words;
+    // Results.
+    uint64_t digest_sum;
+    ChunkFault fault;
+    uint64_t details[2];
+};
+
+// Memory that one thread uses while it encodes: 1.7 MiB, whatever the leaf. 64-byte aligned; all of it is scratch.
+struct EncodeScratch {
+    uint8_t below_rans[SLACK];
+    uint8_t rans[2 * MAX_CHUNK];
+    uint8_t below_stack[SLACK];
+    uint8_t stack[8 * MAX_CHUNK];
+    uint8_t planes[MAX_PLANES][MAX_CHUNK];
+    uint8_t below_plane_rans[SLACK];
+    uint8_t plane_rans[2 * MAX_CHUNK];
+    uint8_t indices[MAX_CHUNK];
+    uint16_t patches[MAX_CHUNK];
+    uint8_t shifts[MAX_CHUNK / ROW];
+    uint16_t rows[TILE];
+    alignas(64) uint8_t tile[TILE_BYTES];
+};
+
+// Memory that one thread uses while it decodes: 110 KiB.
+struct DecodeScratch {
+    alignas(64) uint8_t planes[MAX_PLANES][TILE];
+    alignas(64) uint8_t tiles[MAX_GROUP][TILE_BYTES];
+};
+
+}  // namespace tricomp

@@ -1,0 +1,169 @@
+// Words to the payload of a chunk: the stages put together, tile by tile from the last to the first, because rANS and
+// stacks are written backwards. Each word is read from memory once. Stage header: no STL.
+//
+// The hard thing: no part's size is known before its end, so parts grow in scratch memory that holds the worst case and
+// are then laid one after the other.
+#pragma once
+
+#include <cstring>
+
+#include "checksum.h"
+#include "chunk_decode.h"
+
+TRICOMP_BEGIN
+
+// Lays the parts of a payload one after the other; counts on when there is no more room.
+struct Layer {
+    uint8_t* out;
+    size_t room, n_bytes;
+
+    INLINE void put(const void* part, size_t n) {
+        if (n && n_bytes + n <= room) std::memcpy(out + n_bytes, part, n);
+        n_bytes += n;
+    }
+
+    INLINE void pad(size_t n) {
+        if (n && n_bytes + n <= room) std::memset(out + n_bytes, 0, n);
+        n_bytes += n;
+    }
+
+    // Heads or states, zeros, then the words, so that the words end on a multiple of 16 bytes.
+    INLINE void stream(const void* heads, size_t head_bytes, const uint8_t* words, size_t n_word_bytes) {
+        put(heads, head_bytes);
+        pad((16 - n_word_bytes % 16) % 16);
+        put(words, n_word_bytes);
+    }
+};
+
+INLINE void begin_rans(RansEncoder& encoder, uint8_t* end) {
+    for (size_t lane = 0; lane < LANES; lane++) encoder.states[lane] = LOWEST_STATE;
+    encoder.words = end;
+}
+
+// One byte plane in its cheapest mode. Returns its field of the directory.
+inline uint32_t lay_plane(const Model& model, size_t plane, size_t n_rows, EncodeScratch& scratch, Layer& layer) {
+    const uint8_t* octets = scratch.planes[plane];
+    const uint32_t width = model.plane_widths[plane];
+    if (is_one_value(octets, n_rows * ROW)) return PLANE_CONSTANT << 28 | octets[0];
+    const size_t n_packed = packed_bytes(n_rows, width);
+    if (model.coded_planes >> plane & 1) {
+        RansEncoder encoder;
+        uint8_t* end = scratch.plane_rans + sizeof scratch.plane_rans;
+        begin_rans(encoder, end);
+        for (size_t row = (n_rows - 1) / TILE_ROWS * TILE_ROWS;; row -= TILE_ROWS) {
+            const size_t n = n_rows - row < TILE_ROWS ? n_rows - row : TILE_ROWS;
+            for (size_t i = 0; i < n * ROW; i++) scratch.rows[i] = octets[row * ROW + i];
+            rans_encode(model.planes[plane], encoder, scratch.rows, n);
+            if (!row) break;
+        }
+        const size_t n_word_bytes = size_t(end - encoder.words);
+        if (STATE_BYTES + (n_word_bytes + 15) / 16 * 16 < n_packed) {
+            layer.stream(encoder.states, STATE_BYTES, encoder.words, n_word_bytes);
+            return PLANE_RANS << 28 | uint32_t(n_word_bytes / 2);
+        }
+    }
+    if (width == 8) {
+        layer.put(octets, n_packed);
+    } else {
+        pack_bits(octets, n_rows, width, scratch.plane_rans);  // free by now, and large enough
+        layer.put(scratch.plane_rans, n_packed);
+    }
+    return PLANE_RAW << 28;
+}
+
+// The payload of one chunk, and its row of the directory. out: room for the words as they are and SLACK bytes.
+template <class Word>
+size_t encode_chunk_of(const Model& model, const EncodeChunk& chunk, EncodeScratch& scratch, uint8_t* out, Row& row) {
+    const size_t n_raw = chunk.n_words * sizeof(Word), n_rows = (chunk.n_words + ROW - 1) / ROW;
+    const Word* words = static_cast<const Word*>(chunk.words);
+    const Word* reference = static_cast<const Word*>(chunk.reference);
+    std::memset(&row, 0, sizeof row);
+    Layer layer{out, n_raw, 0};
+    if (model.predict != RAW) {
+        Tile<Word>& tile = *reinterpret_cast<Tile<Word>*>(scratch.tile);
+        const bool is_symbolic = model.entropy != NO_ENTROPY;
+        uint16_t* patches = scratch.patches + MAX_CHUNK;  // grows downwards, as tiles come
+        size_t n_patches = 0;
+        uint8_t* rans_end = scratch.rans + sizeof scratch.rans;
+        uint8_t* stack_end = scratch.stack + sizeof scratch.stack;
+        RansEncoder symbols;
+        StackEncoder<Word> stack;
+        begin_rans(symbols, rans_end);
+        stack_begin(stack, stack_end);
+        for (size_t start = (chunk.n_words - 1) / TILE * TILE;; start -= TILE) {
+            const size_t n = chunk.n_words - start < TILE ? chunk.n_words - start : TILE;
+            const size_t n_tile_rows = (n + ROW - 1) / ROW, first_row = start / ROW;
+            if (is_symbolic) {
+                prepare_tile<Word>(model, reference ? reference + start : nullptr, chunk.first + start, n, tile);
+                split_tile<Word>(model, words + start, n, tile);
+            } else {
+                tile.n_patches = base_patches<Word>(model, words + start, chunk.reference, start, n, tile);
+            }
+            patches -= tile.n_patches;
+            n_patches += tile.n_patches;
+            for (size_t i = 0; i < tile.n_patches; i++) patches[i] = uint16_t(start + tile.patches[i]);
+            if (model.entropy == RANS) {
+                rans_encode(model.symbols, symbols, tile.rows, n_tile_rows);
+            } else if (model.entropy == INDEX) {
+                pack_bits(tile.symbols, n_tile_rows, model.index_bits,
+                          scratch.indices + first_row * model.index_bits * ROW / 8);
+            }
+            if (model.n_planes) {
+                uint8_t* planes[MAX_PLANES];
+                for (size_t plane = 0; plane < model.n_planes; plane++) planes[plane] = scratch.planes[plane] + start;
+                split_planes<Word>(model, tile.remainders, n_tile_rows * ROW, planes);
+            } else if (model.remainder == STACK) {
+                if (model.has_block_shifts)
+                    take_block_shifts<Word>(tile.remainders, tile.lengths, n_tile_rows, scratch.shifts + first_row);
+                stack_encode<Word>(stack, tile.remainders, tile.lengths, n_tile_rows);
+            }
+            if (!start) break;
+        }
+        if (model.entropy == RANS) {
+            const size_t n_word_bytes = size_t(rans_end - symbols.words);
+            layer.stream(symbols.states, STATE_BYTES, symbols.words, n_word_bytes);
+            row.fields[4] = uint32_t(n_word_bytes / 2);
+        } else if (model.entropy == INDEX) {
+            layer.put(scratch.indices, packed_bytes(n_rows, model.index_bits));
+        }
+        for (size_t plane = 0; plane < model.n_planes; plane++)
+            row.fields[DIRECTORY_FIELDS + plane] = lay_plane(model, plane, n_rows, scratch, layer);
+        if (model.remainder == STACK) {
+            constexpr size_t SIZE = stack_word_bytes(sizeof(Word));
+            if (model.has_block_shifts) {
+                layer.put(scratch.shifts, n_rows);
+                layer.pad((16 - n_rows % 16) % 16);
+            }
+            uint8_t heads[LANES * SIZE];
+            stack_heads(stack, heads);
+            const size_t n_word_bytes = size_t(stack_end - stack.words);
+            layer.stream(heads, sizeof heads, stack.words, n_word_bytes);
+            row.fields[5] = uint32_t(n_word_bytes / SIZE);
+        }
+        layer.put(patches, 2 * n_patches);
+        for (size_t i = 0; i < n_patches; i++) layer.put(words + patches[i], sizeof(Word));
+        row.fields[3] = uint32_t(n_patches);
+    }
+    if (model.predict == RAW || layer.n_bytes >= n_raw) {
+        std::memcpy(out, words, n_raw);
+        layer.n_bytes = n_raw;
+        std::memset(&row, 0, sizeof row);
+        row.fields[3] = RAW_FLAG;
+    }
+    const uint64_t checksum = xxh3_64(out, layer.n_bytes);
+    row.fields[0] = uint32_t(checksum);
+    row.fields[1] = uint32_t(checksum >> 32);
+    row.fields[2] = uint32_t(layer.n_bytes);
+    return layer.n_bytes;
+}
+
+inline size_t encode_chunk(const Model& model, const EncodeChunk& chunk, EncodeScratch& scratch, uint8_t* out, Row& row) {
+    switch (model.kind.word_bits) {
+        case 8: return encode_chunk_of<uint8_t>(model, chunk, scratch, out, row);
+        case 16: return encode_chunk_of<uint16_t>(model, chunk, scratch, out, row);
+        case 32: return encode_chunk_of<uint32_t>(model, chunk, scratch, out, row);
+        default: return encode_chunk_of<uint64_t>(model, chunk, scratch, out, row);
+    }
+}
+
+TRICOMP_END
