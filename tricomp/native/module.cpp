@@ -1,24 +1,294 @@
 // The Python module _core: arguments in, results out, the GIL released in between. Limited API of Python 3.11.
+//
+// The hard thing: every size is compared with its buffer here, before any stage sees a pointer. Callers are the modules
+// beside this one, which make buffers contiguous and aligned.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include <cstdlib>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <vector>
 
+#include "frame.h"
 #include "kernels.h"
 
+namespace tricomp {
 namespace {
 
-PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(tricomp::kernels().name); }
+// Buffers held while the GIL is released.
+class Buffers {
+  public:
+    ~Buffers() {
+        for (Py_buffer& view : views_) PyBuffer_Release(&view);
+    }
+
+    // The bytes of a contiguous buffer; None: none. Throws with a Python error set.
+    Bytes take(PyObject* object, bool is_writable = false) {
+        if (object == Py_None) return Bytes();
+        Py_buffer view;
+        if (PyObject_GetBuffer(object, &view, is_writable ? PyBUF_CONTIG : PyBUF_CONTIG_RO)) throw std::domain_error("");
+        views_.push_back(view);
+        return {static_cast<const uint8_t*>(view.buf), size_t(view.len)};
+    }
+
+  private:
+    std::vector<Py_buffer> views_;
+};
+
+class Unlocked {
+  public:
+    Unlocked() : state_(PyEval_SaveThread()) {}
+    ~Unlocked() { PyEval_RestoreThread(state_); }
+
+  private:
+    PyThreadState* state_;
+};
+
+// Run body; C++ exceptions become Python's. domain_error: one is set already.
+template <class Body>
+PyObject* guarded(Body body) {
+    try {
+        return body();
+    } catch (const std::domain_error&) {
+    } catch (const std::bad_alloc&) {
+        PyErr_NoMemory();
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_ValueError, error.what());
+    }
+    return nullptr;
+}
+
+void require(bool holds, const char* what) {
+    if (!holds) throw std::invalid_argument(what);
+}
+
+PyObject* item(PyObject* tuple, Py_ssize_t i) {
+    PyObject* found = PyTuple_GetItem(tuple, i);
+    if (found == nullptr) throw std::domain_error("");
+    return found;
+}
+
+uint64_t number(PyObject* object) {
+    const uint64_t value = PyLong_AsUnsignedLongLong(object);
+    if (PyErr_Occurred()) throw std::domain_error("");
+    return value;
+}
+
+PlanNumbers plan_of(const Bytes& packed) {
+    PlanNumbers plan;
+    require(packed.n_bytes == sizeof plan.fields, "a plan of another length");
+    std::memcpy(plan.fields, packed.data, sizeof plan.fields);
+    Model model;
+    require(model_of(plan, model), "a plan that contradicts itself");
+    return plan;
+}
+
+size_t word_bytes(const PlanNumbers& plan) { return size_t(plan.fields[P_WORD_BITS]) / 8; }
+size_t source_bytes(const PlanNumbers& plan) {
+    return size_t(plan.fields[plan.fields[P_PREDICT] == CAST ? P_SOURCE_WORD_BITS : P_WORD_BITS]) / 8;
+}
+
+PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(kernels().name); }
+
+PyObject* decode_requests(PyObject*, PyObject* args) {
+    return guarded([&]() -> PyObject* {
+        PyObject* list;
+        Py_ssize_t n_threads;
+        if (!PyArg_ParseTuple(args, "O!n", &PyList_Type, &list, &n_threads)) throw std::domain_error("");
+        Buffers buffers;
+        std::vector<DecodeRequest> requests(size_t(PyList_Size(list)));
+        for (size_t i = 0; i < requests.size(); i++) {
+            PyObject* given = PyList_GetItem(list, Py_ssize_t(i));
+            DecodeRequest& request = requests[i];
+            request.plan = plan_of(buffers.take(item(given, 0)));
+            request.head = buffers.take(item(given, 1));
+            request.payloads = buffers.take(item(given, 2));
+            request.payloads_at = number(item(given, 3));
+            request.frame_bytes = number(item(given, 4));
+            const Bytes reference = buffers.take(item(given, 5));
+            const Bytes words = buffers.take(item(given, 6), true);
+            request.start = number(item(given, 7));
+            request.stop = number(item(given, 8));
+            const PlanNumbers& plan = request.plan;
+            const uint64_t n_words = uint64_t(plan.fields[P_N_WORDS]), size = uint64_t(1) << plan.fields[P_CHUNK_LOG2];
+            require(request.start <= request.stop && request.stop <= n_words && request.start % size == 0 &&
+                        (request.stop % size == 0 || request.stop == n_words),
+                    "a part that is not whole chunks");
+            const uint64_t n = request.stop - request.start;
+            require(words.n_bytes == n * word_bytes(plan), "an output of another size");
+            require(!plan.fields[P_HAS_REFERENCE] || reference.n_bytes == n * source_bytes(plan),
+                    "a reference of another size");
+            require(reinterpret_cast<uintptr_t>(words.data) % word_bytes(plan) == 0 &&
+                        reinterpret_cast<uintptr_t>(reference.data) % source_bytes(plan) == 0,
+                    "a buffer that is not aligned");
+            request.words = const_cast<uint8_t*>(words.data);
+            request.reference = plan.fields[P_HAS_REFERENCE] ? reference.data : nullptr;
+        }
+        Fault fault;
+        {
+            Unlocked unlocked;
+            fault = decode(requests, size_t(n_threads));
+        }
+        if (fault.stage)
+            return Py_BuildValue("(IIKKKK)", fault.stage, fault.code, (unsigned long long)fault.request,
+                                 (unsigned long long)fault.chunk, (unsigned long long)fault.details[0],
+                                 (unsigned long long)fault.details[1]);
+        PyObject* sums = PyList_New(Py_ssize_t(requests.size()));
+        for (size_t i = 0; sums != nullptr && i < requests.size(); i++)
+            PyList_SetItem(sums, Py_ssize_t(i), PyLong_FromUnsignedLongLong(requests[i].digest_sum));
+        return sums;
+    });
+}
+
+// Requests as encode.py packs them. Buffers stay with the caller's Buffers.
+std::vector<EncodeRequest> encode_requests_of(PyObject* list, Buffers& buffers) {
+    std::vector<EncodeRequest> requests(size_t(PyList_Size(list)));
+    for (size_t i = 0; i < requests.size(); i++) {
+        PyObject* given = PyList_GetItem(list, Py_ssize_t(i));
+        EncodeRequest& request = requests[i];
+        request.plan = plan_of(buffers.take(item(given, 0)));
+        request.freqs = buffers.take(item(given, 1));
+        request.plane_freqs = buffers.take(item(given, 2));
+        request.dictionary = buffers.take(item(given, 3));
+        request.palette = buffers.take(item(given, 4));
+        request.scale_rows = buffers.take(item(given, 5));
+        request.scale_columns = buffers.take(item(given, 6));
+        const Bytes words = buffers.take(item(given, 7)), reference = buffers.take(item(given, 8));
+        request.first_chunk = number(item(given, 9));
+        request.n_chunks = number(item(given, 10));
+        request.wants_side = request.first_chunk == 0;
+        const PlanNumbers& plan = request.plan;
+        Model model;
+        model_of(plan, model);
+        require(words.n_bytes == model.n_words * word_bytes(plan), "words of another number");
+        require(!model.has_reference || reference.n_bytes == model.n_words * source_bytes(plan),
+                "a reference of another size");
+        require(reinterpret_cast<uintptr_t>(words.data) % word_bytes(plan) == 0 &&
+                    reinterpret_cast<uintptr_t>(reference.data) % source_bytes(plan) == 0,
+                "a buffer that is not aligned");
+        require(request.first_chunk + request.n_chunks <= n_chunks_of(model), "chunks that there are not");
+        request.words = words.data;
+        request.reference = model.has_reference ? reference.data : nullptr;
+    }
+    return requests;
+}
+
+PyObject* room_for(PyObject*, PyObject* list) {
+    return guarded([&]() -> PyObject* {
+        uint64_t n = SLACK;
+        for (Py_ssize_t i = 0; i < PyList_Size(list); i++) {
+            PyObject* given = PyList_GetItem(list, i);
+            Buffers buffers;
+            const PlanNumbers plan = plan_of(buffers.take(item(given, 0)));
+            n += number(item(given, 10)) * aligned(uint64_t(word_bytes(plan)) << plan.fields[P_CHUNK_LOG2]);
+        }
+        return PyLong_FromUnsignedLongLong(n);
+    });
+}
+
+PyObject* encode_requests(PyObject*, PyObject* args) {
+    return guarded([&]() -> PyObject* {
+        PyObject *list, *output;
+        Py_ssize_t n_threads;
+        if (!PyArg_ParseTuple(args, "O!On", &PyList_Type, &list, &output, &n_threads)) throw std::domain_error("");
+        Buffers buffers;
+        std::vector<EncodeRequest> requests = encode_requests_of(list, buffers);
+        const Bytes out = buffers.take(output, true);
+        require(out.n_bytes >= output_bytes(requests), "an output that is too small");
+        {
+            Unlocked unlocked;
+            encode(requests, size_t(n_threads), const_cast<uint8_t*>(out.data));
+        }
+        PyObject* results = PyList_New(Py_ssize_t(requests.size()));
+        for (size_t i = 0; results != nullptr && i < requests.size(); i++) {
+            const EncodeRequest& request = requests[i];
+            PyObject* result = Py_BuildValue(
+                "(nny#y#)", Py_ssize_t(request.begin), Py_ssize_t(request.end),
+                reinterpret_cast<const char*>(request.rows.data()), Py_ssize_t(request.rows.size()),
+                reinterpret_cast<const char*>(request.side.data()), Py_ssize_t(request.side.size()));
+            if (result == nullptr) {
+                Py_DecRef(results);
+                return nullptr;
+            }
+            PyList_SetItem(results, Py_ssize_t(i), result);
+        }
+        return results;
+    });
+}
+
+// Sums of digests: [(bytes, first byte)], threads -> list of int.
+PyObject* digest_sums(PyObject*, PyObject* args) {
+    return guarded([&]() -> PyObject* {
+        PyObject* list;
+        Py_ssize_t n_threads;
+        if (!PyArg_ParseTuple(args, "O!n", &PyList_Type, &list, &n_threads)) throw std::domain_error("");
+        Buffers buffers;
+        std::vector<Part> parts(size_t(PyList_Size(list)));
+        for (size_t i = 0; i < parts.size(); i++) {
+            PyObject* given = PyList_GetItem(list, Py_ssize_t(i));
+            const Bytes bytes = buffers.take(item(given, 0));
+            parts[i] = {bytes, number(item(given, 1))};
+            require(parts[i].first_byte % 512 == 0, "a part that begins within a row");
+        }
+        std::vector<uint64_t> sums;
+        {
+            Unlocked unlocked;
+            sums = sum_parts(parts, size_t(n_threads));
+        }
+        PyObject* result = PyList_New(Py_ssize_t(sums.size()));
+        for (size_t i = 0; result != nullptr && i < sums.size(); i++)
+            PyList_SetItem(result, Py_ssize_t(i), PyLong_FromUnsignedLongLong(sums[i]));
+        return result;
+    });
+}
+
+PyObject* checksum(PyObject*, PyObject* object) {
+    return guarded([&]() -> PyObject* {
+        Buffers buffers;
+        const Bytes bytes = buffers.take(object);
+        uint64_t found;
+        {
+            Unlocked unlocked;
+            found = kernels().xxh3_64(bytes.data, bytes.n_bytes);
+        }
+        return PyLong_FromUnsignedLongLong(found);
+    });
+}
+
+PyObject* equal(PyObject*, PyObject* args) {
+    return guarded([&]() -> PyObject* {
+        PyObject *one, *other;
+        if (!PyArg_ParseTuple(args, "OO", &one, &other)) throw std::domain_error("");
+        Buffers buffers;
+        const Bytes a = buffers.take(one), b = buffers.take(other);
+        bool is_same = a.n_bytes == b.n_bytes;
+        if (is_same) {
+            Unlocked unlocked;
+            is_same = kernels().is_equal(a.data, b.data, a.n_bytes);
+        }
+        return PyBool_FromLong(is_same);
+    });
+}
 
 PyMethodDef METHODS[] = {
     {"isa", isa, METH_NOARGS, "The instruction set in use."},
+    {"decode", decode_requests, METH_VARARGS, "Decode requests with so many threads: digest sums, or a fault."},
+    {"room_for", room_for, METH_O, "Bytes of output that requests may need."},
+    {"encode", encode_requests, METH_VARARGS, "Encode requests into an output: places, directory rows, side sections."},
+    {"digest_sums", digest_sums, METH_VARARGS, "Digest sums of parts of leaves."},
+    {"xxh3_64", checksum, METH_O, "XXH3 of a buffer, 64 bits, seed 0."},
+    {"is_equal", equal, METH_VARARGS, "Whether two buffers hold the same bytes."},
     {nullptr, nullptr, 0, nullptr},
 };
 
 int execute(PyObject*) {
-    if (tricomp::chosen_kernels() != nullptr) return 0;
-    PyErr_Format(PyExc_ImportError, "TRICOMP_ISA=%s: this processor or build does not have it. Choose avx512, avx2 or portable, or unset it.",
+    if (chosen_kernels() != nullptr) return 0;
+    PyErr_Format(PyExc_ImportError,
+                 "TRICOMP_ISA=%s: this processor or build does not have it. "
+                 "Choose avx512, avx2 or portable, or unset it.",
                  std::getenv("TRICOMP_ISA"));
     return -1;
 }
@@ -28,5 +298,6 @@ PyModuleDef_Slot SLOTS[] = {{Py_mod_exec, reinterpret_cast<void*>(execute)}, {0,
 PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "_core", nullptr, 0, METHODS, SLOTS, nullptr, nullptr, nullptr};
 
 }  // namespace
+}  // namespace tricomp
 
-PyMODINIT_FUNC PyInit__core() { return PyModuleDef_Init(&MODULE); }
+PyMODINIT_FUNC PyInit__core() { return PyModuleDef_Init(&tricomp::MODULE); }

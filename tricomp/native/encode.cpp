@@ -1,0 +1,123 @@
+// Encoding of frames: chunks shared among threads, laid down in order. Baseline, STL allowed.
+//
+// The hard thing: where a chunk's payload goes is known when all before it are done. So a thread encodes into memory of
+// its own, waits for the sizes of the chunks before, and copies. The bytes never depend on the number of threads.
+
+#include <condition_variable>
+#include <cstring>
+#include <memory>
+
+#include "frame.h"
+#include "kernels.h"
+#include "derive.h"
+#include "side.h"
+#include "threads.h"
+
+namespace tricomp {
+
+namespace {
+
+struct Frame {
+    Model model;
+    SideData side;
+};
+
+struct Item {
+    size_t request;
+    uint64_t chunk;
+};
+
+// Where payloads go: handed out in the order of the items.
+class Places {
+  public:
+    // Wait for the turn of an item; returns where it goes. made: called with the place; returns the place after it.
+    template <class Made>
+    void take(size_t item, Made made) {
+        std::unique_lock<std::mutex> held(lock_);
+        turned_.wait(held, [&] { return item_ == item || is_over_; });
+        if (is_over_) return;
+        at_ = made(at_);
+        item_++;
+        turned_.notify_all();
+    }
+
+    void give_up() {
+        std::lock_guard<std::mutex> held(lock_);
+        is_over_ = true;
+        turned_.notify_all();
+    }
+
+  private:
+    std::mutex lock_;
+    std::condition_variable turned_;
+    size_t item_ = 0, at_ = 0;
+    bool is_over_ = false;
+};
+
+struct Memory {
+    EncodeScratch scratch;
+    alignas(64) uint8_t payload[8 * MAX_CHUNK + SLACK];
+};
+
+}  // namespace
+
+size_t output_bytes(const std::vector<EncodeRequest>& requests) {
+    uint64_t n = SLACK;
+    for (const EncodeRequest& request : requests) {
+        const uint64_t word_bytes = uint64_t(request.plan.fields[P_WORD_BITS]) / 8;
+        n += request.n_chunks * aligned(word_bytes << request.plan.fields[P_CHUNK_LOG2]);
+    }
+    return size_t(n);
+}
+
+void encode(std::vector<EncodeRequest>& requests, size_t n_threads, uint8_t* out) {
+    std::vector<std::unique_ptr<Frame>> frames;
+    std::vector<Item> items;
+    for (size_t number = 0; number < requests.size(); number++) {
+        EncodeRequest& request = requests[number];
+        frames.push_back(std::make_unique<Frame>());
+        Frame& frame = *frames.back();
+        if (!model_of(request.plan, frame.model)) throw std::invalid_argument("a plan that contradicts itself");
+        set_side(frame.model, request, frame.side);
+        derive(frame.model);
+        if (request.wants_side) write_side(frame.model, request.side);
+        request.rows.resize(size_t(request.n_chunks) * row_bytes(frame.model));
+        for (uint64_t chunk = 0; chunk < request.n_chunks; chunk++) items.push_back({number, request.first_chunk + chunk});
+    }
+    Places places;
+    share(items.size(), n_threads, [&] {
+        auto memory = std::make_shared<Memory>();
+        return [&, memory](size_t number) {
+            const Item item = items[number];
+            EncodeRequest& request = requests[item.request];
+            const Model& model = frames[item.request]->model;
+            const size_t word_bytes = model.kind.word_bits / 8;
+            const size_t source_bytes = model.predict == CAST ? model.source.word_bits / 8 : word_bytes;
+            EncodeChunk chunk;
+            chunk.first = item.chunk << model.chunk_log2;
+            chunk.n_words = size_t(std::min(uint64_t(1) << model.chunk_log2, model.n_words - chunk.first));
+            chunk.words = static_cast<const uint8_t*>(request.words) + chunk.first * word_bytes;
+            chunk.reference = request.reference == nullptr
+                                  ? nullptr
+                                  : static_cast<const uint8_t*>(request.reference) + chunk.first * source_bytes;
+            Row row;
+            const size_t n_bytes = kernels().encode_chunk(model, chunk, memory->scratch, memory->payload, row);
+            std::memcpy(request.rows.data() + (item.chunk - request.first_chunk) * row_bytes(model), row.fields,
+                        row_bytes(model));
+            const bool is_last = item.chunk + 1 == n_chunks_of(model);
+            const size_t n_padded = is_last ? n_bytes : size_t(aligned(n_bytes));
+            uint8_t* place = nullptr;
+            places.take(number, [&](size_t at) {
+                if (item.chunk == request.first_chunk) request.begin = at = size_t(aligned(at));
+                place = out + at;
+                request.end = at + n_padded;
+                return request.end;
+            });
+            if (place == nullptr) return;
+            std::memcpy(place, memory->payload, n_bytes);
+            std::memset(place + n_bytes, 0, n_padded - n_bytes);
+        };
+    });
+}
+
+}  // namespace tricomp

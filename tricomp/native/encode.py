@@ -1,0 +1,105 @@
+"""Encode frames with the extension module. Imports ground and numpy; gives the bytes of `tricomp.reference.encode`.
+
+The hard thing: a frame's directory stands before its chunks and is known after them, so payloads wait in a Room; and a
+leaf of many GB must pass through little memory. Chunks are therefore encoded in rounds of at most ROUND_BYTES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from tricomp import native
+from tricomp.job import Encoded, EncodeJob, Room, Tables
+from tricomp.native.plan_numbers import pack
+
+ROUND_BYTES = 32 << 20  # of words encoded in one call
+ALIGN = 16
+
+_NOTHING = np.zeros(0, np.uint8)
+
+
+def encode(jobs: Sequence[EncodeJob], room: Callable[[], Room] = list, threads: int | None = None) -> list[Encoded]:
+    """Encode frames. room: makes the place where the payloads of one frame wait. threads: None: one a core.
+
+    Scratch memory: 2.3 MiB a thread, and the output of a round.
+    """
+    core, n_threads = native.load(), native.n_threads(threads)
+    requests = [_request(job) for job in jobs]
+    rooms: list[Room] = [room() for _ in jobs]
+    rows: list[list[bytes]] = [[] for _ in jobs]
+    sides = [b""] * len(jobs)
+    n_bytes = [0] * len(jobs)
+    for members in _rounds(jobs):
+        part = [(*requests[number], first, n_chunks) for number, first, n_chunks in members]
+        out = np.empty(core.room_for(part), np.uint8)
+        view = memoryview(out)
+        for (number, first, _), (begin, end, found, side) in zip(members, core.encode(part, out, n_threads)):
+            rooms[number].append(view[begin:end])
+            rows[number].append(found)
+            n_bytes[number] += end - begin
+            if first == 0:
+                sides[number] = side
+    return [_assembled(*frame) for frame in zip(jobs, rooms, rows, sides, n_bytes, strict=True)]
+
+
+def _rounds(jobs: Sequence[EncodeJob]) -> list[list[tuple[int, int, int]]]:
+    """What to encode in each call: number of the job, first chunk, chunks."""
+    rounds: list[list[tuple[int, int, int]]] = []
+    left = 0
+    for number, job in enumerate(jobs):
+        chunk_bytes = job.words.itemsize << job.plan.chunk_log2
+        n_most = max(ROUND_BYTES // chunk_bytes, 1)
+        n_chunks = job.plan.n_chunks
+        for first in range(0, n_chunks, n_most):
+            n_now = min(n_most, n_chunks - first)
+            n_used = min(n_now * chunk_bytes, job.words.nbytes)
+            if not rounds or n_used > left:
+                rounds.append([])
+                left = ROUND_BYTES
+            rounds[-1].append((number, first, n_now))
+            left -= n_used
+    return rounds
+
+
+def _request(job: EncodeJob) -> tuple[Any, ...]:
+    """A job as the module takes it, but for which chunks."""
+    plan, side = job.plan, job.side
+    planes = [side.plane_tables[plane].freqs.reshape(-1) for plane in sorted(side.plane_tables)]
+    if plan.predict == "scaled_delta":
+        kind: Any = np.uint16
+    else:
+        kind = np.int16
+    return (
+        pack(plan, job.source, job.reference is not None),
+        _freqs(side.tables),
+        np.concatenate(planes).astype(np.uint16) if planes else _NOTHING,
+        np.ascontiguousarray(side.dictionary, np.uint8),
+        np.ascontiguousarray(side.palette, plan.dtype.word_dtype) if plan.predict == "palette" else _NOTHING,
+        np.ascontiguousarray(side.scales.rows, kind),
+        _NOTHING if side.scales.columns is None else np.ascontiguousarray(side.scales.columns, kind),
+        _flat(job.words),
+        None if job.reference is None else _flat(job.reference),
+    )
+
+
+def _freqs(tables: Tables | None) -> np.ndarray[Any, Any]:
+    return _NOTHING if tables is None else tables.freqs.reshape(-1).astype(np.uint16)
+
+
+def _flat(words: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The words themselves where they are contiguous and aligned, else a copy."""
+    return np.require(words, requirements=("C", "A"))
+
+
+def _assembled(job: EncodeJob, payloads: Room, rows: list[bytes], side: bytes, n_bytes: int) -> Encoded:
+    """Put the head before the payloads."""
+    if not rows:
+        return Encoded(job.plan, 0, b"", ())
+    directory = b"".join(rows)
+    head = side + directory + bytes(-len(directory) % ALIGN)
+    plan = replace(job.plan, side_bytes=len(side), side_check=native.load().xxh3_64(head))
+    return Encoded(plan, len(head) + n_bytes, head, payloads)
