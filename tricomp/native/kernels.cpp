@@ -1,6 +1,7 @@
 // All stages put together for one instruction set: compiled once for each. No STL, no exceptions.
 
-#include "isa.h"
+#include "chunk_encode.h"
+#include "compare.h"
 #include "kernels.h"
 
 namespace tricomp {
@@ -10,7 +11,8 @@ namespace tricomp {
 
 extern const Kernels TRICOMP_JOIN(TRICOMP_ISA, _kernels);
 const Kernels TRICOMP_JOIN(TRICOMP_ISA, _kernels) = {
-    TRICOMP_TEXT(TRICOMP_ISA),
+    TRICOMP_TEXT(TRICOMP_ISA), TRICOMP_ISA::encode_chunk, TRICOMP_ISA::decode_chunks,
+    TRICOMP_ISA::xxh3_64,      TRICOMP_ISA::digest_sum,   TRICOMP_ISA::is_equal,
 };
 
 }  // namespace tricomp

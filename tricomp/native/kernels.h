@@ -1,12 +1,18 @@
 // The functions that exist once for every instruction set, and which set is in use. Baseline code calls these alone.
 #pragma once
 
-#include "model.h"
+#include "chunk.h"
 
 namespace tricomp {
 
+
 struct Kernels {
     const char* name;  // "avx512", "avx2", "portable"
+    size_t (*encode_chunk)(const Model&, const EncodeChunk&, EncodeScratch&, uint8_t* out, Row&);
+    void (*decode_chunks)(const Model&, DecodeChunk*, size_t n_chunks, DecodeScratch&);
+    uint64_t (*xxh3_64)(const uint8_t*, size_t n_bytes);
+    uint64_t (*digest_sum)(const uint8_t*, size_t n_bytes, uint64_t first_byte);
+    bool (*is_equal)(const uint8_t*, const uint8_t*, size_t n_bytes);
 };
 
 extern const Kernels portable_kernels;
