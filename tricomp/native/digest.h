@@ -46,6 +46,61 @@ constexpr DigestColumns DIGEST_KEYS = digest_columns();
 INLINE uint32_t digest_low_row(uint32_t row) { return digest_mix32(row ^ 0x9E3779B9u) | 1; }
 INLINE uint32_t digest_high_row(uint32_t row) { return digest_mix32(row ^ 0x7F4A7C15u) | 1; }
 
+#if TRICOMP_HAS_AVX2
+
+// A vector of pieces; the 64-bit operations see them in pairs.
+#if TRICOMP_HAS_AVX512
+using DigestVector = __m512i;
+INLINE DigestVector digest_load(const void* pieces) { return _mm512_loadu_si512(pieces); }
+INLINE void digest_store(void* pieces, DigestVector a) { _mm512_storeu_si512(pieces, a); }
+INLINE DigestVector digest_same(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
+INLINE DigestVector digest_add32(DigestVector a, DigestVector b) { return _mm512_add_epi32(a, b); }
+INLINE DigestVector digest_add64(DigestVector a, DigestVector b) { return _mm512_add_epi64(a, b); }
+INLINE DigestVector digest_times32(DigestVector a, DigestVector b) { return _mm512_mullo_epi32(a, b); }
+INLINE DigestVector digest_times_even(DigestVector a, DigestVector b) { return _mm512_mul_epu32(a, b); }
+INLINE DigestVector digest_odd(DigestVector a) { return _mm512_srli_epi64(a, 32); }
+#else
+using DigestVector = __m256i;
+INLINE DigestVector digest_load(const void* pieces) {
+    return _mm256_loadu_si256(static_cast<const __m256i*>(pieces));
+}
+INLINE void digest_store(void* pieces, DigestVector a) { _mm256_storeu_si256(static_cast<__m256i*>(pieces), a); }
+INLINE DigestVector digest_same(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
+INLINE DigestVector digest_add32(DigestVector a, DigestVector b) { return _mm256_add_epi32(a, b); }
+INLINE DigestVector digest_add64(DigestVector a, DigestVector b) { return _mm256_add_epi64(a, b); }
+INLINE DigestVector digest_times32(DigestVector a, DigestVector b) { return _mm256_mullo_epi32(a, b); }
+INLINE DigestVector digest_times_even(DigestVector a, DigestVector b) { return _mm256_mul_epu32(a, b); }
+INLINE DigestVector digest_odd(DigestVector a) { return _mm256_srli_epi64(a, 32); }
+#endif
+
+// The sum of n_rows whole rows of one block, the first of them its row number `row`.
+inline uint64_t digest_rows(const uint8_t* bytes, size_t n_rows, uint32_t row) {
+    constexpr size_t WIDTH = sizeof(DigestVector) / 4;
+    DigestVector even = digest_same(0), odd = digest_same(0), high = digest_same(0);
+    for (; n_rows > 0; n_rows--, row++, bytes += DIGEST_ROW_BYTES) {
+        const DigestVector low_row = digest_same(digest_low_row(row));
+        DigestVector high_of_row = digest_same(0);
+#pragma GCC unroll 4
+        for (size_t j = 0; j < DIGEST_COLUMNS; j += WIDTH) {
+            const DigestVector pieces = digest_load(bytes + 4 * j);
+            const DigestVector keys = digest_times32(low_row, digest_load(DIGEST_KEYS.low + j));
+            even = digest_add64(even, digest_times_even(pieces, keys));
+            odd = digest_add64(odd, digest_times_even(digest_odd(pieces), digest_odd(keys)));
+            high_of_row = digest_add32(high_of_row, digest_times32(pieces, digest_load(DIGEST_KEYS.high + j)));
+        }
+        high = digest_add32(high, digest_times32(high_of_row, digest_same(digest_high_row(row))));
+    }
+    uint64_t low_sums[WIDTH / 2], low_sum = 0;
+    uint32_t high_sums[WIDTH], high_sum = 0;
+    digest_store(low_sums, digest_add64(even, odd));
+    digest_store(high_sums, high);
+    for (size_t i = 0; i < WIDTH / 2; i++) low_sum += low_sums[i];
+    for (size_t i = 0; i < WIDTH; i++) high_sum += high_sums[i];
+    return low_sum + (static_cast<uint64_t>(high_sum) << 32);
+}
+
+#else
+
 // The sum of n_rows whole rows of one block, the first of them its row number `row`.
 inline uint64_t digest_rows(const uint8_t* bytes, size_t n_rows, uint32_t row) {
     uint64_t low_sum = 0;
@@ -63,6 +118,8 @@ inline uint64_t digest_rows(const uint8_t* bytes, size_t n_rows, uint32_t row) {
     }
     return low_sum + (static_cast<uint64_t>(high_sum) << 32);
 }
+
+#endif
 
 // What bytes that stand at first_byte of a leaf add to its sum. first_byte: a multiple of 512. Unless they are the
 // leaf's last, n_bytes must be a multiple of 4 (of 512, if what follows is to be added by another call).
