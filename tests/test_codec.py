@@ -331,9 +331,8 @@ def plans_by_hand():
                     yield replace(plan, factor=(1 << 30) - 7), scales, new, old
 
 
-def test_every_plan_by_hand():
-    """Each combination, with tables from the data itself; windows that hold only part of it, so that patches occur."""
-    n_plans = 0
+def jobs_by_hand():
+    """Each plan by hand with tables from the data itself; windows hold only part of it, so that patches occur."""
     for plan, scales, new, old in plans_by_hand():
         words = dtypes.to_words(new)
         reference = None if old is None else dtypes.to_words(old)
@@ -362,13 +361,18 @@ def test_every_plan_by_hand():
             width = plan.plane_widths[0]
             planes[0] = Tables(normalise(np.ones(1 << width, np.int64), 11)[None], 11)
             plan = replace(plan, coded_planes=1)
-        side = Side(tables, planes, dictionary, scales=scales)
-        encoded = encoder.encode([EncodeJob(plan, side, words, reference)])[0]
+        yield EncodeJob(plan, Side(tables, planes, dictionary, scales=scales), words, reference)
+
+
+def test_every_plan_by_hand():
+    n_plans = 0
+    for job in jobs_by_hand():
+        encoded = encoder.encode([job])[0]
         complete, data = encoded.plan, encoded.data
         assert Plan.from_wire(complete.to_wire()) == complete
-        back = decoder.decode([DecodeJob(complete, data, reference)])[0]
-        assert np.array_equal(back, words), complete
-        assert (symbol_bits(plan) <= plan.dtype.word_bits).all()
+        back = decoder.decode([DecodeJob(complete, data, job.reference)])[0]
+        assert np.array_equal(back, job.words), complete
+        assert (symbol_bits(job.plan) <= job.plan.dtype.word_bits).all()
         n_plans += 1
     assert n_plans > 500
 
