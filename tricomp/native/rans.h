@@ -48,8 +48,9 @@ INLINE void decode_row_plainly(const Tables& tables, RansDecoder& decoder, const
             state = (slot >> 20) * (state >> prob_bits) + (slot & 0xFFF);
             uint16_t word;
             std::memcpy(&word, words + 2 * n_taken, 2);
-            const bool is_low = state < LOWEST_STATE;
-            decoder.states[lane] = is_low ? state << 16 | word : state;
+            // Without a branch: it would be guessed wrong as often as a word is taken.
+            const uint32_t is_low = state < LOWEST_STATE;
+            decoder.states[lane] = state << (is_low << 4) | (word & (0u - is_low));
             n_taken += is_low;
         }
         decoder.at += n_taken;
@@ -62,16 +63,167 @@ INLINE void encode_row_plainly(const Tables& tables, RansEncoder& encoder, const
         for (size_t lane = LANES; lane-- > 0;) {
             const uint32_t entry = tables.entries[rows[STEPS * lane + step]], freq = entry >> 16;
             uint32_t state = encoder.states[lane];
-            const bool is_high = state >> (31 - prob_bits) >= freq;
+            const uint32_t is_high = state >> (31 - prob_bits) >= freq;
             const uint16_t word = static_cast<uint16_t>(state);
             std::memcpy(encoder.words - 2, &word, 2);
-            encoder.words -= is_high ? 2 : 0;
-            state = is_high ? state >> 16 : state;
+            encoder.words -= 2 * is_high;
+            state >>= is_high << 4;
             // (x / f << p) + x mod f + start, with one multiplication less
             encoder.states[lane] = state + state / freq * (size - freq) + (entry & 0xFFFF);
         }
     }
 }
+
+#if TRICOMP_HAS_AVX512
+
+// One context: everything that a step looks up lies in registers. States are two registers of 16-bit halves, so that one
+// instruction covers 32 lanes.
+
+struct Halves {  // of the states of 32 lanes
+    __m512i low, high;
+};
+
+INLINE Halves load_states(const uint32_t* states) {
+    const __m512i a = load_512(states), b = load_512(states + 16);
+    return {pick_16(a, b, SEPARATE_16[0]), pick_16(a, b, SEPARATE_16[1])};
+}
+
+INLINE void store_states(const Halves& states, uint32_t* out) {
+    store_512(out, pick_16(states.low, states.high, INTERLEAVE_16[0]));
+    store_512(out + 16, pick_16(states.low, states.high, INTERLEAVE_16[1]));
+}
+
+// A table of 64 N numbers.
+template <size_t N>
+struct Table16 {
+    __m512i part[2 * N];
+
+    INLINE void load(const uint16_t* numbers) {
+        for (size_t i = 0; i < 2 * N; ++i) part[i] = load_512(numbers + 32 * i);
+    }
+
+    INLINE __m512i at(__m512i indices) const {
+        __m512i found[N];
+        for (size_t i = 0; i < N; ++i) found[i] = _mm512_permutex2var_epi16(part[2 * i], indices, part[2 * i + 1]);
+        if constexpr (N == 1) return found[0];
+        const __mmask32 is_odd = _mm512_test_epi16_mask(indices, _mm512_set1_epi16(64));
+        if constexpr (N == 2) return _mm512_mask_blend_epi16(is_odd, found[0], found[1]);
+        if constexpr (N == 4) {
+            const __mmask32 is_late = _mm512_test_epi16_mask(indices, _mm512_set1_epi16(128));
+            return _mm512_mask_blend_epi16(is_late, _mm512_mask_blend_epi16(is_odd, found[0], found[1]),
+                                           _mm512_mask_blend_epi16(is_odd, found[2], found[3]));
+        }
+    }
+};
+
+// A RankTable of up to 64 N ranks, in registers.
+template <size_t N>
+struct RankLookup {
+    __m512i bases[2], symbols[N];
+    Table16<2> begins;
+    Table16<N> freqs, starts;
+
+    INLINE void load(const RankTable& table) {
+        for (size_t i = 0; i < 2; ++i) bases[i] = load_512(table.bases + 64 * i);
+        for (size_t i = 0; i < N; ++i) symbols[i] = load_512(table.symbols + 64 * i);
+        begins.load(table.begins);
+        freqs.load(table.freqs);
+        starts.load(table.starts);
+    }
+
+    // The ranks that own slots: of the bucket's first slot, and one more for every rank that begins up to this slot.
+    INLINE __m512i ranks(__m512i slots) const {
+        const __m512i buckets = _mm512_srli_epi16(slots, 4);
+        const __m512i base = _mm512_maskz_permutex2var_epi8(0x5555555555555555u, bases[0], buckets, bases[1]);
+        const __m512i n_after = _mm512_ternarylogic_epi32(slots, slots, _mm512_set1_epi16(15), 0x0A);
+        return _mm512_add_epi16(base, _mm512_popcnt_epi16(_mm512_sllv_epi16(begins.at(buckets), n_after)));
+    }
+
+    // Bytes: from ranks to symbols.
+    INLINE __m512i symbols_of(__m512i ranks) const {
+        if constexpr (N == 1) return _mm512_permutex2var_epi8(symbols[0], ranks, symbols[0]);
+        if constexpr (N >= 2) {
+            const __m512i early = _mm512_permutex2var_epi8(symbols[0], ranks, symbols[1]);
+            if constexpr (N == 2) return early;
+            if constexpr (N == 4) {
+                const __m512i late = _mm512_permutex2var_epi8(symbols[2], ranks, symbols[3]);
+                return _mm512_mask_blend_epi8(_mm512_movepi8_mask(ranks), early, late);
+            }
+        }
+    }
+};
+
+// freqs * (states >> prob_bits) + offsets
+INLINE Halves advanced(const Halves& states, __m512i freqs, __m512i offsets, __m512i shift, __m128i shift_count) {
+    const __m512i low = _mm512_shrdv_epi16(states.low, states.high, shift);
+    const __m512i high = _mm512_srl_epi16(states.high, shift_count);
+    const __m512i sum = _mm512_add_epi16(_mm512_mullo_epi16(freqs, low), offsets);
+    const __m512i top = _mm512_add_epi16(_mm512_mulhi_epu16(freqs, low), _mm512_mullo_epi16(freqs, high));
+    const __mmask32 carries = _mm512_cmplt_epu16_mask(sum, offsets);
+    return {sum, _mm512_mask_sub_epi16(top, carries, top, _mm512_set1_epi16(-1))};
+}
+
+// Lanes below 2^15 take the next words, in order. Returns how many did.
+INLINE size_t renormalise(Halves& states, const uint8_t* words) {
+    // high | (low & 0x8000) is 0
+    const __m512i top = _mm512_ternarylogic_epi32(states.high, states.low, _mm512_set1_epi16(int16_t(0x8000)), 0xF8);
+    const __mmask32 is_low = _mm512_testn_epi16_mask(top, top);
+    states.high = _mm512_mask_mov_epi16(states.high, is_low, states.low);
+    states.low = _mm512_mask_expand_epi16(states.low, is_low, load_512(words));
+    return static_cast<size_t>(_mm_popcnt_u32(is_low));
+}
+
+template <size_t N_CHUNKS, size_t N>
+inline void decode_by_ranks(const Tables& tables, RansDecoder* const* chunks, uint8_t* const* symbols, size_t n_rows) {
+    RankLookup<N> lookup;
+    lookup.load(*tables.ranks);
+    const __m512i mask = _mm512_set1_epi16(static_cast<int16_t>((1u << tables.prob_bits) - 1));
+    const __m512i shift = _mm512_set1_epi16(static_cast<int16_t>(tables.prob_bits));
+    const __m128i shift_count = _mm_cvtsi32_si128(static_cast<int>(tables.prob_bits));
+    Halves states[N_CHUNKS];
+    size_t at[N_CHUNKS];
+    for (size_t c = 0; c < N_CHUNKS; ++c) {
+        states[c] = load_states(chunks[c]->states);
+        at[c] = chunks[c]->at;
+    }
+    for (size_t row = 0; row < n_rows; ++row) {
+        Lanes16 ranks[N_CHUNKS][STEPS];
+#pragma GCC unroll 4
+        for (size_t step = 0; step < STEPS; ++step) {
+#pragma GCC unroll 4
+            for (size_t c = 0; c < N_CHUNKS; ++c) {
+                const __m512i slots = _mm512_and_si512(states[c].low, mask);
+                const __m512i found = lookup.ranks(slots);
+                const __m512i offsets = _mm512_sub_epi16(slots, lookup.starts.at(found));
+                states[c] = advanced(states[c], lookup.freqs.at(found), offsets, shift, shift_count);
+                const size_t clamped = at[c] < chunks[c]->n_words ? at[c] : chunks[c]->n_words;
+                at[c] += renormalise(states[c], chunks[c]->words + 2 * clamped);
+                ranks[c][step].all = found;
+            }
+        }
+#pragma GCC unroll 4
+        for (size_t c = 0; c < N_CHUNKS; ++c) {
+            uint8_t* out = symbols[c] + ROW * row;
+            store_row(ranks[c], out);
+            store_512(out, lookup.symbols_of(load_512(out)));
+            store_512(out + 64, lookup.symbols_of(load_512(out + 64)));
+        }
+    }
+    for (size_t c = 0; c < N_CHUNKS; ++c) {
+        store_states(states[c], chunks[c]->states);
+        chunks[c]->at = at[c];
+    }
+}
+
+template <size_t N_CHUNKS>
+inline void decode_chunks_by_ranks(const Tables& tables, RansDecoder* const* chunks, uint8_t* const* symbols, size_t n_rows) {
+    const uint32_t n_ranks = tables.ranks->n_ranks;
+    if (n_ranks <= 64) return decode_by_ranks<N_CHUNKS, 1>(tables, chunks, symbols, n_rows);
+    if (n_ranks <= 128) return decode_by_ranks<N_CHUNKS, 2>(tables, chunks, symbols, n_rows);
+    return decode_by_ranks<N_CHUNKS, 4>(tables, chunks, symbols, n_rows);
+}
+
+#endif
 
 // Encodes rows of 128 positions, the last first. rows: context * n_symbols + symbol, in position order, of frequency
 // above 0. Up to SLACK bytes below the words may be overwritten.
@@ -83,6 +235,14 @@ inline void rans_encode(const Tables& tables, RansEncoder& encoder, const uint16
 // n_contexts; null: one context. Whatever the words are, no more than 64 bytes past them are read.
 inline void rans_decode(const Tables& tables, RansDecoder* const* chunks, size_t n_chunks, const uint8_t* const* contexts,
                         uint8_t* const* symbols, size_t n_rows) {
+#if TRICOMP_HAS_AVX512
+    if (!contexts && tables.ranks) {
+        if (n_chunks & 4) decode_chunks_by_ranks<4>(tables, chunks, symbols, n_rows);
+        if (n_chunks & 2) decode_chunks_by_ranks<2>(tables, chunks, symbols, n_rows);
+        if (n_chunks & 1) decode_chunks_by_ranks<1>(tables, chunks + (n_chunks & 2), symbols + (n_chunks & 2), n_rows);
+        return;
+    }
+#endif
     for (size_t c = 0; c < n_chunks; ++c)
         for (size_t row = 0; row < n_rows; ++row)
             decode_row_plainly(tables, *chunks[c], contexts ? contexts[c] + ROW * row : nullptr, symbols[c] + ROW * row);
