@@ -112,54 +112,71 @@ inline uint64_t xxh_short(const uint8_t* bytes, size_t n_bytes) {
     return xxh_avalanche(sum + xxh_mix_16(bytes + n_bytes - 16, secret + 136 - 17));
 }
 
-// Eight sums that take a stripe of 64 bytes at a time: each word to its neighbour's sum, and the product of the two
-// halves of word ^ secret to its own.
+// Eight sums of 64 bits. A stripe of eight words adds each word to its neighbour's sum, and to its own the product of
+// the two halves of word ^ secret. Neighbours are swapped once a block, not once a stripe.
 #if TRICOMP_HAS_AVX512
 
 struct XxhSums {
-    __m512i sums;
+    __m512i sums, words, products;
 
-    INLINE void begin(const uint64_t* first) { sums = _mm512_loadu_si512(first); }
-    INLINE void end(uint64_t* last) const { _mm512_storeu_si512(last, sums); }
+    INLINE void begin(const uint64_t* first) {
+        sums = _mm512_loadu_si512(first);
+        words = products = _mm512_setzero_si512();
+    }
     INLINE void take(const uint8_t* stripe, const uint8_t* secret) {
-        const __m512i words = _mm512_loadu_si512(stripe);
-        const __m512i keyed = _mm512_xor_si512(words, _mm512_loadu_si512(secret));
-        const __m512i product = _mm512_mul_epu32(keyed, _mm512_srli_epi64(keyed, 32));
-        sums = _mm512_add_epi64(sums, _mm512_add_epi64(product, _mm512_shuffle_epi32(words, _MM_PERM_BADC)));
+        const __m512i word = _mm512_loadu_si512(stripe);
+        const __m512i keyed = _mm512_xor_si512(word, _mm512_loadu_si512(secret));
+        words = _mm512_add_epi64(words, word);
+        products = _mm512_add_epi64(products, _mm512_mul_epu32(keyed, _mm512_srli_epi64(keyed, 32)));
+    }
+    INLINE void gather() {
+        sums = _mm512_add_epi64(sums, _mm512_add_epi64(products, _mm512_shuffle_epi32(words, _MM_PERM_BADC)));
+        words = products = _mm512_setzero_si512();
     }
     INLINE void scramble(const uint8_t* secret) {
+        gather();
         const __m512i mixed = _mm512_xor_si512(sums, _mm512_srli_epi64(sums, 47));
         const __m512i keyed = _mm512_xor_si512(mixed, _mm512_loadu_si512(secret));
         const __m512i prime = _mm512_set1_epi64(XXH_PRIME32_1);
         const __m512i high = _mm512_slli_epi64(_mm512_mul_epu32(_mm512_srli_epi64(keyed, 32), prime), 32);
         sums = _mm512_add_epi64(_mm512_mul_epu32(keyed, prime), high);
     }
+    INLINE void end(uint64_t* last) {
+        gather();
+        _mm512_storeu_si512(last, sums);
+    }
 };
 
 #elif TRICOMP_HAS_AVX2
 
 struct XxhSums {
-    __m256i sums[2];
+    __m256i sums[2], words[2], products[2];
 
     static INLINE __m256i load(const void* bytes) { return _mm256_loadu_si256(static_cast<const __m256i*>(bytes)); }
     INLINE void begin(const uint64_t* first) {
-        sums[0] = load(first);
-        sums[1] = load(first + 4);
-    }
-    INLINE void end(uint64_t* last) const {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(last), sums[0]);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(last + 4), sums[1]);
+        for (int half = 0; half < 2; half++) {
+            sums[half] = load(first + 4 * half);
+            words[half] = products[half] = _mm256_setzero_si256();
+        }
     }
     INLINE void take(const uint8_t* stripe, const uint8_t* secret) {
         for (int half = 0; half < 2; half++) {
-            const __m256i words = load(stripe + 32 * half);
-            const __m256i keyed = _mm256_xor_si256(words, load(secret + 32 * half));
+            const __m256i word = load(stripe + 32 * half);
+            const __m256i keyed = _mm256_xor_si256(word, load(secret + 32 * half));
             const __m256i product = _mm256_mul_epu32(keyed, _mm256_srli_epi64(keyed, 32));
-            const __m256i swapped = _mm256_shuffle_epi32(words, _MM_SHUFFLE(1, 0, 3, 2));
-            sums[half] = _mm256_add_epi64(sums[half], _mm256_add_epi64(product, swapped));
+            words[half] = _mm256_add_epi64(words[half], word);
+            products[half] = _mm256_add_epi64(products[half], product);
+        }
+    }
+    INLINE void gather() {
+        for (int half = 0; half < 2; half++) {
+            const __m256i swapped = _mm256_shuffle_epi32(words[half], _MM_SHUFFLE(1, 0, 3, 2));
+            sums[half] = _mm256_add_epi64(sums[half], _mm256_add_epi64(products[half], swapped));
+            words[half] = products[half] = _mm256_setzero_si256();
         }
     }
     INLINE void scramble(const uint8_t* secret) {
+        gather();
         const __m256i prime = _mm256_set1_epi64x(XXH_PRIME32_1);
         for (int half = 0; half < 2; half++) {
             const __m256i mixed = _mm256_xor_si256(sums[half], _mm256_srli_epi64(sums[half], 47));
@@ -167,6 +184,11 @@ struct XxhSums {
             const __m256i high = _mm256_slli_epi64(_mm256_mul_epu32(_mm256_srli_epi64(keyed, 32), prime), 32);
             sums[half] = _mm256_add_epi64(_mm256_mul_epu32(keyed, prime), high);
         }
+    }
+    INLINE void end(uint64_t* last) {
+        gather();
+        for (int half = 0; half < 2; half++)
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(last + 4 * half), sums[half]);
     }
 };
 
@@ -176,7 +198,6 @@ struct XxhSums {
     uint64_t sums[8];
 
     INLINE void begin(const uint64_t* first) { memcpy(sums, first, sizeof sums); }
-    INLINE void end(uint64_t* last) const { memcpy(last, sums, sizeof sums); }
     INLINE void take(const uint8_t* stripe, const uint8_t* secret) {
         for (size_t i = 0; i < 8; i++) {
             const uint64_t word = xxh_u64(stripe + 8 * i), keyed = word ^ xxh_u64(secret + 8 * i);
@@ -188,6 +209,7 @@ struct XxhSums {
         for (size_t i = 0; i < 8; i++)
             sums[i] = (sums[i] ^ sums[i] >> 47 ^ xxh_u64(secret + 8 * i)) * XXH_PRIME32_1;
     }
+    INLINE void end(uint64_t* last) const { memcpy(last, sums, sizeof sums); }
 };
 
 #endif
