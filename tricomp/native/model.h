@@ -68,17 +68,21 @@ struct Model {
     const int16_t* level_columns = nullptr;
     const uint16_t* factor_rows = nullptr;  // scaled delta: one = 2^15
     const uint16_t* factor_columns = nullptr;
-    // Derived from the plan once a frame; see predict.h.
+    // Derived from the plan once a frame; see derive.h.
     uint8_t lengths[256] = {};  // bits of the remainder that go with each symbol
     uint64_t tops[256] = {};  // delta: the leading one and the k bits below, in place
     uint8_t n_low[256] = {};  // delta: bits below those
     uint8_t is_negative[256] = {};  // delta without has_sign
+    uint8_t stand_ins[8] = {};  // the symbol that stands in for patches and padding, of each context
+    uint8_t places[256] = {};  // index: of each symbol in the dictionary
+    uint16_t missing[MAX_ENTRIES / 16] = {};  // a bit a row (context * n_symbols + symbol): it cannot be coded
+    bool has_missing = false;
 };
 
 // One tile on its way. Words from n to the end of the last row are padding.
 template <class Word>
 struct Tile {
-    alignas(64) Word predicted[TILE];  // delta, scaled delta: what the difference is taken from
+    alignas(64) Word predicted[TILE];  // delta, scaled delta: ord of what the difference is taken from
     alignas(64) Word remainders[TILE];
     alignas(64) int16_t levels[TILE];  // full with scales: L = R + C
     alignas(64) uint16_t rows[TILE];  // encoding: context * n_symbols + symbol
