@@ -35,7 +35,7 @@ struct Kind {  // a dtype
     bool is_float = false, is_signed = false;
 };
 
-struct RankTable;  // see tables.h
+struct FastTables;  // see tables.h
 
 // Frequencies of one leaf's symbols (a row a context), or of one coded plane, in the forms that coding wants.
 struct Tables {
@@ -43,7 +43,7 @@ struct Tables {
     const uint16_t* freqs = nullptr;  // [n_contexts * n_symbols]; a row sums to 2^prob_bits
     const uint32_t* entries = nullptr;  // [n_contexts * n_symbols]: frequency << 16 | start
     const uint32_t* slots = nullptr;  // [n_contexts << prob_bits]: frequency << 20 | symbol << 12 | offset; 64-byte aligned
-    const RankTable* ranks = nullptr;  // of one context: what fast decoding wants; null: there is none
+    const FastTables* fast = nullptr;  // what fast coding wants besides; null: there is none
     uint8_t favourites[8] = {};  // the most frequent symbol of each context, lowest first
 };
 

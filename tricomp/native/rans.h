@@ -68,7 +68,7 @@ INLINE void encode_row_plainly(const Tables& tables, RansEncoder& encoder, const
             std::memcpy(encoder.words - 2, &word, 2);
             encoder.words -= 2 * is_high;
             state >>= is_high << 4;
-            // (x / f << p) + x mod f + start, with one multiplication less
+            // (x // f << prob_bits) + x mod f + start, with one multiplication less
             encoder.states[lane] = state + state / freq * (size - freq) + (entry & 0xFFFF);
         }
     }
@@ -176,7 +176,7 @@ INLINE size_t renormalise(Halves& states, const uint8_t* words) {
 template <size_t N_CHUNKS, size_t N>
 inline void decode_by_ranks(const Tables& tables, RansDecoder* const* chunks, uint8_t* const* symbols, size_t n_rows) {
     RankLookup<N> lookup;
-    lookup.load(*tables.ranks);
+    lookup.load(tables.fast->ranks);
     const __m512i mask = _mm512_set1_epi16(static_cast<int16_t>((1u << tables.prob_bits) - 1));
     const __m512i shift = _mm512_set1_epi16(static_cast<int16_t>(tables.prob_bits));
     const __m128i shift_count = _mm_cvtsi32_si128(static_cast<int>(tables.prob_bits));
@@ -215,9 +215,100 @@ inline void decode_by_ranks(const Tables& tables, RansDecoder* const* chunks, ui
     }
 }
 
+// Encoding. The states of even and of odd lanes, 32 bits each, are what arithmetic wants; halves are what goes out.
+
+struct Pairs {
+    __m512i even, odd;
+};
+
+// Bytes 0 and 1 of every four to 2 and 3, or back.
+INLINE __m512i half_swap() {
+    return _mm512_set4_epi32(0x0D0C0F0E, 0x09080B0A, 0x05040706, 0x01000302);
+}
+
+INLINE Pairs pairs_of(const Halves& halves) {
+    return {_mm512_mask_shuffle_epi8(halves.low, 0xCCCCCCCCCCCCCCCCu, halves.high, half_swap()),
+            _mm512_mask_shuffle_epi8(halves.high, 0x3333333333333333u, halves.low, half_swap())};
+}
+
+INLINE Halves halves_of(const Pairs& pairs) {
+    return {_mm512_mask_shuffle_epi8(pairs.even, 0xCCCCCCCCCCCCCCCCu, pairs.odd, half_swap()),
+            _mm512_mask_shuffle_epi8(pairs.odd, 0x3333333333333333u, pairs.even, half_swap())};
+}
+
+// The high 32 bits of 64-bit numbers: of `even` in the even places, of `odd` in the odd ones.
+INLINE __m512i high_words(__m512i even, __m512i odd) {
+    return _mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_DDBB);
+}
+
+// The divisors of one step, for encoding: of lanes 4 i, 4 i + 1, 4 i + 2, 4 i + 3.
+struct StepDivisors {
+    alignas(64) uint64_t at[4][8];
+
+    INLINE void load(const uint64_t* divisors, const uint16_t* rows) {
+#pragma GCC unroll 32
+        for (size_t lane = 0; lane < LANES; ++lane) at[lane % 4][lane / 4] = divisors[rows[STEPS * lane]];
+    }
+};
+
+// (x // f << prob_bits) + x mod f + start = x + x // f * (2^prob_bits - f) + start, of half the lanes.
+// numerators: the 32-bit states; low, high: divisors of those in the even and in the odd places.
+INLINE __m512i pushed(__m512i states, __m512i low, __m512i high, __m512i others) {
+    const __m512i quotients = _mm512_srlv_epi32(
+        high_words(_mm512_mul_epu32(states, low), _mm512_mul_epu32(_mm512_srli_epi64(states, 32), high)),
+        _mm512_srli_epi32(others, 28));
+    const __m512i rest = _mm512_and_si512(_mm512_srli_epi32(others, 16), _mm512_set1_epi32(0xFFF));
+    const __m512i sum = _mm512_add_epi32(states, _mm512_and_si512(others, _mm512_set1_epi32(0xFFFF)));
+    return _mm512_add_epi32(_mm512_mullo_epi32(quotients, rest), sum);
+}
+
+// Writes the chosen ones of 32 words below `words`; returns where they begin.
+INLINE uint8_t* put_words(uint8_t* words, __m512i values, __mmask32 is_chosen) {
+    const uint32_t n = static_cast<uint32_t>(_mm_popcnt_u32(is_chosen));
+    words -= 2 * n;
+    _mm512_mask_storeu_epi16(words, _bzhi_u32(0xFFFFFFFFu, n), _mm512_maskz_compress_epi16(is_chosen, values));
+    return words;
+}
+
+INLINE void encode_step(Halves& states, const StepDivisors& divisors, __m128i limit_shift, uint8_t*& words) {
+    const __m512i a = load_512(divisors.at[0]), b = load_512(divisors.at[1]);
+    const __m512i c = load_512(divisors.at[2]), d = load_512(divisors.at[3]);
+    const Pairs others = {high_words(a, c), high_words(b, d)};
+    // state >= frequency << (31 - prob_bits), by its high half: the low half of the right side is 0
+    const __m512i rests = _mm512_sll_epi16(halves_of(others).high, limit_shift);
+    const __m512i limits = _mm512_sub_epi16(_mm512_set1_epi16(int16_t(0x8000)), rests);
+    const __mmask32 is_high = _mm512_cmpge_epu16_mask(states.high, limits);
+    words = put_words(words, states.low, is_high);
+    states.low = _mm512_mask_mov_epi16(states.low, is_high, states.high);
+    states.high = _mm512_maskz_mov_epi16(~is_high, states.high);
+    const Pairs pairs = pairs_of(states);
+    states = halves_of({pushed(pairs.even, a, c, others.even), pushed(pairs.odd, b, d, others.odd)});
+}
+
+inline void encode_by_divisors(const Tables& tables, RansEncoder& encoder, const uint16_t* rows, size_t n_rows) {
+    const uint64_t* divisors = tables.fast->divisors;
+    const __m128i limit_shift = _mm_cvtsi32_si128(static_cast<int>(15 - tables.prob_bits));
+    Halves states = load_states(encoder.states);
+    uint8_t* words = encoder.words;
+    // Look-ups run a row ahead, so that what they stored has reached the cache when registers are loaded from it.
+    StepDivisors steps[2][STEPS];
+    for (size_t step = 0; step < STEPS; ++step) steps[n_rows & 1][step].load(divisors, rows + ROW * (n_rows - 1) + step);
+    for (size_t row = n_rows; row-- > 0;) {
+        StepDivisors* now = steps[(row + 1) & 1];
+        StepDivisors* next = steps[row & 1];
+        const uint16_t* next_row = rows + ROW * (row ? row - 1 : 0);
+        for (size_t step = STEPS; step-- > 0;) {
+            next[step].load(divisors, next_row + step);
+            encode_step(states, now[step], limit_shift, words);
+        }
+    }
+    store_states(states, encoder.states);
+    encoder.words = words;
+}
+
 template <size_t N_CHUNKS>
 inline void decode_chunks_by_ranks(const Tables& tables, RansDecoder* const* chunks, uint8_t* const* symbols, size_t n_rows) {
-    const uint32_t n_ranks = tables.ranks->n_ranks;
+    const uint32_t n_ranks = tables.fast->ranks.n_ranks;
     if (n_ranks <= 64) return decode_by_ranks<N_CHUNKS, 1>(tables, chunks, symbols, n_rows);
     if (n_ranks <= 128) return decode_by_ranks<N_CHUNKS, 2>(tables, chunks, symbols, n_rows);
     return decode_by_ranks<N_CHUNKS, 4>(tables, chunks, symbols, n_rows);
@@ -228,6 +319,9 @@ inline void decode_chunks_by_ranks(const Tables& tables, RansDecoder* const* chu
 // Encodes rows of 128 positions, the last first. rows: context * n_symbols + symbol, in position order, of frequency
 // above 0. Up to SLACK bytes below the words may be overwritten.
 inline void rans_encode(const Tables& tables, RansEncoder& encoder, const uint16_t* rows, size_t n_rows) {
+#if TRICOMP_HAS_AVX512
+    if (tables.fast) return encode_by_divisors(tables, encoder, rows, n_rows);
+#endif
     for (size_t row = n_rows; row-- > 0;) encode_row_plainly(tables, encoder, rows + ROW * row);
 }
 
@@ -236,7 +330,7 @@ inline void rans_encode(const Tables& tables, RansEncoder& encoder, const uint16
 inline void rans_decode(const Tables& tables, RansDecoder* const* chunks, size_t n_chunks, const uint8_t* const* contexts,
                         uint8_t* const* symbols, size_t n_rows) {
 #if TRICOMP_HAS_AVX512
-    if (!contexts && tables.ranks) {
+    if (!contexts && tables.fast && tables.fast->ranks.n_ranks) {
         if (n_chunks & 4) decode_chunks_by_ranks<4>(tables, chunks, symbols, n_rows);
         if (n_chunks & 2) decode_chunks_by_ranks<2>(tables, chunks, symbols, n_rows);
         if (n_chunks & 1) decode_chunks_by_ranks<1>(tables, chunks + (n_chunks & 2), symbols + (n_chunks & 2), n_rows);

@@ -26,7 +26,17 @@ static void build_ranks(const Tables& tables, RankTable& ranks) {
     ranks.n_ranks = static_cast<uint32_t>(n_ranks);
 }
 
-void build_tables(Tables& tables, uint32_t* entries, uint32_t* slots, RankTable* ranks) {
+static uint64_t divisor(uint32_t freq, uint32_t start, uint32_t size) {
+    if (freq == 0) return 0;
+    const uint64_t rest = uint64_t(size - freq) << 48;
+    if (freq == 1) return 0xFFFFFFFFu | uint64_t(start + size - 1) << 32 | rest;
+    uint32_t log2 = 1;  // rounded up
+    while (1u << log2 < freq) ++log2;
+    const uint64_t reciprocal = ((uint64_t(1) << (31 + log2)) + freq - 1) / freq;
+    return reciprocal | uint64_t(start) << 32 | rest | uint64_t(log2 - 1) << 60;
+}
+
+void build_tables(Tables& tables, uint32_t* entries, uint32_t* slots, FastTables* fast) {
     for (size_t context = 0; context < tables.n_contexts; ++context) {
         const uint16_t* freqs = tables.freqs + context * tables.n_symbols;
         uint32_t* entry = entries + context * tables.n_symbols;
@@ -35,6 +45,7 @@ void build_tables(Tables& tables, uint32_t* entries, uint32_t* slots, RankTable*
         for (uint32_t symbol = 0; symbol < tables.n_symbols; ++symbol) {
             const uint32_t freq = freqs[symbol];
             entry[symbol] = freq << 16 | start;
+            if (fast) fast->divisors[context * tables.n_symbols + symbol] = divisor(freq, start, 1u << tables.prob_bits);
             // A frequency of 4096 would not fit above bit 20; prob_bits <= 11 keeps it out.
             for (uint32_t offset = 0; offset < freq; ++offset) slot[start + offset] = freq << 20 | symbol << 12 | offset;
             start += freq;
@@ -46,10 +57,10 @@ void build_tables(Tables& tables, uint32_t* entries, uint32_t* slots, RankTable*
     }
     tables.entries = entries;
     tables.slots = slots;
-    tables.ranks = nullptr;
-    if (ranks && tables.n_contexts == 1) {
-        build_ranks(tables, *ranks);
-        tables.ranks = ranks;
+    tables.fast = fast;
+    if (fast) {
+        fast->ranks.n_ranks = 0;
+        if (tables.n_contexts == 1) build_ranks(tables, fast->ranks);
     }
 }
 

@@ -21,8 +21,18 @@ struct RankTable {
     uint32_t n_ranks;
 };
 
+struct FastTables {
+    RankTable ranks;  // where there is one context; else n_ranks is 0
+    // For encoders, by context * n_symbols + symbol: 32 bits of reciprocal, 16 of start, 12 of 2^prob_bits - frequency, 4
+    // of shift, from the bottom. state // frequency = (state * reciprocal >> 32) >> shift, exactly, for every state below
+    // 2^31. But for frequency 1, where a reciprocal of 32 bits gives state - 1: its start is 2^prob_bits - 1 too high,
+    // which makes up for it.
+    alignas(64) uint64_t divisors[MAX_ENTRIES];
+};
+
 // Fills tables from its freqs, prob_bits, n_symbols and n_contexts. entries: room for n_contexts * n_symbols; slots: for
-// n_contexts << prob_bits, 64-byte aligned; ranks: room for one, or null, which is slower. Freqs must sum to 2^prob_bits.
-void build_tables(Tables& tables, uint32_t* entries, uint32_t* slots, RankTable* ranks = nullptr);
+// n_contexts << prob_bits, 64-byte aligned; fast: room for one (64-byte aligned), or null: coding is then much slower.
+// Freqs must sum to 2^prob_bits in every context.
+void build_tables(Tables& tables, uint32_t* entries, uint32_t* slots, FastTables* fast = nullptr);
 
 }  // namespace tricomp
