@@ -35,6 +35,55 @@ def test_files_come_back_and_have_every_column(out: Path) -> None:
         assert f"\n| {row['file']} |" in page
 
 
+def test_speeds_are_those_of_everybody_in_every_mode_and_dtype(out: Path) -> None:
+    pytest.importorskip("blosc2")
+    command = [sys.executable, "-m", "tests.benchmarks.cpu", "--small", "--state", str(out), "--out", str(out)]
+    done = subprocess.run([*command, "--threads", "1", "2"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    text, page = (next(out.glob(f"*-cpu-small.{suffix}")).read_text() for suffix in ("json", "md"))
+    results = json.loads(text)
+    works = results["works"]
+    modes = {"full", "delta", "scaled_delta", "copy", "sparse", "constant", "raw"}
+    assert {row["mode"] for row in works} == modes
+    assert {row["dtype"] for row in works} == {"float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "int8"}
+    for row in works:
+        found = {(one["who"], one["threads"]): one for one in row["results"]}
+        for who in ("tricomp dense", "tricomp fast", "zstd -1", "zstd -3", "blosc2 zstd", "blosc2 lz4"):
+            assert all(min(found[who, n][key] for key in ("in", "out", "bytes")) > 0 for n in (1, 2))
+        assert all(found["memcpy", n]["in"] > 0 for n in (1, 2))
+        assert (("ZipNN", 1) in found) == (row["dtype"] not in ("float64", "int8"))
+        assert (("XOR", 1) in found) == ("apart" in row["work"] or row["mode"] in ("copy", "sparse"))
+        assert f"\n| {row['work']} |" in page
+    assert all(len(row["results"]) >= 2 for row in results["sets"])
+    assert all(row["seconds"]["decompress"] > 0 for row in results["files"]["rows"])
+
+
+def test_a_verdict_is_the_quotient_of_two_speeds() -> None:
+    def one(who: str, speed_in: float, speed_out: float, threads: int = 1) -> dict[str, object]:
+        return {"who": who, "threads": threads, "in": speed_in, "out": speed_out}
+
+    work = {"work": "w bfloat16", "dtype": "bfloat16", "mode": "full", "n_leaves": 1}
+    seconds = {"cp_raw": 3.0, "read_raw": 1.0, "cp_packed": 2.0, "read_packed": 0.5, "decompress": 5.0}
+    results = {
+        "works": [
+            {**work, "results": [one("tricomp dense", 2, 4.9), one("tricomp fast", 4, 8), one("ZipNN", 0.5, 2)]}
+        ],
+        "scaling": [{**work, "results": [one("tricomp dense", 2, 5), one("tricomp dense", 3.6, 8, 2)]}],
+        "sets": [{**work, "results": [{"isa": isa, "tier": "fast", "in": 2, "out": 3} for isa in ("avx512", "avx2")]}],
+        "files": {"rows": [{"file": "f", "seconds": seconds}]},
+    }
+    code = """
+import json, sys
+from tests.benchmarks import cpu_table
+print(json.dumps([[v.measured, v.is_reached] for v in cpu_table.verdicts(json.load(sys.stdin))]))
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, input=json.dumps(results), capture_output=True, text=True, check=True)
+    measured = [[round(number, 6), is_reached] for number, is_reached in json.loads(done.stdout)]
+    zipnn, tiers, threads, sets = [[4, True], [2.45, False]], [[2, True]], [[1.8, True], [1.6, False]], [[1, True]] * 2
+    assert measured == [*zipnn, *tiers, *threads, *sets, [0.5, False]]
+
+
 def test_every_stream_has_every_column(out: Path) -> None:
     streams = json.loads(next(out.glob("*-ratio-small.json")).read_text())["streams"]
     assert len(streams) == 23

@@ -62,14 +62,14 @@ def zipnn_bytes(raw: bytes, dtype: str) -> int:
     return len(packed) + n_odd
 
 
-def zipnn(dtype: str) -> Any:
-    """A ZipNN for "float32" or "bfloat16", one thread."""
-    return ZipNN(bytearray_dtype=dtype, input_format="byte", threads=1)
+def zipnn(dtype: str, threads: int = 1) -> Any:
+    """A ZipNN for "float32", "bfloat16", "float16" or "float8_e4m3fn"."""
+    return ZipNN(bytearray_dtype=dtype, input_format="byte", threads=threads)
 
 
-def machine() -> dict[str, Any]:
-    """Machine, date and versions, for a results file."""
-    names = ("numpy", "torch", "zipnn", *(() if sys.version_info >= (3, 14) else ("backports.zstd",)))
+def machine(*packages: str) -> dict[str, Any]:
+    """Machine, date and versions, for a results file. packages: more whose versions matter."""
+    names = ("numpy", "torch", "zipnn", *(() if sys.version_info >= (3, 14) else ("backports.zstd",)), *packages)
     found = {name: importlib.metadata.version(name) for name in names}
     system = f"{platform.system()} {platform.machine()}"
     return {
