@@ -3,6 +3,7 @@
 #include "chunk_encode.h"
 #include "compare.h"
 #include "kernels.h"
+#include "stream.h"
 
 namespace tricomp {
 
@@ -13,6 +14,7 @@ extern const Kernels TRICOMP_JOIN(TRICOMP_ISA, _kernels);
 const Kernels TRICOMP_JOIN(TRICOMP_ISA, _kernels) = {
     TRICOMP_TEXT(TRICOMP_ISA), TRICOMP_ISA::encode_chunk, TRICOMP_ISA::decode_chunks,
     TRICOMP_ISA::xxh3_64,      TRICOMP_ISA::digest_sum,   TRICOMP_ISA::is_equal,
+    TRICOMP_ISA::encode_stream, TRICOMP_ISA::decode_stream,
 };
 
 }  // namespace tricomp

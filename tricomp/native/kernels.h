@@ -13,6 +13,9 @@ struct Kernels {
     uint64_t (*xxh3_64)(const uint8_t*, size_t n_bytes);
     uint64_t (*digest_sum)(const uint8_t*, size_t n_bytes, uint64_t first_byte);
     bool (*is_equal)(const uint8_t*, const uint8_t*, size_t n_bytes);
+    size_t (*encode_stream)(const Tables&, const uint16_t* rows, size_t n_rows, uint8_t* end, uint8_t* states);
+    bool (*decode_stream)(const Tables&, const uint8_t* states, const uint8_t* words, size_t n_words, uint8_t* symbols,
+                          size_t n_rows);
 };
 
 extern const Kernels portable_kernels;
