@@ -65,9 +65,7 @@ def test_a_verdict_is_the_quotient_of_two_speeds() -> None:
     work = {"work": "w bfloat16", "dtype": "bfloat16", "mode": "full", "n_leaves": 1}
     seconds = {"cp_raw": 3.0, "read_raw": 1.0, "cp_packed": 2.0, "read_packed": 0.5, "decompress": 5.0}
     results = {
-        "works": [
-            {**work, "results": [one("tricomp dense", 2, 4.9), one("tricomp fast", 4, 8), one("ZipNN", 0.5, 2)]}
-        ],
+        "works": [{**work, "results": [one("tricomp dense", 2, 4.9), one("tricomp fast", 4, 8), one("ZipNN", 0.5, 2)]}],
         "scaling": [{**work, "results": [one("tricomp dense", 2, 5), one("tricomp dense", 3.6, 8, 2)]}],
         "sets": [{**work, "results": [{"isa": isa, "tier": "fast", "in": 2, "out": 3} for isa in ("avx512", "avx2")]}],
         "files": {"rows": [{"file": "f", "seconds": seconds}]},

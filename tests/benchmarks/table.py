@@ -1,6 +1,6 @@
 """Results as Markdown, and the README's tables kept equal to them: `python -m tests.benchmarks.table`.
 
-Imports the standard library only.
+Imports the standard library and cpu_table only.
 
 The README names the results file in the marker before each table, `<!-- table:ratio FILE -->`, so that a test can
 render that file again and compare.
@@ -14,6 +14,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from tests.benchmarks import cpu_table
 
 ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = {
@@ -34,7 +36,7 @@ README_STREAMS = (
     "v, 1 apart", "v, 10 apart", "v, 100 apart",
 )  # fmt: skip
 README_COLUMNS = tuple(column for column in COLUMNS if column != "bound_scales")
-_MARKED = re.compile(r"<!-- table:(ratio|files) (\S+) -->\n.*?(<!-- /table:\1 -->)", re.DOTALL)
+_MARKED = re.compile(r"<!-- table:(ratio|files|cpu) (\S+) -->\n.*?(<!-- /table:\1 -->)", re.DOTALL)
 
 
 def ratio_table(results: dict[str, Any], names: Sequence[str] = (), columns: Sequence[str] = tuple(COLUMNS)) -> str:
@@ -117,13 +119,15 @@ smaller. Every file came back byte for byte.
 def _rendered(kind: str, results: dict[str, Any]) -> str:
     if kind == "files":
         return f"{files_table(results)}\n{origin(results)}"
+    if kind == "cpu":
+        return f"{cpu_table.readme(results)}\n{origin(results)}{cpu_table.how(results)}"
     return f"{ratio_table(results, README_STREAMS, README_COLUMNS)}\n{origin(results)}"
 
 
 def with_tables(readme: str, root: Path = ROOT, files: Mapping[str, str] | None = None) -> str:
     """The README's text with its tables rendered from the files that their markers name, or from others, by kind."""
-    if {match[1] for match in _MARKED.finditer(readme)} != {"ratio", "files"}:
-        raise SystemExit("README.md lacks <!-- table:KIND FILE --> ... <!-- /table:KIND --> for ratio or files")
+    if missing := {"ratio", "files"} - {match[1] for match in _MARKED.finditer(readme)}:
+        raise SystemExit(f"README.md lacks <!-- table:KIND FILE --> ... <!-- /table:KIND --> for {', '.join(missing)}")
 
     def rendered(match: re.Match[str]) -> str:
         file = (files or {}).get(match[1], match[2])
