@@ -81,7 +81,7 @@ def test_planned_frames_of_every_dtype(name, tier):
 @given(
     st.sampled_from(dtypes.NAMES),
     st.integers(1, 5000),
-    st.integers(0, 2**32),
+    st.integers(0, 2**30),
     st.sampled_from(["dense", "fast"]),
     st.booleans(),
     st.integers(10, 13),

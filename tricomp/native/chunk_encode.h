@@ -97,7 +97,7 @@ size_t encode_chunk_of(const Model& model, const EncodeChunk& chunk, EncodeScrat
                 prepare_tile<Word>(model, reference ? reference + start : nullptr, chunk.first + start, n, tile);
                 split_tile<Word>(model, words + start, n, tile);
             } else {
-                tile.n_patches = base_patches<Word>(model, words + start, chunk.reference, start, n, tile);
+                base_patches<Word>(model, words + start, chunk.reference, start, n, tile);
             }
             patches -= tile.n_patches;
             n_patches += tile.n_patches;

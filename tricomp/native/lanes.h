@@ -14,7 +14,17 @@ TRICOMP_BEGIN
 
 constexpr size_t STEPS = ROW / LANES;  // of a row
 
+#if TRICOMP_HAS_AVX2
+INLINE __m128i load_128(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
+INLINE __m256i load_256(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+INLINE void store_128(void* to, __m128i value) { _mm_storeu_si128(static_cast<__m128i*>(to), value); }
+INLINE void store_256(void* to, __m256i value) { _mm256_storeu_si256(static_cast<__m256i*>(to), value); }
+#endif
+
 #if TRICOMP_HAS_AVX512
+
+INLINE __m512i load_512(const void* from) { return _mm512_loadu_si512(from); }
+INLINE void store_512(void* to, __m512i value) { _mm512_storeu_si512(to, value); }
 
 struct Lanes16 {  // 32 numbers of 16 bits
     __m512i all;
@@ -59,10 +69,12 @@ static constexpr LaneIndices<uint64_t> INTERLEAVE_64[2] = {interleaving<uint64_t
 static constexpr LaneIndices<uint16_t> SEPARATE_16[2] = {every_second<uint16_t>(0), every_second<uint16_t>(1)};
 static constexpr LaneIndices<uint32_t> SEPARATE_32[2] = {every_second<uint32_t>(0), every_second<uint32_t>(1)};
 static constexpr LaneIndices<uint64_t> SEPARATE_64[2] = {every_second<uint64_t>(0), every_second<uint64_t>(1)};
-static constexpr LaneIndices<uint8_t> STEP_BYTES[STEPS] = {bytes_of_step(0), bytes_of_step(1), bytes_of_step(2), bytes_of_step(3)};
+static constexpr LaneIndices<uint8_t> STEP_BYTES[STEPS] = {bytes_of_step(0), bytes_of_step(1), bytes_of_step(2),
+                                                            bytes_of_step(3)};
 
-INLINE __m512i load_512(const void* from) { return _mm512_loadu_si512(from); }
-INLINE void store_512(void* to, __m512i value) { _mm512_storeu_si512(to, value); }
+INLINE __m512i pick_8(__m512i a, __m512i b, const LaneIndices<uint8_t>& indices) {
+    return _mm512_permutex2var_epi8(a, _mm512_load_si512(indices.at), b);
+}
 
 INLINE __m512i pick_16(__m512i a, __m512i b, const LaneIndices<uint16_t>& indices) {
     return _mm512_permutex2var_epi16(a, _mm512_load_si512(indices.at), b);
@@ -192,9 +204,6 @@ struct Lanes32 {  // 32 numbers of 32 bits, or of fewer
     __m256i part[4];  // eight lanes each
 };
 using Lanes16 = Lanes32;
-
-INLINE __m256i load_256(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
-INLINE void store_256(void* to, __m256i value) { _mm256_storeu_si256(static_cast<__m256i*>(to), value); }
 
 INLINE void load_row(const uint8_t* row, Lanes32* steps) {
     __m256i mask = _mm256_set1_epi32(255);

@@ -205,10 +205,13 @@ PyObject* encode_requests(PyObject*, PyObject* args) {
         PyObject* results = PyList_New(Py_ssize_t(requests.size()));
         for (size_t i = 0; results != nullptr && i < requests.size(); i++) {
             const EncodeRequest& request = requests[i];
-            PyObject* result = Py_BuildValue(
-                "(nny#y#)", Py_ssize_t(request.begin), Py_ssize_t(request.end),
-                reinterpret_cast<const char*>(request.rows.data()), Py_ssize_t(request.rows.size()),
-                reinterpret_cast<const char*>(request.side.data()), Py_ssize_t(request.side.size()));
+            // An empty vector may point nowhere, which Python would take for None.
+            auto text = [](const std::vector<uint8_t>& bytes) {
+                return bytes.empty() ? "" : reinterpret_cast<const char*>(bytes.data());
+            };
+            PyObject* result = Py_BuildValue("(nny#y#)", Py_ssize_t(request.begin), Py_ssize_t(request.end),
+                                             text(request.rows), Py_ssize_t(request.rows.size()), text(request.side),
+                                             Py_ssize_t(request.side.size()));
             if (result == nullptr) {
                 Py_DecRef(results);
                 return nullptr;

@@ -1,15 +1,12 @@
-// Fixed widths: values of 1 to 8 bits packed vertically, byte planes of remainders, and the zero bits at the bottom of
-// rows. Stage header: isa.h and model.h only, no STL.
+// Fixed widths: values of 1 to 8 bits packed vertically, byte planes of remainders (planes.h), and the zero bits at the
+// bottom of rows. Stage header: isa.h, model.h, lanes.h and planes.h only, no STL.
 //
 // The hard thing: the four values of a lane in a row stand side by side in memory, as bytes of one u32, and side by side in
 // the lane's bit string, as a *quad* of 4 b bits. So packing is squeezing four bytes into a quad, and moving quads by
 // distances known when this is compiled; lanes never mix. Eight rows fill b words of a lane exactly.
 #pragma once
 
-#include "isa.h"
-#include "model.h"
-
-#include <cstring>
+#include "planes.h"
 
 TRICOMP_BEGIN
 
@@ -132,31 +129,6 @@ inline bool is_one_value(const uint8_t* values, size_t n) {
     if (differs) return false;
     for (size_t i = 0; i < n; ++i) differs |= values[i] ^ first;
     return !differs;
-}
-
-// Cut remainders into planes. n: a multiple of ROW. planes: n bytes each, in position order.
-template <class Word>
-void split_planes(const Model& model, const Word* __restrict remainders, size_t n, uint8_t* const* planes) {
-    for (uint32_t plane = 0; plane < model.n_planes; ++plane) {
-        uint8_t* __restrict octets = planes[plane];
-        uint32_t down = model.shift + 8 * plane;
-        uint8_t mask = static_cast<uint8_t>((1u << model.plane_widths[plane]) - 1);
-        for (size_t i = 0; i < n; ++i) octets[i] = static_cast<uint8_t>(remainders[i] >> down) & mask;
-    }
-}
-
-// The inverse. All planes must be there, also those of one value.
-template <class Word>
-void join_planes(const Model& model, const uint8_t* const* planes, size_t n, Word* __restrict remainders) {
-    if (!model.n_planes) std::memset(remainders, 0, n * sizeof(Word));
-    for (uint32_t plane = 0; plane < model.n_planes; ++plane) {
-        const uint8_t* __restrict octets = planes[plane];
-        uint32_t up = model.shift + 8 * plane;
-        if (plane)
-            for (size_t i = 0; i < n; ++i) remainders[i] |= static_cast<Word>(static_cast<Word>(octets[i]) << up);
-        else
-            for (size_t i = 0; i < n; ++i) remainders[i] = static_cast<Word>(static_cast<Word>(octets[i]) << up);
-    }
 }
 
 INLINE uint8_t trailing_zeros_of(uint64_t word) { return static_cast<uint8_t>(word ? __builtin_ctzll(word) : 64); }

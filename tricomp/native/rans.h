@@ -241,13 +241,20 @@ INLINE __m512i high_words(__m512i even, __m512i odd) {
     return _mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_DDBB);
 }
 
+// Keeps the compiler from putting scalar numbers together in registers, which is slower than to store them one by one.
+template <class Unit>
+INLINE Unit scalar(Unit number) {
+    asm("" : "+r"(number));
+    return number;
+}
+
 // The divisors of one step, for encoding: of lanes 4 i, 4 i + 1, 4 i + 2, 4 i + 3.
 struct StepDivisors {
     alignas(64) uint64_t at[4][8];
 
     INLINE void load(const uint64_t* divisors, const uint16_t* rows) {
 #pragma GCC unroll 32
-        for (size_t lane = 0; lane < LANES; ++lane) at[lane % 4][lane / 4] = divisors[rows[STEPS * lane]];
+        for (size_t lane = 0; lane < LANES; ++lane) at[lane % 4][lane / 4] = scalar(divisors[rows[STEPS * lane]]);
     }
 };
 

@@ -263,7 +263,6 @@ constexpr StackTables stack_tables() {
 
 static constexpr StackTables STACK_TABLES = stack_tables();
 
-INLINE __m128i load_128(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
 INLINE __m256i load_indices(const uint8_t* eight) {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(eight)));
 }
@@ -341,7 +340,7 @@ struct StackWriter {
     // Words of the lanes in the set, below those written before.
     INLINE void lay_16(__m128i eight, unsigned set) {
         __m128i top = _mm_shuffle_epi8(eight, load_128(STACK_TABLES.compress_16[set]));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(words - 16), top);
+        store_128(words - 16, top);
         words -= 2 * __builtin_popcount(set);
     }
 

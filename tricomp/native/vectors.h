@@ -1,0 +1,386 @@
+// Vectors of lanes: as many as the instruction set holds at a time, with the few operations that predictions need.
+// Stage header: no STL.
+//
+// Plain arithmetic is the compiler's own vector types; only what these lack, or do badly, is written for each instruction
+// set. Loops work on blocks of 32 words, several vectors each, so that narrow results are stored together. The hard
+// thing: words of 8 or 16 bits may sit in wider lanes, because most sets cannot shift narrow ones by a count a lane.
+#pragma once
+
+#include <cstring>
+
+#include "bits.h"
+#include "isa.h"
+
+TRICOMP_BEGIN
+
+constexpr size_t BLOCK = 32;  // words
+#if TRICOMP_HAS_AVX512
+constexpr size_t VECTOR_BYTES = 64;
+typedef uint16_t NarrowLane;  // the narrowest with shifts by a count a lane
+#else
+constexpr size_t VECTOR_BYTES = TRICOMP_HAS_AVX2 ? 32 : 16;
+typedef uint32_t NarrowLane;
+#endif
+
+// Of words of a width: the lane for shifts by a count a lane; the lane where all shift alike.
+template <class Word> struct Lanes { typedef Word Shifting, Even; };
+template <> struct Lanes<uint8_t> { typedef NarrowLane Shifting; typedef uint16_t Even; };
+template <> struct Lanes<uint16_t> { typedef NarrowLane Shifting; typedef uint16_t Even; };
+
+template <class Lane>
+struct Vector {
+    typedef typename Widths<Lane>::Signed SignedLane;
+    typedef Lane Raw __attribute__((vector_size(VECTOR_BYTES)));
+    typedef SignedLane SignedRaw __attribute__((vector_size(VECTOR_BYTES)));
+    static constexpr size_t N = VECTOR_BYTES / sizeof(Lane), A_BLOCK = BLOCK / N;
+    Raw raw;
+
+    INLINE SignedRaw as_signed() const { return SignedRaw(raw); }
+    friend INLINE Vector operator+(Vector a, Vector b) { return {a.raw + b.raw}; }
+    friend INLINE Vector operator-(Vector a, Vector b) { return {a.raw - b.raw}; }
+    friend INLINE Vector operator&(Vector a, Vector b) { return {a.raw & b.raw}; }
+    friend INLINE Vector operator|(Vector a, Vector b) { return {a.raw | b.raw}; }
+    friend INLINE Vector operator^(Vector a, Vector b) { return {a.raw ^ b.raw}; }
+    friend INLINE Vector operator~(Vector a) { return {~a.raw}; }
+    friend INLINE Vector operator<<(Vector a, uint32_t n) { return {a.raw << n}; }  // n below the lane's bits
+    friend INLINE Vector operator>>(Vector a, uint32_t n) { return {a.raw >> n}; }
+};
+
+template <class Lane>
+INLINE Vector<Lane> all(Lane x) {
+    return {typename Vector<Lane>::Raw{} + x};
+}
+
+// Which lanes.
+#if TRICOMP_HAS_AVX512
+template <size_t N> struct MaskBits;
+template <> struct MaskBits<32> { typedef __mmask32 Raw; };
+template <> struct MaskBits<16> { typedef __mmask16 Raw; };
+template <> struct MaskBits<8> { typedef __mmask8 Raw; };
+template <class Lane> struct Mask { typename MaskBits<Vector<Lane>::N>::Raw raw; };
+#else
+template <class Lane> struct Mask { typename Vector<Lane>::SignedRaw raw; };
+#endif
+
+#if TRICOMP_HAS_AVX512
+
+#define TRICOMP_BY_LANE(name, ...) \
+    if constexpr (sizeof(Lane) == 2) return {name##16 __VA_ARGS__}; \
+    if constexpr (sizeof(Lane) == 4) return {name##32 __VA_ARGS__}; \
+    return {name##64 __VA_ARGS__}
+
+template <class Lane>
+INLINE __m512i zmm(Vector<Lane> a) {
+    return __m512i(a.raw);
+}
+template <class Lane>
+INLINE Vector<Lane> vector_of(__m512i a) {
+    return {typename Vector<Lane>::Raw(a)};
+}
+
+template <class Lane>
+INLINE Mask<Lane> is_less(Vector<Lane> a, Vector<Lane> b) {
+    if constexpr (sizeof(Lane) == 2) return {_mm512_cmplt_epu16_mask(zmm(a), zmm(b))};
+    if constexpr (sizeof(Lane) == 4) return {_mm512_cmplt_epu32_mask(zmm(a), zmm(b))};
+    if constexpr (sizeof(Lane) == 8) return {_mm512_cmplt_epu64_mask(zmm(a), zmm(b))};
+}
+template <class Lane>
+INLINE Mask<Lane> has_common(Vector<Lane> a, Vector<Lane> b) {  // a & b is not 0
+    if constexpr (sizeof(Lane) == 2) return {_mm512_test_epi16_mask(zmm(a), zmm(b))};
+    if constexpr (sizeof(Lane) == 4) return {_mm512_test_epi32_mask(zmm(a), zmm(b))};
+    if constexpr (sizeof(Lane) == 8) return {_mm512_test_epi64_mask(zmm(a), zmm(b))};
+}
+template <class Lane>
+INLINE Mask<Lane> is_negative(Vector<Lane> a) {
+    if constexpr (sizeof(Lane) == 2) return {_mm512_movepi16_mask(zmm(a))};
+    if constexpr (sizeof(Lane) == 4) return {_mm512_movepi32_mask(zmm(a))};
+    if constexpr (sizeof(Lane) == 8) return {_mm512_movepi64_mask(zmm(a))};
+}
+template <class Lane>
+INLINE uint32_t bits_of(Mask<Lane> mask) {
+    return uint32_t(mask.raw);
+}
+template <class Lane>
+INLINE Vector<Lane> keep(Mask<Lane> mask, Vector<Lane> a) {  // a, or 0 elsewhere
+    if constexpr (sizeof(Lane) == 2) return vector_of<Lane>(_mm512_maskz_mov_epi16(mask.raw, zmm(a)));
+    if constexpr (sizeof(Lane) == 4) return vector_of<Lane>(_mm512_maskz_mov_epi32(mask.raw, zmm(a)));
+    if constexpr (sizeof(Lane) == 8) return vector_of<Lane>(_mm512_maskz_mov_epi64(mask.raw, zmm(a)));
+}
+template <class Lane>
+INLINE Vector<Lane> subtract_where(Mask<Lane> mask, Vector<Lane> a, Vector<Lane> b) {  // a - b, or a elsewhere
+    if constexpr (sizeof(Lane) == 2) return vector_of<Lane>(_mm512_mask_sub_epi16(zmm(a), mask.raw, zmm(a), zmm(b)));
+    if constexpr (sizeof(Lane) == 4) return vector_of<Lane>(_mm512_mask_sub_epi32(zmm(a), mask.raw, zmm(a), zmm(b)));
+    if constexpr (sizeof(Lane) == 8) return vector_of<Lane>(_mm512_mask_sub_epi64(zmm(a), mask.raw, zmm(a), zmm(b)));
+}
+template <class Lane>
+INLINE Vector<Lane> absolute(Vector<Lane> a) {
+    if constexpr (sizeof(Lane) == 2) return vector_of<Lane>(_mm512_abs_epi16(zmm(a)));
+    if constexpr (sizeof(Lane) == 4) return vector_of<Lane>(_mm512_abs_epi32(zmm(a)));
+    if constexpr (sizeof(Lane) == 8) return vector_of<Lane>(_mm512_abs_epi64(zmm(a)));
+}
+template <class Lane>
+INLINE Vector<Lane> smaller(Vector<Lane> a, Vector<Lane> b) {
+    if constexpr (sizeof(Lane) == 2) return vector_of<Lane>(_mm512_min_epu16(zmm(a), zmm(b)));
+    if constexpr (sizeof(Lane) == 4) return vector_of<Lane>(_mm512_min_epu32(zmm(a), zmm(b)));
+    if constexpr (sizeof(Lane) == 8) return vector_of<Lane>(_mm512_min_epu64(zmm(a), zmm(b)));
+}
+template <class Lane>
+INLINE Vector<Lane> excess(Vector<Lane> a, Vector<Lane> b) {  // a - b, at least 0
+    if constexpr (sizeof(Lane) == 2) return vector_of<Lane>(_mm512_subs_epu16(zmm(a), zmm(b)));
+    if constexpr (sizeof(Lane) == 4) return vector_of<Lane>(_mm512_max_epu32(zmm(a), zmm(b))) - b;
+    if constexpr (sizeof(Lane) == 8) return vector_of<Lane>(_mm512_max_epu64(zmm(a), zmm(b))) - b;
+}
+template <class Lane>
+INLINE Vector<Lane> sign_fill(Vector<Lane> a) {
+    return {typename Vector<Lane>::Raw(a.as_signed() >> int(BITS<Lane> - 1))};
+}
+// By a count a lane; from the lane's bits on, 0.
+template <class Lane>
+INLINE Vector<Lane> shift_up(Vector<Lane> a, Vector<Lane> n) {
+    if constexpr (sizeof(Lane) == 2) return vector_of<Lane>(_mm512_sllv_epi16(zmm(a), zmm(n)));
+    if constexpr (sizeof(Lane) == 4) return vector_of<Lane>(_mm512_sllv_epi32(zmm(a), zmm(n)));
+    if constexpr (sizeof(Lane) == 8) return vector_of<Lane>(_mm512_sllv_epi64(zmm(a), zmm(n)));
+}
+template <class Lane>
+INLINE Vector<Lane> shift_down(Vector<Lane> a, Vector<Lane> n) {
+    if constexpr (sizeof(Lane) == 2) return vector_of<Lane>(_mm512_srlv_epi16(zmm(a), zmm(n)));
+    if constexpr (sizeof(Lane) == 4) return vector_of<Lane>(_mm512_srlv_epi32(zmm(a), zmm(n)));
+    if constexpr (sizeof(Lane) == 8) return vector_of<Lane>(_mm512_srlv_epi64(zmm(a), zmm(n)));
+}
+// The bits of a where mask has ones, of b elsewhere.
+template <class Lane>
+INLINE Vector<Lane> choose_bits(Vector<Lane> mask, Vector<Lane> a, Vector<Lane> b) {
+    return vector_of<Lane>(_mm512_ternarylogic_epi64(zmm(mask), zmm(a), zmm(b), 0xCA));
+}
+template <class Lane>
+INLINE Vector<Lane> leading_zeros(Vector<Lane> a) {
+    if constexpr (sizeof(Lane) == 2) {
+        // Each half of 32 bits apart; a bit below it ends the count at 16.
+        const __m512i end = _mm512_set1_epi32(0x8000);
+        const __m512i low = _mm512_lzcnt_epi32(_mm512_or_si512(_mm512_slli_epi32(zmm(a), 16), end));
+        const __m512i high = _mm512_lzcnt_epi32(_mm512_or_si512(zmm(a), end));
+        return vector_of<Lane>(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+    if constexpr (sizeof(Lane) == 4) return vector_of<Lane>(_mm512_lzcnt_epi32(zmm(a)));
+    if constexpr (sizeof(Lane) == 8) return vector_of<Lane>(_mm512_lzcnt_epi64(zmm(a)));
+}
+template <class Lane>
+INLINE Vector<Lane> bit_length(Vector<Lane> a) {
+    return all<Lane>(BITS<Lane>) - leading_zeros(a);
+}
+
+template <class Lane>
+INLINE void store_block(const Vector<Lane>* a, uint8_t* out) {
+    for (size_t j = 0; j < Vector<Lane>::A_BLOCK; j++) {
+        if constexpr (sizeof(Lane) == 2) _mm256_storeu_si256((__m256i*)out, _mm512_cvtepi16_epi8(zmm(a[0])));
+        if constexpr (sizeof(Lane) == 4) _mm_storeu_si128((__m128i*)out + j, _mm512_cvtepi32_epi8(zmm(a[j])));
+        if constexpr (sizeof(Lane) == 8) _mm_storel_epi64((__m128i*)(out + 8 * j), _mm512_cvtepi64_epi8(zmm(a[j])));
+    }
+}
+template <class Lane>
+INLINE Vector<uint16_t> halves(const Vector<Lane>* a) {  // the low 16 bits of a block's lanes
+    if constexpr (sizeof(Lane) == 2) return a[0];
+    if constexpr (sizeof(Lane) == 4) {
+        const __m256i low = _mm512_cvtepi32_epi16(zmm(a[0])), high = _mm512_cvtepi32_epi16(zmm(a[1]));
+        return vector_of<uint16_t>(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+    }
+    if constexpr (sizeof(Lane) == 8) {
+        const __m256i low = _mm512_cvtepi64_epi32(zmm(a[0])), next = _mm512_cvtepi64_epi32(zmm(a[1]));
+        const __m256i third = _mm512_cvtepi64_epi32(zmm(a[2])), high = _mm512_cvtepi64_epi32(zmm(a[3]));
+        const Vector<uint32_t> both[2] = {
+            vector_of<uint32_t>(_mm512_inserti64x4(_mm512_castsi256_si512(low), next, 1)),
+            vector_of<uint32_t>(_mm512_inserti64x4(_mm512_castsi256_si512(third), high, 1))};
+        return halves(both);
+    }
+}
+template <class Lane>
+INLINE void store_block(const Vector<Lane>* a, uint16_t* out) {
+    const Vector<uint16_t> low = halves(a);
+    std::memcpy(out, &low, sizeof low);
+}
+
+#else  // AVX2 or portable
+
+template <class Lane>
+INLINE Mask<Lane> is_less(Vector<Lane> a, Vector<Lane> b) {
+    return {a.raw < b.raw};
+}
+template <class Lane>
+INLINE Mask<Lane> has_common(Vector<Lane> a, Vector<Lane> b) {
+    return {(a.raw & b.raw) != typename Vector<Lane>::Raw{}};
+}
+template <class Lane>
+INLINE Mask<Lane> is_negative(Vector<Lane> a) {
+    return {a.as_signed() < typename Vector<Lane>::SignedRaw{}};
+}
+template <class Lane>
+INLINE uint32_t bits_of(Mask<Lane> mask) {
+#if TRICOMP_HAS_AVX2
+    if constexpr (sizeof(Lane) == 4) return uint32_t(_mm256_movemask_ps(__m256(mask.raw)));
+    if constexpr (sizeof(Lane) == 8) return uint32_t(_mm256_movemask_pd(__m256d(mask.raw)));
+    const __m256i whole = __m256i(mask.raw);
+    const __m256i bytes = _mm256_packs_epi16(whole, _mm256_setzero_si256());
+    const uint32_t both = uint32_t(_mm256_movemask_epi8(bytes));
+    return (both & 0xFF) | (both >> 8 & 0xFF00);
+#else
+    uint32_t bits = 0;
+    for (size_t i = 0; i < Vector<Lane>::N; i++) bits |= uint32_t(mask.raw[i] & 1) << i;
+    return bits;
+#endif
+}
+template <class Lane>
+INLINE Vector<Lane> keep(Mask<Lane> mask, Vector<Lane> a) {
+    return {a.raw & typename Vector<Lane>::Raw(mask.raw)};
+}
+template <class Lane>
+INLINE Vector<Lane> subtract_where(Mask<Lane> mask, Vector<Lane> a, Vector<Lane> b) {
+    return a - keep(mask, b);
+}
+template <class Lane>
+INLINE Vector<Lane> sign_fill(Vector<Lane> a) {
+    return {typename Vector<Lane>::Raw(is_negative(a).raw)};
+}
+template <class Lane>
+INLINE Vector<Lane> absolute(Vector<Lane> a) {
+    const Vector<Lane> fill = sign_fill(a);
+    return (a ^ fill) - fill;
+}
+template <class Lane>
+INLINE Vector<Lane> smaller(Vector<Lane> a, Vector<Lane> b) {
+    return {a.raw < b.raw ? a.raw : b.raw};
+}
+template <class Lane>
+INLINE Vector<Lane> excess(Vector<Lane> a, Vector<Lane> b) {
+    return {a.raw < b.raw ? typename Vector<Lane>::Raw{} : a.raw - b.raw};
+}
+template <class Lane>
+INLINE Vector<Lane> shift_up(Vector<Lane> a, Vector<Lane> n) {
+#if TRICOMP_HAS_AVX2
+    if constexpr (sizeof(Lane) == 4) return {typename Vector<Lane>::Raw(_mm256_sllv_epi32(__m256i(a.raw), __m256i(n.raw)))};
+    return {typename Vector<Lane>::Raw(_mm256_sllv_epi64(__m256i(a.raw), __m256i(n.raw)))};
+#else
+    const Vector<Lane> bits = all<Lane>(BITS<Lane>);
+    return {(a.raw << (n.raw & (BITS<Lane> - 1))) & typename Vector<Lane>::Raw(is_less(n, bits).raw)};
+#endif
+}
+template <class Lane>
+INLINE Vector<Lane> shift_down(Vector<Lane> a, Vector<Lane> n) {
+#if TRICOMP_HAS_AVX2
+    if constexpr (sizeof(Lane) == 4) return {typename Vector<Lane>::Raw(_mm256_srlv_epi32(__m256i(a.raw), __m256i(n.raw)))};
+    return {typename Vector<Lane>::Raw(_mm256_srlv_epi64(__m256i(a.raw), __m256i(n.raw)))};
+#else
+    const Vector<Lane> bits = all<Lane>(BITS<Lane>);
+    return {(a.raw >> (n.raw & (BITS<Lane> - 1))) & typename Vector<Lane>::Raw(is_less(n, bits).raw)};
+#endif
+}
+template <class Lane>
+INLINE Vector<Lane> choose_bits(Vector<Lane> mask, Vector<Lane> a, Vector<Lane> b) {
+    return (mask & a) | (~mask & b);
+}
+// There is no instruction for it, so the exponent of a float tells. It is exact: with the bit below the leading one
+// cleared no rounding can carry, and 32 bits fit a double.
+template <class Lane>
+INLINE Vector<Lane> bit_length(Vector<Lane> a) {
+    if constexpr (sizeof(Lane) == 4) {
+        typedef float Floats __attribute__((vector_size(VECTOR_BYTES)));
+        typedef typename Vector<Lane>::SignedRaw Signed;
+        const Floats value = __builtin_convertvector(Signed((a & ~(a >> 1)).raw), Floats);
+        const Vector<Lane> field = {typename Vector<Lane>::Raw(Signed(value)) >> 23};
+        // From 2^31 on the float is negative, and the field so large that the minimum tells.
+        return smaller(excess(field, all<Lane>(126)), all<Lane>(32));
+    }
+    if constexpr (sizeof(Lane) == 8) {
+        typedef double Doubles __attribute__((vector_size(VECTOR_BYTES)));
+        typedef typename Vector<Lane>::Raw Raw;
+        const Raw magic = all<Lane>(uint64_t(1075) << 52).raw, high = a.raw >> 32;  // 2^52
+        const Raw is_high = Raw(high != Raw{}), part = ((high & is_high) | (a.raw & ~is_high)) & 0xFFFFFFFF;
+        const Doubles value = Doubles(part | magic) - Doubles(magic);
+        const Vector<Lane> field = {Raw(value) >> 52};
+        return {excess(field, all<Lane>(1022)).raw + (is_high & 32)};
+    }
+}
+
+#if TRICOMP_HAS_AVX2
+// Two vectors of 64-bit lanes as one of their low 32 bits.
+INLINE Vector<uint32_t> low_lanes(Vector<uint64_t> a, Vector<uint64_t> b) {
+    const __m256 both = _mm256_shuffle_ps(__m256(a.raw), __m256(b.raw), 0x88);
+    return {Vector<uint32_t>::Raw(_mm256_permute4x64_epi64(__m256i(both), 0xD8))};
+}
+INLINE void store_block(const Vector<uint16_t>* a, uint8_t* out) {
+    const __m256i bytes = _mm256_packus_epi16(__m256i(a[0].raw), __m256i(a[1].raw));
+    _mm256_storeu_si256((__m256i*)out, _mm256_permute4x64_epi64(bytes, 0xD8));
+}
+INLINE void store_block(const Vector<uint32_t>* a, uint8_t* out) {
+    const __m256i low = _mm256_packus_epi32(__m256i(a[0].raw), __m256i(a[1].raw));
+    const __m256i high = _mm256_packus_epi32(__m256i(a[2].raw), __m256i(a[3].raw));
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256((__m256i*)out, _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order));
+}
+INLINE void store_block(const Vector<uint16_t>* a, uint16_t* out) { std::memcpy(out, a, BLOCK * sizeof *out); }
+INLINE void store_block(const Vector<uint32_t>* a, uint16_t* out) {
+    for (size_t j = 0; j < 2; j++) {
+        const __m256i both = _mm256_packus_epi32(__m256i(a[2 * j].raw), __m256i(a[2 * j + 1].raw));
+        _mm256_storeu_si256((__m256i*)out + j, _mm256_permute4x64_epi64(both, 0xD8));
+    }
+}
+template <class Word>
+INLINE void store_block(const Vector<uint64_t>* a, Word* out) {
+    Vector<uint32_t> low[4];
+    for (size_t j = 0; j < 4; j++) low[j] = low_lanes(a[2 * j], a[2 * j + 1]);
+    store_block(low, out);
+}
+#else
+template <class Lane, class Word>
+INLINE void store_block(const Vector<Lane>* a, Word* out) {
+    Lane lanes[BLOCK];
+    std::memcpy(lanes, a, sizeof lanes);
+    for (size_t i = 0; i < BLOCK; i++) out[i] = Word(lanes[i]);
+}
+#endif
+
+#endif
+
+INLINE void store_block(const Vector<uint32_t>* a, uint32_t* out) { std::memcpy(out, a, BLOCK * sizeof *out); }
+INLINE void store_block(const Vector<uint64_t>* a, uint64_t* out) { std::memcpy(out, a, BLOCK * sizeof *out); }
+
+// N words in lanes that may be wider: Word unsigned, or signed to fill up with the sign.
+template <class Lane, class Word>
+INLINE Vector<Lane> load(const Word* words) {
+    constexpr size_t N = Vector<Lane>::N;
+    typedef Word Narrow __attribute__((vector_size(N * sizeof(Word))));
+    typedef typename Vector<Lane>::SignedRaw SignedRaw;
+    Narrow narrow;
+    std::memcpy(&narrow, words, sizeof narrow);
+    if constexpr (sizeof(Word) == sizeof(Lane)) return {typename Vector<Lane>::Raw(narrow)};
+    else return {typename Vector<Lane>::Raw(__builtin_convertvector(narrow, SignedRaw))};
+}
+
+template <class Lane, class Word>
+INLINE Vector<Lane> load_signed(const Word* words) {
+    typedef typename Widths<Word>::Signed Signed;
+    Signed copies[Vector<Lane>::N];
+    std::memcpy(copies, words, sizeof copies);
+    return load<Lane>(copies);
+}
+
+// A word's value in a wider lane, filled up with its sign.
+template <class Word, class Lane>
+INLINE Vector<Lane> wrap(Vector<Lane> a) {
+    constexpr int SPARE = int(BITS<Lane> - BITS<Word>);
+    if constexpr (SPARE == 0) return a;
+    else return {typename Vector<Lane>::Raw((a << SPARE).as_signed() >> SPARE)};
+}
+
+// As Order and Magnitude; words of fewer bits than the lane are filled up with their sign, and so are the results.
+template <class Word, class Lane>
+struct OrderOf {
+    Vector<Lane> fill, top;
+
+    explicit OrderOf(const Kind& kind)
+        : fill(all<Lane>(kind.is_signed && kind.is_float ? Lane(~Lane(0)) : Lane(0))),
+          top(all<Lane>(kind.is_signed ? Lane(~Lane(0)) << (BITS<Word> - 1) : 0)) {}
+    INLINE Vector<Lane> ordered(Vector<Lane> x) const { return x ^ ((sign_fill(x) & fill) | top); }
+    INLINE Vector<Lane> unordered(Vector<Lane> x) const { return x ^ ((~sign_fill(x) & fill) | top); }
+};
+
+TRICOMP_END
