@@ -215,30 +215,20 @@ inline void decode_by_ranks(const Tables& tables, RansDecoder* const* chunks, ui
     }
 }
 
-// Encoding. The states of even and of odd lanes, 32 bits each, are what arithmetic wants; halves are what goes out.
+// Encoding. States are two registers, of even and of odd lanes: multiplication takes every second number of 32 bits.
 
 struct Pairs {
     __m512i even, odd;
 };
 
-// Bytes 0 and 1 of every four to 2 and 3, or back.
-INLINE __m512i half_swap() {
-    return _mm512_set4_epi32(0x0D0C0F0E, 0x09080B0A, 0x05040706, 0x01000302);
-}
-
-INLINE Pairs pairs_of(const Halves& halves) {
-    return {_mm512_mask_shuffle_epi8(halves.low, 0xCCCCCCCCCCCCCCCCu, halves.high, half_swap()),
-            _mm512_mask_shuffle_epi8(halves.high, 0x3333333333333333u, halves.low, half_swap())};
-}
-
-INLINE Halves halves_of(const Pairs& pairs) {
-    return {_mm512_mask_shuffle_epi8(pairs.even, 0xCCCCCCCCCCCCCCCCu, pairs.odd, half_swap()),
-            _mm512_mask_shuffle_epi8(pairs.odd, 0x3333333333333333u, pairs.even, half_swap())};
-}
-
 // The high 32 bits of 64-bit numbers: of `even` in the even places, of `odd` in the odd ones.
 INLINE __m512i high_words(__m512i even, __m512i odd) {
     return _mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_DDBB);
+}
+
+// Of two registers of 32-bit numbers: the low halves, as 32 words in the order of lanes.
+INLINE __m512i low_halves(const Pairs& numbers) {
+    return _mm512_mask_blend_epi16(0xAAAAAAAA, numbers.even, _mm512_slli_epi32(numbers.odd, 16));
 }
 
 // Keeps the compiler from putting scalar numbers together in registers, which is slower than to store them one by one.
@@ -248,7 +238,7 @@ INLINE Unit scalar(Unit number) {
     return number;
 }
 
-// The divisors of one step, for encoding: of lanes 4 i, 4 i + 1, 4 i + 2, 4 i + 3.
+// The divisors of one step: of lanes 4 i, 4 i + 1, 4 i + 2, 4 i + 3.
 struct StepDivisors {
     alignas(64) uint64_t at[4][8];
 
@@ -258,44 +248,63 @@ struct StepDivisors {
     }
 };
 
-// (x // f << prob_bits) + x mod f + start = x + x // f * (2^prob_bits - f) + start, of half the lanes.
-// numerators: the 32-bit states; low, high: divisors of those in the even and in the odd places.
-INLINE __m512i pushed(__m512i states, __m512i low, __m512i high, __m512i others) {
-    const __m512i quotients = _mm512_srlv_epi32(
-        high_words(_mm512_mul_epu32(states, low), _mm512_mul_epu32(_mm512_srli_epi64(states, 32), high)),
-        _mm512_srli_epi32(others, 28));
-    const __m512i rest = _mm512_and_si512(_mm512_srli_epi32(others, 16), _mm512_set1_epi32(0xFFF));
-    const __m512i sum = _mm512_add_epi32(states, _mm512_and_si512(others, _mm512_set1_epi32(0xFFFF)));
-    return _mm512_add_epi32(_mm512_mullo_epi32(quotients, rest), sum);
+// What encoding needs to know of prob_bits.
+struct EncodeShape {
+    __m512i rests;  // where 2^prob_bits - frequency stands
+    __m128i shift;
+
+    INLINE explicit EncodeShape(uint32_t prob_bits) {
+        rests = _mm512_set1_epi32(static_cast<int32_t>(((1u << prob_bits) - 1) << (31 - prob_bits)));
+        shift = _mm_cvtsi32_si128(static_cast<int>(31 - prob_bits));
+    }
+};
+
+// All ones where a state must put a word out: state + (2^prob_bits - frequency << 31 - prob_bits) is 2^31 or more.
+// Arithmetic instead of a comparison: a mask register would take twice as long, and the next step waits for this.
+INLINE __m512i are_high(__m512i states, __m512i others, const EncodeShape& shape) {
+    return _mm512_srai_epi32(_mm512_add_epi32(states, _mm512_and_si512(others, shape.rests)), 31);
 }
 
-// Writes the chosen ones of 32 words below `words`; returns where they begin.
+// (x // f << prob_bits) + x mod f + start = x + x // f * (2^prob_bits - f) + start, of half the lanes, after x >> 16 for
+// those that are high. low, high: divisors of those in the even and in the odd places; others: their upper halves.
+INLINE __m512i pushed(__m512i states, __m512i is_high, __m512i low, __m512i high, __m512i others, const EncodeShape& shape) {
+    states = _mm512_ternarylogic_epi32(is_high, _mm512_srli_epi32(states, 16), states, 0xCA);
+    const __m512i products = high_words(_mm512_mul_epu32(states, low), _mm512_mul_epu32(_mm512_srli_epi64(states, 32), high));
+    const __m512i shifts = _mm512_and_si512(_mm512_srli_epi32(others, 12), _mm512_set1_epi32(15));
+    const __m512i gains = _mm512_mullo_epi32(_mm512_srlv_epi32(products, shifts), _mm512_srl_epi32(others, shape.shift));
+    const __m512i starts = _mm512_and_si512(others, _mm512_set1_epi32(0xFFF));
+    return _mm512_add_epi32(gains, _mm512_add_epi32(states, starts));
+}
+
+alignas(64) static constexpr uint16_t CIRCLE[2 * LANES] = {
+    0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
+    0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+
+// Writes the chosen ones of 32 words below `words`; returns where they begin. They are turned to the upper end of the
+// register, as a store of all of it costs less than one under a mask.
 INLINE uint8_t* put_words(uint8_t* words, __m512i values, __mmask32 is_chosen) {
-    const uint32_t n = static_cast<uint32_t>(_mm_popcnt_u32(is_chosen));
-    words -= 2 * n;
-    _mm512_mask_storeu_epi16(words, _bzhi_u32(0xFFFFFFFFu, n), _mm512_maskz_compress_epi16(is_chosen, values));
-    return words;
+    const size_t n = static_cast<size_t>(_mm_popcnt_u32(is_chosen));
+    const __m512i chosen = _mm512_maskz_compress_epi16(is_chosen, values);
+    store_512(words - 64, _mm512_permutex2var_epi16(chosen, load_512(CIRCLE + n), chosen));
+    return words - 2 * n;
 }
 
-INLINE void encode_step(Halves& states, const StepDivisors& divisors, __m128i limit_shift, uint8_t*& words) {
+INLINE void encode_step(Pairs& states, const StepDivisors& divisors, const EncodeShape& shape, uint8_t*& words) {
     const __m512i a = load_512(divisors.at[0]), b = load_512(divisors.at[1]);
     const __m512i c = load_512(divisors.at[2]), d = load_512(divisors.at[3]);
     const Pairs others = {high_words(a, c), high_words(b, d)};
-    // state >= frequency << (31 - prob_bits), by its high half: the low half of the right side is 0
-    const __m512i rests = _mm512_sll_epi16(halves_of(others).high, limit_shift);
-    const __m512i limits = _mm512_sub_epi16(_mm512_set1_epi16(int16_t(0x8000)), rests);
-    const __mmask32 is_high = _mm512_cmpge_epu16_mask(states.high, limits);
-    words = put_words(words, states.low, is_high);
-    states.low = _mm512_mask_mov_epi16(states.low, is_high, states.high);
-    states.high = _mm512_maskz_mov_epi16(~is_high, states.high);
-    const Pairs pairs = pairs_of(states);
-    states = halves_of({pushed(pairs.even, a, c, others.even), pushed(pairs.odd, b, d, others.odd)});
+    const Pairs is_high = {are_high(states.even, others.even, shape), are_high(states.odd, others.odd, shape)};
+    words = put_words(words, low_halves(states),
+                      _mm512_movepi16_mask(_mm512_mask_blend_epi16(0xAAAAAAAA, is_high.even, is_high.odd)));
+    states = {pushed(states.even, is_high.even, a, c, others.even, shape),
+              pushed(states.odd, is_high.odd, b, d, others.odd, shape)};
 }
 
 inline void encode_by_divisors(const Tables& tables, RansEncoder& encoder, const uint16_t* rows, size_t n_rows) {
     const uint64_t* divisors = tables.fast->divisors;
-    const __m128i limit_shift = _mm_cvtsi32_si128(static_cast<int>(15 - tables.prob_bits));
-    Halves states = load_states(encoder.states);
+    const EncodeShape shape(tables.prob_bits);
+    const __m512i first = load_512(encoder.states), last = load_512(encoder.states + 16);
+    Pairs states = {pick_32(first, last, SEPARATE_32[0]), pick_32(first, last, SEPARATE_32[1])};
     uint8_t* words = encoder.words;
     // Look-ups run a row ahead, so that what they stored has reached the cache when registers are loaded from it.
     StepDivisors steps[2][STEPS];
@@ -306,10 +315,11 @@ inline void encode_by_divisors(const Tables& tables, RansEncoder& encoder, const
         const uint16_t* next_row = rows + ROW * (row ? row - 1 : 0);
         for (size_t step = STEPS; step-- > 0;) {
             next[step].load(divisors, next_row + step);
-            encode_step(states, now[step], limit_shift, words);
+            encode_step(states, now[step], shape, words);
         }
     }
-    store_states(states, encoder.states);
+    store_512(encoder.states, pick_32(states.even, states.odd, INTERLEAVE_32[0]));
+    store_512(encoder.states + 16, pick_32(states.even, states.odd, INTERLEAVE_32[1]));
     encoder.words = words;
 }
 

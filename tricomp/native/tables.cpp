@@ -26,14 +26,15 @@ static void build_ranks(const Tables& tables, RankTable& ranks) {
     ranks.n_ranks = static_cast<uint32_t>(n_ranks);
 }
 
-static uint64_t divisor(uint32_t freq, uint32_t start, uint32_t size) {
+static uint64_t divisor(uint32_t freq, uint32_t start, uint32_t prob_bits) {
     if (freq == 0) return 0;
-    const uint64_t rest = uint64_t(size - freq) << 48;
+    const uint32_t size = 1u << prob_bits;
+    const uint64_t rest = uint64_t(size - freq) << (63 - prob_bits);
     if (freq == 1) return 0xFFFFFFFFu | uint64_t(start + size - 1) << 32 | rest;
     uint32_t log2 = 1;  // rounded up
     while (1u << log2 < freq) ++log2;
     const uint64_t reciprocal = ((uint64_t(1) << (31 + log2)) + freq - 1) / freq;
-    return reciprocal | uint64_t(start) << 32 | rest | uint64_t(log2 - 1) << 60;
+    return reciprocal | uint64_t(start) << 32 | uint64_t(log2 - 1) << 44 | rest;
 }
 
 void build_tables(Tables& tables, uint32_t* entries, uint32_t* slots, FastTables* fast) {
@@ -45,7 +46,7 @@ void build_tables(Tables& tables, uint32_t* entries, uint32_t* slots, FastTables
         for (uint32_t symbol = 0; symbol < tables.n_symbols; ++symbol) {
             const uint32_t freq = freqs[symbol];
             entry[symbol] = freq << 16 | start;
-            if (fast) fast->divisors[context * tables.n_symbols + symbol] = divisor(freq, start, 1u << tables.prob_bits);
+            if (fast) fast->divisors[context * tables.n_symbols + symbol] = divisor(freq, start, tables.prob_bits);
             // A frequency of 4096 would not fit above bit 20; prob_bits <= 11 keeps it out.
             for (uint32_t offset = 0; offset < freq; ++offset) slot[start + offset] = freq << 20 | symbol << 12 | offset;
             start += freq;

@@ -23,10 +23,10 @@ struct RankTable {
 
 struct FastTables {
     RankTable ranks;  // where there is one context; else n_ranks is 0
-    // For encoders, by context * n_symbols + symbol: 32 bits of reciprocal, 16 of start, 12 of 2^prob_bits - frequency, 4
-    // of shift, from the bottom. state // frequency = (state * reciprocal >> 32) >> shift, exactly, for every state below
-    // 2^31. But for frequency 1, where a reciprocal of 32 bits gives state - 1: its start is 2^prob_bits - 1 too high,
-    // which makes up for it.
+    // For encoders, by context * n_symbols + symbol, from the bottom: 32 bits of reciprocal, 12 of start, 4 of shift; then
+    // 2^prob_bits - frequency, ending below the top bit. state // frequency = (state * reciprocal >> 32) >> shift,
+    // exactly, for every state below 2^31. But for frequency 1, where a reciprocal of 32 bits gives state - 1: its start
+    // is 2^prob_bits - 1 too high, which makes up for it.
     alignas(64) uint64_t divisors[MAX_ENTRIES];
 };
 
