@@ -102,7 +102,7 @@ bool is_ascending(const void* words, size_t n, uint32_t word_bits) {
 // Takes the parts of a side section one after the other, never past its end. A part that fails says so in `fault`.
 class Reader {
   public:
-    Reader(const uint8_t* section, size_t n_bytes) : at_(section), end_(section + n_bytes) {}
+    Reader(const uint8_t* section, size_t n_bytes) : at_(n_bytes ? section : &NOTHING), end_(at_ + n_bytes) {}
 
     SideFault fault = SIDE_SOUND;
 
@@ -186,6 +186,8 @@ class Reader {
     }
 
   private:
+    static constexpr uint8_t NOTHING = 0;
+
     size_t n_left() const { return size_t(end_ - at_); }
 
     // The offsets of a vector of kind 1, and what fills up their last row.
