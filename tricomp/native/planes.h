@@ -215,6 +215,49 @@ INLINE void join_all(const uint8_t* const* planes, size_t n, uint32_t shift, uin
     }
 }
 
+// The halves of words of 64 bits, a row at a time, are remainders of 32 bits.
+
+template <int n_planes>
+INLINE void split_all(const uint64_t* remainders, size_t n, uint32_t shift, uint64_t keep, uint8_t* const* planes) {
+    constexpr int LOW_PLANES = n_planes < 4 ? n_planes : 4;
+    const __m128i down = _mm_cvtsi32_si128(static_cast<int>(shift));
+    alignas(32) uint32_t low[ROW], high[ROW];
+    for (size_t at = 0; at < n; at += ROW) {
+        for (size_t i = 0; i < ROW; i += 8) {
+            __m256 a = _mm256_castsi256_ps(_mm256_srl_epi64(load_256(remainders + at + i), down));
+            __m256 b = _mm256_castsi256_ps(_mm256_srl_epi64(load_256(remainders + at + i + 4), down));
+            __m256i lows = _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88));
+            __m256i highs = _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xDD));
+            store_256(low + i, _mm256_permute4x64_epi64(lows, 0xD8));
+            store_256(high + i, _mm256_permute4x64_epi64(highs, 0xD8));
+        }
+        uint8_t* here[n_planes];
+        for (int plane = 0; plane < n_planes; ++plane) here[plane] = planes[plane] + at;
+        split_all<LOW_PLANES>(low, ROW, 0, static_cast<uint32_t>(keep), here);
+        if constexpr (n_planes > 4) split_all<n_planes - 4>(high, ROW, 0, static_cast<uint32_t>(keep >> 32), here + 4);
+    }
+}
+
+template <int n_planes>
+INLINE void join_all(const uint8_t* const* planes, size_t n, uint32_t shift, uint64_t* remainders) {
+    constexpr int LOW_PLANES = n_planes < 4 ? n_planes : 4;
+    const __m128i up = _mm_cvtsi32_si128(static_cast<int>(shift));
+    alignas(32) uint32_t low[ROW], high[ROW] = {};
+    for (size_t at = 0; at < n; at += ROW) {
+        const uint8_t* here[n_planes];
+        for (int plane = 0; plane < n_planes; ++plane) here[plane] = planes[plane] + at;
+        join_all<LOW_PLANES>(here, ROW, 0, low);
+        if constexpr (n_planes > 4) join_all<n_planes - 4>(here + 4, ROW, 0, high);
+        for (size_t i = 0; i < ROW; i += 8) {
+            __m256i lows = load_256(low + i), highs = load_256(high + i);
+            __m256i a = _mm256_sll_epi64(_mm256_unpacklo_epi32(lows, highs), up);
+            __m256i b = _mm256_sll_epi64(_mm256_unpackhi_epi32(lows, highs), up);
+            store_256(remainders + at + i, _mm256_permute2x128_si256(a, b, 0x20));
+            store_256(remainders + at + i + 4, _mm256_permute2x128_si256(a, b, 0x31));
+        }
+    }
+}
+
 #endif
 #endif
 

@@ -412,18 +412,31 @@ struct StackReader {
 
     INLINE Lanes32 take(const Lanes32& lengths) {
         Lanes32 values;
+        Unit last[LANES];
+        const uint8_t* next = words + sizeof(Unit) * at;
+        if (n_words < LANES || at > n_words - LANES) next = copy_last(last);
+        size_t n_taken = 0;
         for (size_t lane = 0; lane < LANES; ++lane) {
-            uint32_t n = lengths.lane[lane], held_here = held.lane[lane];
-            uint64_t is_short = held_here < n;
+            const uint32_t n = lengths.lane[lane], n_held = held.lane[lane];
+            const uint64_t is_short = n_held < n;
             Unit word;
-            std::memcpy(&word, words + sizeof(Unit) * (at < n_words ? at : n_words), sizeof(Unit));
-            at += is_short;
-            uint64_t all = hold.lane[lane] | (word & (0 - is_short)) << held_here;
+            std::memcpy(&word, next + sizeof(Unit) * n_taken, sizeof(Unit));
+            n_taken += is_short;
+            const uint64_t all = hold.lane[lane] | (word & (0 - is_short)) << n_held;
             values.lane[lane] = static_cast<uint32_t>(all & ((uint64_t(1) << n) - 1));
             hold.lane[lane] = static_cast<uint32_t>(all >> n);
-            held.lane[lane] = (held_here - n) & (BITS - 1);
+            held.lane[lane] = (n_held - n) & (BITS - 1);
         }
+        at += n_taken;
         return values;
+    }
+
+    // The words that are left, fewer than a step may take; zeros follow.
+    const uint8_t* copy_last(Unit* last) const {
+        const size_t n_left = at < n_words ? n_words - at : 0;
+        std::memset(last, 0, LANES * sizeof(Unit));
+        std::memcpy(last, words + sizeof(Unit) * (n_words - n_left), n_left * sizeof(Unit));
+        return reinterpret_cast<const uint8_t*>(last);
     }
 };
 
