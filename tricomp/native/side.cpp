@@ -157,31 +157,43 @@ class Reader {
             fault = VECTOR_UNKNOWN;
             return false;
         }
-        auto fill = [&](auto offset_of) {
-            values.assign(size_t(n_values) + SLACK / 2, 0);
-            for (size_t i = 0; i < n_values; i++) {
-                const int64_t value = least + int64_t(step) * offset_of(i);
-                is_in_range &= low <= value && value < high;
-                values[i] = uint16_t(value);
+        std::vector<uint8_t> symbols;
+        const uint8_t* packed = nullptr;
+        const uint64_t n_packed = (n_values * width + 7) / 8;
+        if (kind == 0 ? !(packed = take(n_packed)) : !coded(width, n_values, symbols)) return false;
+        values.assign(size_t(n_values) + SLACK / 2, 0);
+        uint32_t fewest = UINT32_MAX, most = 0;
+        // Values are wanted modulo 2^16; whether they all are in range, the least and the largest offset tell.
+        const auto fill = [&](size_t first, size_t last, auto offset_of) {
+            uint16_t* out = values.data();
+            uint32_t low_offset = UINT32_MAX, high_offset = 0;
+            for (size_t i = first; i < last; i++) {
+                const uint32_t offset = offset_of(i);
+                low_offset = std::min(low_offset, offset);
+                high_offset = std::max(high_offset, offset);
+                out[i] = uint16_t(uint32_t(least) + step * offset);
             }
+            fewest = std::min(fewest, low_offset);
+            most = std::max(most, high_offset);
         };
         if (kind == 0) {
-            const uint64_t n_packed = (n_values * width + 7) / 8;
-            const uint8_t* packed = take(n_packed);
-            if (!packed) return false;
             const uint32_t mask = (1u << width) - 1;
-            fill([=](size_t i) {
-                const uint64_t bit = uint64_t(i) * width, octet = bit / 8;
-                uint32_t bits = 0;
-                if (n_packed - octet >= 4) std::memcpy(&bits, packed + octet, 4);
-                else std::memcpy(&bits, packed + octet, n_packed - octet);
-                return int64_t(bits >> bit % 8 & mask);
+            // As long as four bytes may be read; then the last few.
+            const size_t n_easy = width && n_packed >= 4 ? size_t((n_packed - 4) * 8 / width) : 0;
+            fill(0, n_easy, [=](size_t i) {
+                uint32_t bits;
+                std::memcpy(&bits, packed + i * width / 8, 4);
+                return bits >> i * width % 8 & mask;
             });
-            return true;
+            fill(n_easy, size_t(n_values), [=](size_t i) {
+                uint32_t bits = 0;
+                std::memcpy(&bits, packed + i * width / 8, size_t(std::min<uint64_t>(4, n_packed - i * width / 8)));
+                return bits >> i * width % 8 & mask;
+            });
+        } else {
+            fill(0, size_t(n_values), [octets = symbols.data()](size_t i) { return uint32_t(octets[i]); });
         }
-        std::vector<uint8_t> symbols;
-        if (!coded(width, n_values, symbols)) return false;
-        fill([&](size_t i) { return int64_t(symbols[i]); });
+        is_in_range &= !n_values || (low <= least + int64_t(step) * fewest && least + int64_t(step) * most < high);
         return true;
     }
 
@@ -333,21 +345,32 @@ void put(std::vector<uint8_t>& out, uint64_t value, size_t n_bytes) {
     for (size_t i = 0; i < n_bytes; i++) out.push_back(uint8_t(value >> 8 * i));
 }
 
-// Appends numbers of few bits, lowest bits first; padded to a byte at the end.
+// Appends numbers of up to 17 bits, lowest bits first; padded to a byte at the end. most: the bits of all of them.
 class BitWriter {
   public:
-    explicit BitWriter(std::vector<uint8_t>& out) : out_(out) {}
+    BitWriter(std::vector<uint8_t>& out, size_t most) : out_(out), begin_(out.size()) {
+        out_.resize(begin_ + most / 8 + 4);
+        at_ = out_.data() + begin_;
+    }
     ~BitWriter() {
-        if (n_held_) out_.push_back(uint8_t(held_));
+        std::memcpy(at_, &held_, 4);
+        out_.resize(size_t(at_ - out_.data()) + (n_held_ + 7) / 8);
     }
 
     void put(uint32_t bits, uint32_t n_bits) {
         held_ |= uint64_t(bits) << n_held_;
-        for (n_held_ += n_bits; n_held_ >= 8; n_held_ -= 8, held_ >>= 8) out_.push_back(uint8_t(held_));
+        n_held_ += n_bits;
+        if (n_held_ < 32) return;
+        std::memcpy(at_, &held_, 4);
+        at_ += 4;
+        held_ >>= 32;
+        n_held_ -= 32;
     }
 
   private:
     std::vector<uint8_t>& out_;
+    size_t begin_;
+    uint8_t* at_;
     uint64_t held_ = 0;
     uint32_t n_held_ = 0;
 };
@@ -356,7 +379,7 @@ uint32_t bit_length(uint32_t x) { return x ? 32 - uint32_t(__builtin_clz(x)) : 0
 
 // Each frequency as 4 bits of length, then the bits below its leading one.
 void put_freqs(std::vector<uint8_t>& out, const uint16_t* freqs, size_t n) {
-    BitWriter writer(out);
+    BitWriter writer(out, 16 * n);
     for (size_t i = 0; i < n; i++) {
         const uint32_t length = bit_length(freqs[i]);
         writer.put(length, 4);
@@ -381,8 +404,12 @@ void normalise(const std::vector<uint64_t>& counts, uint32_t prob_bits, uint16_t
 // A vector of small integers: kind, width, step, least value, then (value - least) / step, packed or as rANS.
 template <class Value>
 void put_vector(std::vector<uint8_t>& out, const Value* values, size_t n) {
-    const int32_t least = n ? *std::min_element(values, values + n) : 0;
-    const int32_t most = n ? *std::max_element(values, values + n) : 0;
+    Value low = n ? values[0] : Value(0), high = low;
+    for (size_t i = 0; i < n; i++) {
+        low = std::min(low, values[i]);
+        high = std::max(high, values[i]);
+    }
+    const int32_t least = low, most = high;
     std::vector<uint64_t> counts(size_t(most - least) + 1);
     for (size_t i = 0; i < n; i++) counts[size_t(values[i] - least)]++;
     uint32_t step = 0;
@@ -432,7 +459,7 @@ void put_vector(std::vector<uint8_t>& out, const Value* values, size_t n) {
         }
     }
     put_head(0);
-    BitWriter writer(out);
+    BitWriter writer(out, n * width);
     for (size_t i = 0; i < n && width; i++) writer.put(places[size_t(values[i] - least)], width);
 }
 
