@@ -44,7 +44,7 @@ class Runs:
     file_bytes: int
 
 
-FULL = Runs(peers=7, sets=7, reference=2, files=5, file_bytes=1 << 30)
+FULL = Runs(peers=7, sets=7, reference=2, files=5, file_bytes=2 << 30)
 SMALL = Runs(peers=1, sets=1, reference=1, files=1, file_bytes=1 << 20)
 
 
