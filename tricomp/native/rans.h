@@ -215,6 +215,86 @@ inline void decode_by_ranks(const Tables& tables, RansDecoder* const* chunks, ui
     }
 }
 
+// Keeps the compiler from putting scalar numbers together in registers, which is slower than to store them one by one.
+template <class Unit>
+INLINE Unit scalar(Unit number) {
+    asm("" : "+r"(number));
+    return number;
+}
+
+// Several contexts: tables are too large for registers, so every lane's slot is looked up in memory, one by one: a gather
+// instruction takes longer.
+
+INLINE Halves entries_of(const uint32_t* found) { return load_states(found); }
+
+template <size_t N_CHUNKS>
+inline void decode_block_by_slots(const Tables& tables, RansDecoder* const* chunks, const uint8_t* const* contexts,
+                                  uint8_t* const* symbols, size_t n_rows) {
+    const __m512i mask = _mm512_set1_epi16(static_cast<int16_t>((1u << tables.prob_bits) - 1));
+    const __m512i shift = _mm512_set1_epi16(static_cast<int16_t>(tables.prob_bits));
+    const __m128i shift_count = _mm_cvtsi32_si128(static_cast<int>(tables.prob_bits));
+    const uint32_t* slots = tables.slots;
+    alignas(64) uint16_t firsts[N_CHUNKS][TILE_ROWS * STEPS][LANES];  // of the context's table, then the symbols
+    alignas(64) uint16_t indices[N_CHUNKS][LANES];
+    alignas(64) uint32_t found[N_CHUNKS][LANES];
+    Halves states[N_CHUNKS];
+    size_t at[N_CHUNKS];
+    for (size_t c = 0; c < N_CHUNKS; ++c) {
+        states[c] = load_states(chunks[c]->states);
+        at[c] = chunks[c]->at;
+        for (size_t row = 0; row < n_rows; ++row) {
+            Lanes16 steps[STEPS];
+            load_row(contexts[c] + ROW * row, steps);
+            for (size_t step = 0; step < STEPS; ++step)
+                store_512(firsts[c][STEPS * row + step], _mm512_sll_epi16(steps[step].all, shift_count));
+        }
+    }
+    for (size_t step = 0; step < STEPS * n_rows; ++step) {
+#pragma GCC unroll 4
+        for (size_t c = 0; c < N_CHUNKS; ++c)
+            store_512(indices[c], _mm512_add_epi16(_mm512_and_si512(states[c].low, mask), load_512(firsts[c][step])));
+#pragma GCC unroll 4
+        for (size_t c = 0; c < N_CHUNKS; ++c) {
+#pragma GCC unroll 32
+            for (size_t lane = 0; lane < LANES; ++lane) found[c][lane] = scalar(slots[indices[c][lane]]);
+        }
+#pragma GCC unroll 4
+        for (size_t c = 0; c < N_CHUNKS; ++c) {
+            const Halves entries = entries_of(found[c]);
+            const __m512i offsets = _mm512_and_si512(entries.low, _mm512_set1_epi16(0xFFF));
+            store_512(firsts[c][step], _mm512_shldi_epi16(entries.high, entries.low, 4));
+            states[c] = advanced(states[c], _mm512_srli_epi16(entries.high, 4), offsets, shift, shift_count);
+            const size_t clamped = at[c] < chunks[c]->n_words ? at[c] : chunks[c]->n_words;
+            at[c] += renormalise(states[c], chunks[c]->words + 2 * clamped);
+        }
+    }
+    for (size_t c = 0; c < N_CHUNKS; ++c) {
+        store_states(states[c], chunks[c]->states);
+        chunks[c]->at = at[c];
+        for (size_t row = 0; row < n_rows; ++row) {
+            Lanes16 steps[STEPS];
+            for (size_t step = 0; step < STEPS; ++step)
+                steps[step].all = _mm512_and_si512(load_512(firsts[c][STEPS * row + step]), _mm512_set1_epi16(0xFF));
+            store_row(steps, symbols[c] + ROW * row);
+        }
+    }
+}
+
+template <size_t N_CHUNKS>
+inline void decode_by_slots(const Tables& tables, RansDecoder* const* chunks, const uint8_t* const* contexts,
+                            uint8_t* const* symbols, size_t n_rows) {
+    for (size_t row = 0; row < n_rows; row += TILE_ROWS) {
+        const uint8_t* block_contexts[N_CHUNKS];
+        uint8_t* block_symbols[N_CHUNKS];
+        for (size_t c = 0; c < N_CHUNKS; ++c) {
+            block_contexts[c] = contexts[c] + ROW * row;
+            block_symbols[c] = symbols[c] + ROW * row;
+        }
+        const size_t n = n_rows - row < TILE_ROWS ? n_rows - row : TILE_ROWS;
+        decode_block_by_slots<N_CHUNKS>(tables, chunks, block_contexts, block_symbols, n);
+    }
+}
+
 // Encoding. States are two registers, of even and of odd lanes: multiplication takes every second number of 32 bits.
 
 struct Pairs {
@@ -231,20 +311,21 @@ INLINE __m512i low_halves(const Pairs& numbers) {
     return _mm512_mask_blend_epi16(0xAAAAAAAA, numbers.even, _mm512_slli_epi32(numbers.odd, 16));
 }
 
-// Keeps the compiler from putting scalar numbers together in registers, which is slower than to store them one by one.
-template <class Unit>
-INLINE Unit scalar(Unit number) {
-    asm("" : "+r"(number));
-    return number;
-}
-
 // The divisors of one step: of lanes 4 i, 4 i + 1, 4 i + 2, 4 i + 3.
 struct StepDivisors {
     alignas(64) uint64_t at[4][8];
 
     INLINE void load(const uint64_t* divisors, const uint16_t* rows) {
-#pragma GCC unroll 32
-        for (size_t lane = 0; lane < LANES; ++lane) at[lane % 4][lane / 4] = scalar(divisors[rows[STEPS * lane]]);
+#pragma GCC unroll 4
+        for (size_t i = 0; i < 4; ++i) {
+#pragma GCC unroll 4
+            for (size_t j = 0; j < 8; j += 2) {
+                const uint16_t* row = rows + STEPS * (4 * j + i);
+                const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(divisors + row[0]));
+                const __m128i high = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(divisors + row[4 * STEPS]));
+                _mm_store_si128(reinterpret_cast<__m128i*>(&at[i][j]), _mm_unpacklo_epi64(low, high));
+            }
+        }
     }
 };
 
@@ -351,6 +432,13 @@ inline void rans_decode(const Tables& tables, RansDecoder* const* chunks, size_t
         if (n_chunks & 4) decode_chunks_by_ranks<4>(tables, chunks, symbols, n_rows);
         if (n_chunks & 2) decode_chunks_by_ranks<2>(tables, chunks, symbols, n_rows);
         if (n_chunks & 1) decode_chunks_by_ranks<1>(tables, chunks + (n_chunks & 2), symbols + (n_chunks & 2), n_rows);
+        return;
+    }
+    if (contexts) {
+        const size_t rest = n_chunks & 2;
+        if (n_chunks & 4) decode_by_slots<4>(tables, chunks, contexts, symbols, n_rows);
+        if (n_chunks & 2) decode_by_slots<2>(tables, chunks, contexts, symbols, n_rows);
+        if (n_chunks & 1) decode_by_slots<1>(tables, chunks + rest, contexts + rest, symbols + rest, n_rows);
         return;
     }
 #endif
