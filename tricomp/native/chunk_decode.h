@@ -44,6 +44,7 @@ struct Sections {
     const uint8_t* words;
     size_t n_patches, next_patch;
     ChunkFault stack_fault;  // known early, reported after the symbols', as the reference does
+    uint8_t largest_index;  // met while decoding
 };
 
 // Takes the parts of a payload one after the other, never past its end.
@@ -84,9 +85,15 @@ INLINE bool is_rans_at_end(const RansDecoder& decoder) {
     return differs == 0 && decoder.at == decoder.n_words;
 }
 
+INLINE uint8_t largest_of(const uint8_t* values, size_t n) {
+    uint8_t largest = 0;
+    for (size_t i = 0; i < n; i++) largest = values[i] > largest ? values[i] : largest;
+    return largest;
+}
+
 // Cut a payload that is not raw into its sections. Returns what is wrong.
 template <class Word>
-ChunkFault cut(const Model& model, DecodeChunk& chunk, Sections<Word>& parts) {
+ChunkFault cut_sections(const Model& model, DecodeChunk& chunk, Sections<Word>& parts) {
     const size_t n_rows = (chunk.n_words + ROW - 1) / ROW;
     Taker taker{chunk.payload, chunk.n_bytes, false};
     const uint8_t* heads;
@@ -97,16 +104,10 @@ ChunkFault cut(const Model& model, DecodeChunk& chunk, Sections<Word>& parts) {
         if (taker.is_short) return SECTIONS_TOO_LONG;
         open_rans(parts.symbols, heads, words, n_words);
     } else if (model.entropy == INDEX) {
-        parts.indices = taker.take(packed_bytes(n_rows, model.index_bits));
+        const uint8_t* indices = taker.take(packed_bytes(n_rows, model.index_bits));
         if (taker.is_short) return SECTIONS_TOO_LONG;
-        alignas(64) uint8_t places[TILE];
-        for (size_t row = 0; row < n_rows; row += TILE_ROWS) {
-            const size_t n = n_rows - row < TILE_ROWS ? n_rows - row : TILE_ROWS;
-            unpack_bits(parts.indices + row * model.index_bits * ROW / 8, n, model.index_bits, places);
-            uint8_t largest = 0;
-            for (size_t i = 0; i < n * ROW; i++) largest = places[i] > largest ? places[i] : largest;
-            if (largest >= model.n_dictionary) return INDEX_OUTSIDE;
-        }
+        parts.indices = indices;
+        parts.largest_index = 0;
     }
     for (size_t plane = 0; plane < model.n_planes; plane++) {
         const uint32_t field = load_u32(chunk.row + 4 * (DIRECTORY_FIELDS + plane));
@@ -162,6 +163,22 @@ ChunkFault cut(const Model& model, DecodeChunk& chunk, Sections<Word>& parts) {
         if (parts.stack_fault == NO_FAULT && !stack_open(parts.stack, parts.heads)) parts.stack_fault = HEAD_MISSING;
     }
     return NO_FAULT;
+}
+
+template <class Word>
+ChunkFault cut(const Model& model, DecodeChunk& chunk, Sections<Word>& parts) {
+    parts.indices = nullptr;
+    const ChunkFault fault = cut_sections(model, chunk, parts);
+    if (fault == NO_FAULT || fault == NOT_RAW || parts.indices == nullptr) return fault;
+    // Indices are checked while they are decoded. Where that will not happen, now: they stand first, so they are named first.
+    alignas(64) uint8_t places[TILE];
+    const size_t n_rows = (chunk.n_words + ROW - 1) / ROW;
+    for (size_t row = 0; row < n_rows; row += TILE_ROWS) {
+        const size_t n = n_rows - row < TILE_ROWS ? n_rows - row : TILE_ROWS;
+        unpack_bits(parts.indices + row * model.index_bits * ROW / 8, n, model.index_bits, places);
+        if (largest_of(places, n * ROW) >= model.n_dictionary) return INDEX_OUTSIDE;
+    }
+    return fault;
 }
 
 // Put the patches of positions [start, start + n) of the chunk in their places.
@@ -232,8 +249,9 @@ void decode_group(const Model& model, DecodeChunk* const* chunks, Sections<Word>
                 if (model.entropy == INDEX) {
                     unpack_bits(parts[c].indices + row * model.index_bits * ROW / 8, n_rows, model.index_bits,
                                 tiles[c]->symbols);
-                    for (size_t i = 0; i < n_rows * ROW; i++)
-                        tiles[c]->symbols[i] = model.dictionary[tiles[c]->symbols[i]];
+                    const uint8_t largest = largest_of(tiles[c]->symbols, n_rows * ROW);
+                    parts[c].largest_index = largest > parts[c].largest_index ? largest : parts[c].largest_index;
+                    look_up(model.dictionary, model.n_dictionary, tiles[c]->symbols, n_rows * ROW, tiles[c]->symbols);
                 }
                 if (model.n_planes) {
                     decode_planes<Word>(model, parts[c], row, n_rows, *tiles[c], scratch);
@@ -259,6 +277,7 @@ void decode_group(const Model& model, DecodeChunk* const* chunks, Sections<Word>
     for (size_t c = 0; c < n_chunks; c++) {
         ChunkFault fault = NO_FAULT;
         if (model.entropy == RANS && !is_rans_at_end(parts[c].symbols)) fault = SYMBOLS_UNFINISHED;
+        if (model.entropy == INDEX && parts[c].largest_index >= model.n_dictionary) fault = INDEX_OUTSIDE;
         for (size_t plane = 0; plane < model.n_planes; plane++)
             if (fault == NO_FAULT && parts[c].plane_modes[plane] == PLANE_RANS && !is_rans_at_end(parts[c].planes[plane]))
                 fault = SYMBOLS_UNFINISHED;

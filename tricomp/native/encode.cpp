@@ -86,7 +86,14 @@ void encode(std::vector<EncodeRequest>& requests, size_t n_threads, uint8_t* out
     }
     Places places;
     share(items.size(), n_threads, [&] {
-        auto memory = std::make_shared<Memory>();
+        // A thread without memory must not leave the others waiting for its turn.
+        std::shared_ptr<Memory> memory;
+        try {
+            memory = std::make_shared<Memory>();
+        } catch (...) {
+            places.give_up();
+            throw;
+        }
         return [&, memory](size_t number) {
             const Item item = items[number];
             EncodeRequest& request = requests[item.request];
