@@ -10,20 +10,42 @@
 #include "model.h"
 #include "predict_misfits.h"
 #include "predict_scales.h"
+#include "vectors.h"
 
 TRICOMP_BEGIN
 
-// The context of each word: the exponent of what it is taken from, in a window.
+// Exponents of floats take no shift by a count a lane; bit lengths of integers do.
+template <class Word, bool IS_FLOAT> struct ContextLane { typedef EvenLane<Word> Lane; };
+template <class Word> struct ContextLane<Word, false> { typedef ShiftingLane<Word> Lane; };
+
+// What the difference is taken from, ordered, and the contexts: its exponents in a window. words: null: zeros.
 template <class Word, bool IS_FLOAT>
-void window_contexts(const Model& model, const Word* words, size_t n, uint8_t* contexts) {
-    const Magnitude<Word> magnitude(model.kind);
-    const uint32_t m = model.kind.mantissa_bits;
-    const int32_t base = model.context_base, shift = int32_t(model.context_shift), last = int32_t(model.n_contexts) - 1;
-    for (size_t i = 0; i < n; i++) {
-        const Word body = magnitude.of(words[i]);
-        const int32_t exponent = IS_FLOAT ? int32_t(Word(body >> m)) : int32_t(bit_length(LaneOf<Word>(body)));
-        const int32_t place = (exponent - base) >> shift;
-        contexts[i] = uint8_t(place < 0 ? 0 : place > last ? last : place);
+void prepare_delta_words(const Model& model, const Word* words, size_t n, Tile<Word>& tile) {
+    typedef EvenLane<Word> Even;
+    typedef Vector<Even> EvenVec;
+    typedef typename ContextLane<Word, IS_FLOAT>::Lane Lane;
+    typedef Vector<Lane> Vec;
+    const OrderOf<Word, Even> order(model.kind);
+    const uint32_t m = model.kind.mantissa_bits, shift = model.context_shift;
+    const bool is_signed = model.kind.is_signed, has_contexts = model.n_contexts > 1;
+    const Vec body = all<Lane>(IS_FLOAT ? Word(~TOP_BIT<Word>) : Word(~Word(0)));
+    const Vec base = all<Lane>(Lane(model.context_base)), last = all<Lane>(Lane(model.n_contexts - 1));
+    for (size_t i = 0; i < n; i += BLOCK) {
+        EvenVec ordered[EvenVec::A_BLOCK];
+        for (size_t j = 0; j < EvenVec::A_BLOCK; j++)
+            ordered[j] = order.ordered(load_signed<Even>(words + i + j * EvenVec::N));
+        store_words(ordered, tile.predicted + i);
+        if (!has_contexts) continue;
+        Vec places[Vec::A_BLOCK];
+        for (size_t j = 0; j < Vec::A_BLOCK; j++) {
+            const Vec word = load_signed<Lane>(words + i + j * Vec::N);
+            Vec exponent = word & body;
+            if constexpr (IS_FLOAT) exponent = exponent >> m;
+            else exponent = bit_length(is_signed ? absolute(word) : exponent);
+            const Vec place = exponent - base;
+            places[j] = smaller((place & ~sign_fill(place)) >> shift, last);  // below the window: 0
+        }
+        store_block(places, tile.contexts + i);
     }
 }
 
@@ -39,65 +61,77 @@ void prepare_delta(const Model& model, const Word* reference, uint64_t first, si
         std::memset(scaled, 0, n_padded * sizeof(Word));
         reference = scaled;
     }
-    const Order<Word> order(model.kind);
-    for (size_t i = 0; i < n_padded; i++) tile.predicted[i] = order.ordered(reference[i]);
-    if (model.n_contexts > 1) {
-        if (model.kind.is_float) {
-            window_contexts<Word, true>(model, reference, n_padded, tile.contexts);
-        } else {
-            window_contexts<Word, false>(model, reference, n_padded, tile.contexts);
-        }
+    if (model.kind.is_float) {
+        prepare_delta_words<Word, true>(model, reference, n_padded, tile);
+    } else {
+        prepare_delta_words<Word, false>(model, reference, n_padded, tile);
     }
 }
 
 template <class Word, bool HAS_SIGN>
 void split_delta_words(const Model& model, const Word* words, size_t n, Tile<Word>& tile, Misfits& misfits) {
-    typedef LaneOf<Word> Lane;
+    typedef ShiftingLane<Word> Lane;
+    typedef Vector<Lane> Vec;
     constexpr uint32_t LANE_BITS = BITS<Lane>;
-    alignas(64) uint8_t flags[TILE];
-    const Order<Word> order(model.kind);
-    const uint32_t k = model.k, base = uint32_t(model.base), n_places = model.n_symbols - 1;
-    const uint32_t n_symbols = model.n_contexts > 1 ? model.n_symbols : 0;
-    for (size_t i = 0; i < n; i++) {
-        const Word change = Word(order.ordered(words[i]) - tile.predicted[i]);
-        const Word sign = Word(change >> (BITS<Word> - 1));
-        const Lane size = Word((change ^ Word(0 - sign)) + sign);
-        const Lane length = bit_length(size);
-        const Lane lead = (size << ((LANE_BITS - length) & (LANE_BITS - 1))) >> (LANE_BITS - 1 - k);  // 1, then k bits
-        uint32_t code = (uint32_t(length - 1) << k) + uint32_t(lead);
-        if (!HAS_SIGN) code = code * 2 + uint32_t(sign);
-        const uint32_t place = code - base - 1;  // one less than the symbol, so that one comparison checks both ends
-        const bool is_same = size == 0, is_misfit = (size != 0) & (place >= n_places);
-        const uint32_t symbol = is_same | is_misfit ? 0 : place + 1;
-        const Lane n_low = length > k + 1 ? length - (k + 1) : 0;
-        Lane remainder = size & ((Lane(1) << n_low) - 1);
-        if (HAS_SIGN) remainder |= Lane(sign) << n_low;
-        tile.rows[i] = uint16_t((n_symbols ? uint32_t(tile.contexts[i]) * n_symbols : 0) + symbol);
-        tile.remainders[i] = Word(remainder);
-        tile.lengths[i] = uint8_t(is_same ? 0 : uint32_t(n_low) + HAS_SIGN);
-        flags[i] = is_misfit;
+    const OrderOf<Word, Lane> order(model.kind);
+    const uint32_t k = model.k, down = LANE_BITS - 1 - k;
+    const Vec one = all<Lane>(1), ones = all<Lane>(Lane(~Lane(0))), lead_bits = all<Lane>(Lane(k + 1));
+    // One less than the symbol is the place, so that one comparison checks both ends; that of 0 is far from any.
+    const Vec before = all<Lane>(Lane((HAS_SIGN ? 1u << k : 2u << k) + uint32_t(model.base) + 1));
+    const Vec n_places = all<Lane>(Lane(model.n_symbols - 1)), bits = all<Lane>(Lane(LANE_BITS));
+    const uint8_t* contexts = model.n_contexts > 1 ? tile.contexts : nullptr;
+    for (size_t i = 0; i < n; i += BLOCK) {
+        Vec symbols[Vec::A_BLOCK], remainders[Vec::A_BLOCK], lengths[Vec::A_BLOCK];
+        uint32_t found = 0;
+        for (size_t j = 0; j < Vec::A_BLOCK; j++) {
+            const size_t at = i + j * Vec::N;
+            const Vec word = order.ordered(load_signed<Lane>(words + at));
+            const Vec change = wrap<Word>(word - load_signed<Lane>(tile.predicted + at));
+            const Mask<Lane> is_below = is_negative(change);
+            const Vec size = absolute(change), length = bit_length(size);
+            Vec code = (length << k) + (shift_up(size, bits - length) >> down);  // the leading one adds 1 << k
+            if (!HAS_SIGN) code = subtract_where(is_below, code + code, ones);
+            const Vec place = code - before;
+            const Mask<Lane> is_some = has_common(size, size), fits = is_less(place, n_places);
+            const Vec n_low = excess(length, lead_bits), above = shift_up(ones, n_low);
+            const Vec remainder = size & ~above;
+            symbols[j] = keep(fits, place + one);
+            remainders[j] = HAS_SIGN ? subtract_where(is_below, remainder, above) : remainder;  // adds 1 << n_low
+            lengths[j] = HAS_SIGN ? subtract_where(is_some, n_low, ones) : n_low;
+            found |= (bits_of(is_some) & ~bits_of(fits)) << (j * Vec::N % BLOCK);
+        }
+        std::memcpy(reinterpret_cast<uint8_t*>(misfits.bits) + i / 8, &found, sizeof found);
+        store_rows(symbols, contexts ? contexts + i : nullptr, model.n_symbols, tile.rows + i);
+        store_words(remainders, tile.remainders + i);
+        store_block(lengths, tile.lengths + i);
     }
-    collect_flags(flags, n, misfits);
 }
 
 template <class Word, bool HAS_SIGN>
 void merge_delta_words(const Model& model, size_t n, const Tile<Word>& tile, Word* words) {
-    typedef LaneOf<Word> Lane;
+    typedef ShiftingLane<Word> Lane;
+    typedef Vector<Lane> Vec;
     constexpr uint32_t LANE_BITS = BITS<Lane>;
-    const Order<Word> order(model.kind);
-    const uint32_t k = model.k, base = uint32_t(model.base), below = (1u << k) - 1;
-    for (size_t i = 0; i < n; i++) {
-        uint32_t code = tile.symbols[i] + base;
-        Word sign = Word(code & 1);
-        if (!HAS_SIGN) code >>= 1;
-        const uint32_t length = code >> k < BITS<Word> ? code >> k : BITS<Word>;
-        const Lane lead = Lane((code & below) | (below + 1)) << (LANE_BITS - 1 - k);
-        const Lane top = lead >> ((LANE_BITS - length) & (LANE_BITS - 1));
-        const Lane n_low = length > k + 1 ? length - (k + 1) : 0, remainder = tile.remainders[i];
-        Word size = Word(top | (remainder & ((Lane(1) << n_low) - 1)));
-        if (HAS_SIGN) sign = Word(remainder >> n_low & 1);
-        size = (tile.symbols[i] == 0) | (length == 0) ? Word(0) : size;
-        words[i] = order.unordered(Word(tile.predicted[i] + Word((size ^ Word(0 - sign)) + sign)));
+    const OrderOf<Word, Lane> order(model.kind);
+    const uint32_t k = model.k;
+    const Vec base = all<Lane>(Lane(model.base)), below = all<Lane>(Lane((1u << k) - 1)), one = all<Lane>(1);
+    const Vec lead_bits = all<Lane>(Lane(k + 1)), ones = all<Lane>(Lane(~Lane(0)));
+    const Vec bits = all<Lane>(Lane(LANE_BITS)), most = all<Lane>(Lane(BITS<Word>));
+    for (size_t i = 0; i < n; i += BLOCK) {
+        Vec out[Vec::A_BLOCK];
+        for (size_t j = 0; j < Vec::A_BLOCK; j++) {
+            const size_t at = i + j * Vec::N;
+            const Vec symbol = load<Lane>(tile.symbols + at), remainder = load<Lane>(tile.remainders + at);
+            const Vec given = symbol + base, code = HAS_SIGN ? given : given >> 1;
+            const Vec length = smaller(code >> k, most), above = shift_up(ones, excess(length, lead_bits));
+            const Vec lead = ((code & below) | Vec{(below + one).raw}) << (LANE_BITS - 1 - k);
+            const Vec top = shift_down(lead, bits - length);
+            const Vec size = keep(has_common(symbol, symbol), choose_bits(above, top, remainder));
+            const Mask<Lane> is_below = HAS_SIGN ? has_common(remainder, above) : has_common(given, one);
+            const Vec predicted = load_signed<Lane>(tile.predicted + at);
+            out[j] = order.unordered(wrap<Word>(subtract_where(is_below, predicted + size, size + size)));
+        }
+        store_words(out, words + i);
     }
 }
 

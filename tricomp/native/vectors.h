@@ -23,9 +23,11 @@ typedef uint32_t NarrowLane;
 #endif
 
 // Of words of a width: the lane for shifts by a count a lane; the lane where all shift alike.
-template <class Word> struct Lanes { typedef Word Shifting, Even; };
-template <> struct Lanes<uint8_t> { typedef NarrowLane Shifting; typedef uint16_t Even; };
-template <> struct Lanes<uint16_t> { typedef NarrowLane Shifting; typedef uint16_t Even; };
+template <class Word> struct LanesOf { typedef Word Shifting, Even; };
+template <> struct LanesOf<uint8_t> { typedef NarrowLane Shifting; typedef uint16_t Even; };
+template <> struct LanesOf<uint16_t> { typedef NarrowLane Shifting; typedef uint16_t Even; };
+template <class Word> using ShiftingLane = typename LanesOf<Word>::Shifting;
+template <class Word> using EvenLane = typename LanesOf<Word>::Even;
 
 template <class Lane>
 struct Vector {
@@ -57,17 +59,18 @@ template <size_t N> struct MaskBits;
 template <> struct MaskBits<32> { typedef __mmask32 Raw; };
 template <> struct MaskBits<16> { typedef __mmask16 Raw; };
 template <> struct MaskBits<8> { typedef __mmask8 Raw; };
-template <class Lane> struct Mask { typename MaskBits<Vector<Lane>::N>::Raw raw; };
+template <class Lane> using MaskOf = typename MaskBits<Vector<Lane>::N>::Raw;
 #else
-template <class Lane> struct Mask { typename Vector<Lane>::SignedRaw raw; };
+template <class Lane> using MaskOf = typename Vector<Lane>::SignedRaw;
 #endif
+template <class Lane>
+struct Mask {
+    MaskOf<Lane> raw;
+
+    friend INLINE Mask operator&(Mask a, Mask b) { return {MaskOf<Lane>(a.raw & b.raw)}; }
+};
 
 #if TRICOMP_HAS_AVX512
-
-#define TRICOMP_BY_LANE(name, ...) \
-    if constexpr (sizeof(Lane) == 2) return {name##16 __VA_ARGS__}; \
-    if constexpr (sizeof(Lane) == 4) return {name##32 __VA_ARGS__}; \
-    return {name##64 __VA_ARGS__}
 
 template <class Lane>
 INLINE __m512i zmm(Vector<Lane> a) {
@@ -289,7 +292,7 @@ INLINE Vector<Lane> bit_length(Vector<Lane> a) {
         // From 2^31 on the float is negative, and the field so large that the minimum tells.
         return smaller(excess(field, all<Lane>(126)), all<Lane>(32));
     }
-    if constexpr (sizeof(Lane) == 8) {
+    else {
         typedef double Doubles __attribute__((vector_size(VECTOR_BYTES)));
         typedef typename Vector<Lane>::Raw Raw;
         const Raw magic = all<Lane>(uint64_t(1075) << 52).raw, high = a.raw >> 32;  // 2^52
@@ -346,21 +349,72 @@ INLINE void store_block(const Vector<uint64_t>* a, uint64_t* out) { std::memcpy(
 // N words in lanes that may be wider: Word unsigned, or signed to fill up with the sign.
 template <class Lane, class Word>
 INLINE Vector<Lane> load(const Word* words) {
-    constexpr size_t N = Vector<Lane>::N;
-    typedef Word Narrow __attribute__((vector_size(N * sizeof(Word))));
-    typedef typename Vector<Lane>::SignedRaw SignedRaw;
-    Narrow narrow;
+    typedef typename Vector<Lane>::Raw Raw;
+    constexpr size_t N = Vector<Lane>::N, RATIO = sizeof(Lane) / sizeof(Word);
+    [[maybe_unused]] constexpr bool IS_SIGNED = Word(-1) < Word(0);
+    Word narrow __attribute__((vector_size(N * sizeof(Word))));
     std::memcpy(&narrow, words, sizeof narrow);
-    if constexpr (sizeof(Word) == sizeof(Lane)) return {typename Vector<Lane>::Raw(narrow)};
-    else return {typename Vector<Lane>::Raw(__builtin_convertvector(narrow, SignedRaw))};
+    if constexpr (RATIO == 1) return {Raw(narrow)};
+#if TRICOMP_HAS_AVX512
+    // The compiler widens by one power of two at a time.
+    if constexpr (RATIO == 4 && sizeof(Word) == 1 && IS_SIGNED) return {Raw(_mm512_cvtepi8_epi32(__m128i(narrow)))};
+    if constexpr (RATIO == 4 && sizeof(Word) == 1) return {Raw(_mm512_cvtepu8_epi32(__m128i(narrow)))};
+    if constexpr (RATIO == 4 && IS_SIGNED) return {Raw(_mm512_cvtepi16_epi64(__m128i(narrow)))};
+    if constexpr (RATIO == 4) return {Raw(_mm512_cvtepu16_epi64(__m128i(narrow)))};
+    if constexpr (RATIO == 8 && IS_SIGNED) return {Raw(_mm512_cvtepi8_epi64(_mm_loadu_si64(words)))};
+    if constexpr (RATIO == 8) return {Raw(_mm512_cvtepu8_epi64(_mm_loadu_si64(words)))};
+#elif TRICOMP_HAS_AVX2
+    if constexpr (RATIO == 4 && sizeof(Word) == 1 && IS_SIGNED) return {Raw(_mm256_cvtepi8_epi32(_mm_loadu_si64(words)))};
+    if constexpr (RATIO == 4 && sizeof(Word) == 1) return {Raw(_mm256_cvtepu8_epi32(_mm_loadu_si64(words)))};
+    if constexpr (RATIO == 4 && IS_SIGNED) return {Raw(_mm256_cvtepi16_epi64(_mm_loadu_si64(words)))};
+    if constexpr (RATIO == 4) return {Raw(_mm256_cvtepu16_epi64(_mm_loadu_si64(words)))};
+    if constexpr (RATIO == 8 && IS_SIGNED) return {Raw(_mm256_cvtepi8_epi64(_mm_loadu_si32(words)))};
+    if constexpr (RATIO == 8) return {Raw(_mm256_cvtepu8_epi64(_mm_loadu_si32(words)))};
+#endif
+    if constexpr (RATIO == 2) return {Raw(__builtin_convertvector(narrow, typename Vector<Lane>::SignedRaw))};
+    Vector<Lane> wide;
+    for (size_t i = 0; i < N; i++) wide.raw[i] = Lane(typename Vector<Lane>::SignedLane(words[i]));
+    return wide;
 }
 
 template <class Lane, class Word>
 INLINE Vector<Lane> load_signed(const Word* words) {
-    typedef typename Widths<Word>::Signed Signed;
-    Signed copies[Vector<Lane>::N];
-    std::memcpy(copies, words, sizeof copies);
-    return load<Lane>(copies);
+    return load<Lane>(reinterpret_cast<const typename Widths<Word>::Signed*>(words));
+}
+
+// With the sign, as numbers are divided by powers of two. Lanes of 16 or 32 bits.
+template <class Lane>
+INLINE Vector<Lane> shift_signed(Vector<Lane> a, int n) {
+    return {typename Vector<Lane>::Raw(a.as_signed() >> n)};
+}
+
+template <class Lane>
+INLINE Vector<Lane> smaller_signed(Vector<Lane> a, Vector<Lane> b) {
+    return {typename Vector<Lane>::Raw(a.as_signed() < b.as_signed() ? a.as_signed() : b.as_signed())};
+}
+template <class Lane>
+INLINE Vector<Lane> larger_signed(Vector<Lane> a, Vector<Lane> b) {
+    return {typename Vector<Lane>::Raw(a.as_signed() < b.as_signed() ? b.as_signed() : a.as_signed())};
+}
+
+// A block of words from lanes that may be wider, and then hold more than the word.
+template <class Lane, class Word>
+INLINE void store_words(Vector<Lane>* a, Word* out) {
+    if (sizeof(Word) < sizeof(Lane) && !TRICOMP_HAS_AVX512)
+        for (size_t j = 0; j < Vector<Lane>::A_BLOCK; j++) a[j] = a[j] & all<Lane>(Word(~Word(0)));
+    store_block(a, out);
+}
+
+// context * n_symbols + symbol of a block; contexts null: all 0.
+template <class Lane>
+INLINE void store_rows(const Vector<Lane>* symbols, const uint8_t* contexts, uint32_t n_symbols, uint16_t* out) {
+    typedef Vector<uint16_t> Halves;
+    store_block(symbols, out);
+    for (size_t j = 0; contexts && j < BLOCK; j += Halves::N) {
+        Halves row = load<uint16_t>(out + j);
+        row.raw += load<uint16_t>(contexts + j).raw * uint16_t(n_symbols);
+        std::memcpy(out + j, &row, sizeof row);
+    }
 }
 
 // A word's value in a wider lane, filled up with its sign.
@@ -368,10 +422,10 @@ template <class Word, class Lane>
 INLINE Vector<Lane> wrap(Vector<Lane> a) {
     constexpr int SPARE = int(BITS<Lane> - BITS<Word>);
     if constexpr (SPARE == 0) return a;
-    else return {typename Vector<Lane>::Raw((a << SPARE).as_signed() >> SPARE)};
+    else return shift_signed(a << SPARE, SPARE);
 }
 
-// As Order and Magnitude; words of fewer bits than the lane are filled up with their sign, and so are the results.
+// As Order; words of fewer bits than the lane are filled up with their sign, and so are the results.
 template <class Word, class Lane>
 struct OrderOf {
     Vector<Lane> fill, top;
