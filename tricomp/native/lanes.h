@@ -1,8 +1,8 @@
 // The values that the 32 lanes handle in one step, in registers, and the way between them and rows in position order.
 // Includes isa.h and model.h only, no STL.
 //
-// The hard thing: lane l holds positions 4 l .. 4 l + 3 of a row, one a step. Four steps are loaded and stored at a time,
-// so that memory is touched in whole registers; what lies between is a transposition of 32 by 4.
+// The hard thing: lane l holds positions 4 l .. 4 l + 3 of a row, one a step. Four steps are loaded and stored at a
+// time, so that memory is touched in whole registers; what lies between is a transposition of 32 by 4.
 #pragma once
 
 #include "isa.h"
@@ -92,16 +92,19 @@ INLINE __m512i pick_64(__m512i a, __m512i b, const LaneIndices<uint64_t>& indice
 
 INLINE void load_row(const uint8_t* row, Lanes16* steps) {
     __m512i low = load_512(row), high = load_512(row + 64);
-    for (size_t k = 0; k < STEPS; ++k)
-        steps[k].all = _mm512_maskz_permutex2var_epi8(0x5555555555555555u, low, _mm512_load_si512(STEP_BYTES[k].at), high);
+    for (size_t k = 0; k < STEPS; ++k) {
+        __m512i places = _mm512_load_si512(STEP_BYTES[k].at);
+        steps[k].all = _mm512_maskz_permutex2var_epi8(0x5555555555555555u, low, places, high);
+    }
 }
 
 INLINE void load_row(const uint8_t* row, Lanes32* steps) {
     __m512i low = load_512(row), high = load_512(row + 64), mask = _mm512_set1_epi32(255);
-    steps[0] = {_mm512_and_si512(low, mask), _mm512_and_si512(high, mask)};
-    steps[1] = {_mm512_and_si512(_mm512_srli_epi32(low, 8), mask), _mm512_and_si512(_mm512_srli_epi32(high, 8), mask)};
-    steps[2] = {_mm512_and_si512(_mm512_srli_epi32(low, 16), mask), _mm512_and_si512(_mm512_srli_epi32(high, 16), mask)};
-    steps[3] = {_mm512_srli_epi32(low, 24), _mm512_srli_epi32(high, 24)};
+    for (size_t k = 0; k < STEPS; ++k) {
+        steps[k] = {_mm512_and_si512(low, mask), _mm512_and_si512(high, mask)};
+        low = _mm512_srli_epi32(low, 8);
+        high = _mm512_srli_epi32(high, 8);
+    }
 }
 
 INLINE void store_row(const Lanes16* steps, uint8_t* row) {
@@ -161,7 +164,7 @@ INLINE void store_row(const Lanes32* steps, uint32_t* row) {
     store_half_row(steps[0].high, steps[1].high, steps[2].high, steps[3].high, row + 64);
 }
 
-// Words of 64 bits, as their low and high halves. A row is four quarters of eight lanes.
+// Words of 64 bits, as their low and high halves.
 
 INLINE void load_row(const uint64_t* row, Lanes32* low, Lanes32* high) {
     for (size_t half = 0; half < 2; ++half) {
@@ -243,7 +246,8 @@ INLINE void store_row(const Lanes32* steps, uint16_t* row) {
     for (size_t p = 0; p < 4; ++p) {
         __m256i first = _mm256_or_si256(steps[0].part[p], _mm256_slli_epi32(steps[1].part[p], 16));
         __m256i last = _mm256_or_si256(steps[2].part[p], _mm256_slli_epi32(steps[3].part[p], 16));
-        __m256i a = _mm256_unpacklo_epi32(first, last), b = _mm256_unpackhi_epi32(first, last);  // lanes 0 1 4 5; 2 3 6 7
+        __m256i a = _mm256_unpacklo_epi32(first, last);  // lanes 0 1 4 5
+        __m256i b = _mm256_unpackhi_epi32(first, last);
         store_256(row + 32 * p, _mm256_permute2x128_si256(a, b, 0x20));
         store_256(row + 32 * p + 16, _mm256_permute2x128_si256(a, b, 0x31));
     }

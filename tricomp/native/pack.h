@@ -1,9 +1,9 @@
 // Fixed widths: values of 1 to 8 bits packed vertically, byte planes of remainders (planes.h), and the zero bits at the
 // bottom of rows. Stage header: isa.h, model.h, lanes.h and planes.h only, no STL.
 //
-// The hard thing: the four values of a lane in a row stand side by side in memory, as bytes of one u32, and side by side in
-// the lane's bit string, as a *quad* of 4 b bits. So packing is squeezing four bytes into a quad, and moving quads by
-// distances known when this is compiled; lanes never mix. Eight rows fill b words of a lane exactly.
+// The hard thing: the four values of a lane in a row stand side by side in memory, as bytes of one u32, and side by
+// side in the lane's bit string, as a *quad* of 4 b bits. So packing is squeezing four bytes into a quad, and moving
+// quads by distances known when this is compiled; lanes never mix. Eight rows fill b words of a lane exactly.
 #pragma once
 
 #include "planes.h"
@@ -28,10 +28,12 @@ INLINE void store_quads(uint8_t* to, Quads quads) { *reinterpret_cast<StoredQuad
 template <unsigned n_bits>
 INLINE Quads squeeze(Quads bytes) {
 #if TRICOMP_HAS_AVX512
-    const __m512i pairs = _mm512_maddubs_epi16(_mm512_set1_epi16(1 | 1 << (8 + n_bits)), reinterpret_cast<__m512i>(bytes));
+    const __m512i one_and_up = _mm512_set1_epi16(static_cast<short>(1 | 1 << (8 + n_bits)));  // as bytes
+    const __m512i pairs = _mm512_maddubs_epi16(one_and_up, reinterpret_cast<__m512i>(bytes));
     return reinterpret_cast<Quads>(_mm512_madd_epi16(pairs, _mm512_set1_epi32(1 | 1 << (16 + 2 * n_bits))));
 #elif TRICOMP_HAS_AVX2
-    const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi16(1 | 1 << (8 + n_bits)), reinterpret_cast<__m256i>(bytes));
+    const __m256i one_and_up = _mm256_set1_epi16(static_cast<short>(1 | 1 << (8 + n_bits)));  // as bytes
+    const __m256i pairs = _mm256_maddubs_epi16(one_and_up, reinterpret_cast<__m256i>(bytes));
     return reinterpret_cast<Quads>(_mm256_madd_epi16(pairs, _mm256_set1_epi32(1 | 1 << (16 + 2 * n_bits))));
 #else
     constexpr uint32_t BYTES = ((1u << n_bits) - 1) * 0x10001, PAIR = (1u << 2 * n_bits) - 1;
@@ -174,8 +176,8 @@ INLINE void shorten_row(uint8_t* lengths, uint8_t shift) {
     for (size_t i = 0; i < ROW; ++i) lengths[i] = lengths[i] > shift ? lengths[i] - shift : 0;
 }
 
-// Drop the zero bits at the bottom of every row of remainders, at most as many as the row's longest length, and fewer than
-// the word has; lengths shrink by as many. shifts: how many, a byte a row.
+// Drop the zero bits at the bottom of every row of remainders, at most as many as the row's longest length, and fewer
+// than the word has; lengths shrink by as many. shifts: how many, a byte a row.
 template <class Word>
 void take_block_shifts(Word* remainders, uint8_t* lengths, size_t n_rows, uint8_t* shifts) {
     for (size_t row = 0; row < n_rows; ++row, remainders += ROW, lengths += ROW) {

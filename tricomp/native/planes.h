@@ -1,8 +1,8 @@
 // Byte planes of remainders: byte p of every remainder side by side, and back. Stage header: isa.h, model.h and lanes.h
 // only, no STL.
 //
-// The hard thing: bytes must cross a whole register. All planes are therefore made in one pass, so that each register of
-// remainders is loaded or stored once, and the number of planes is known when the loops are compiled.
+// The hard thing: bytes must cross a whole register. All planes are therefore made in one pass, so that each register
+// of remainders is loaded or stored once, and the number of planes is known when the loops are compiled.
 #pragma once
 
 #include "lanes.h"
@@ -11,8 +11,8 @@ TRICOMP_BEGIN
 
 #if TRICOMP_HAS_AVX512
 
-// Two registers hold 128 / word_bytes remainders, and as bytes of planes they are word_bytes *pieces* of that many bytes, plane after
-// plane. split: where the bytes of the pieces are in the remainders; join: the inverse.
+// Two registers hold 128 / word_bytes remainders, and as bytes of planes they are word_bytes *pieces* of that many
+// bytes, plane after plane. split: where the bytes of the pieces are in the remainders; join: the inverse.
 template <size_t word_bytes>
 struct PieceIndices {
     LaneIndices<uint8_t> split[2], join[2];
@@ -90,7 +90,8 @@ INLINE void split_some(const Word* remainders, size_t at, __m128i down, __m512i 
 template <int n_planes, class Word>
 INLINE void join_some(const uint8_t* const* planes, size_t at, __m128i up, Word* remainders) {
     constexpr size_t SIZE = sizeof(Word), HALF = SIZE / 2;
-    __m512i low = load_pieces<SIZE, n_planes>(planes, at), high = load_pieces<SIZE, n_planes - int(HALF)>(planes + HALF, at);
+    __m512i low = load_pieces<SIZE, n_planes>(planes, at);
+    __m512i high = load_pieces<SIZE, n_planes - int(HALF)>(planes + HALF, at);
     store_512(remainders + at, shift_up(pick_8(low, high, PIECE_INDICES<SIZE>.join[0]), up, Word()));
     store_512(remainders + at + 64 / SIZE, shift_up(pick_8(low, high, PIECE_INDICES<SIZE>.join[1]), up, Word()));
 }

@@ -1,13 +1,13 @@
 // The bit stack of each lane: remainders of varying length. Stage header: isa.h, model.h and lanes.h only, no STL.
 //
-// The hard thing: a lane takes a word when it holds too few bits, and lanes take words in order, so a step must know how
-// many words the step before took. That depends on lengths and counts of bits alone, never on the words: the
+// The hard thing: a lane takes a word when it holds too few bits, and lanes take words in order, so a step must know
+// how many words the step before took. That depends on lengths and counts of bits alone, never on the words: the
 // additions that it costs run ahead of everything else.
 //
 // Both sides get along with numbers of the words' width. With h < B bits in hold and v <= B bits wanted or put:
 //
-//     taking:   value = (hold | word << h) & mask(v), and what stays is hold >> v | word >> (v - h), with word = 0 where none
-//               was taken. Its number of bits is (h - v) mod B either way.
+//     taking:   value = (hold | word << h) & mask(v), and what stays is hold >> v | word >> (v - h), with word = 0
+//               where none was taken. Its number of bits is (h - v) mod B either way.
 //     putting:  with r = (h + v) mod B, a full word is hold << (B - h) | value >> r, and what stays is
 //               (hold << v | value) & mask(r) either way.
 //
@@ -78,7 +78,8 @@ struct StackReader<uint16_t> {
 
     template <class Decoder>
     INLINE explicit StackReader(const Decoder& from)
-        : hold(load_lanes_16(from.holds)), held(load_lanes_16(from.n_helds)), words(from.words), n_words(from.n_words), at(from.at) {}
+        : hold(load_lanes_16(from.holds)), held(load_lanes_16(from.n_helds)), words(from.words), n_words(from.n_words),
+          at(from.at) {}
 
     template <class Decoder>
     INLINE void save(Decoder& to) const {
@@ -88,12 +89,13 @@ struct StackReader<uint16_t> {
     }
 
     INLINE Lanes16 take(Lanes16 lengths) {
-        __m512i n = lengths.all, ones = _mm512_set1_epi16(-1);
+        __m512i n = lengths.all;
         __mmask32 is_short = _mm512_cmplt_epu16_mask(held, n);
         __m512i next = load_512(words + 2 * (at < n_words ? at : n_words));
         __m512i word = _mm512_maskz_expand_epi16(is_short, next);
         at += static_cast<size_t>(__builtin_popcount(is_short));
-        __m512i value = or_but_not_512(hold, _mm512_sllv_epi16(word, held), _mm512_sllv_epi16(ones, n));
+        __m512i above = _mm512_sllv_epi16(_mm512_set1_epi16(-1), n);
+        __m512i value = or_but_not_512(hold, _mm512_sllv_epi16(word, held), above);
         hold = or_512(_mm512_srlv_epi16(hold, n), _mm512_srlv_epi16(word, _mm512_sub_epi16(n, held)));
         held = _mm512_and_si512(_mm512_sub_epi16(held, n), _mm512_set1_epi16(15));
         return {value};
@@ -108,8 +110,9 @@ struct StackReader<uint32_t> {
 
     template <class Decoder>
     INLINE explicit StackReader(const Decoder& from)
-        : hold{load_512(from.holds), load_512(from.holds + 16)}, held{load_512(from.n_helds), load_512(from.n_helds + 16)},
-          words(from.words), n_words(from.n_words), at(from.at) {}
+        : hold{load_512(from.holds), load_512(from.holds + 16)},
+          held{load_512(from.n_helds), load_512(from.n_helds + 16)}, words(from.words), n_words(from.n_words),
+          at(from.at) {}
 
     template <class Decoder>
     INLINE void save(Decoder& to) const {
@@ -125,7 +128,8 @@ struct StackReader<uint32_t> {
         __m512i next = load_512(words + 4 * (at < n_words ? at : n_words));
         __m512i word = _mm512_maskz_expand_epi32(is_short, next);
         at += static_cast<size_t>(__builtin_popcount(is_short));
-        __m512i value = or_but_not_512(hold, _mm512_sllv_epi32(word, held), _mm512_sllv_epi32(_mm512_set1_epi32(-1), n));
+        __m512i above = _mm512_sllv_epi32(_mm512_set1_epi32(-1), n);
+        __m512i value = or_but_not_512(hold, _mm512_sllv_epi32(word, held), above);
         hold = or_512(_mm512_srlv_epi32(hold, n), _mm512_srlv_epi32(word, _mm512_sub_epi32(n, held)));
         held = _mm512_and_si512(_mm512_sub_epi32(held, n), _mm512_set1_epi32(31));
         return value;
@@ -180,7 +184,8 @@ struct StackWriter<uint16_t> {
         held = rest;
         // The words end where those written before begin: compressed to the bottom, then turned to the top.
         int count = __builtin_popcount(is_full);
-        __m512i turn = _mm512_add_epi16(_mm512_load_si512(COUNTING_16.at), _mm512_set1_epi16(static_cast<short>(count)));
+        __m512i counting = _mm512_load_si512(COUNTING_16.at);
+        __m512i turn = _mm512_add_epi16(counting, _mm512_set1_epi16(static_cast<short>(count)));
         store_512(words - 64, _mm512_permutexvar_epi16(turn, _mm512_maskz_compress_epi16(is_full, word)));
         words -= 2 * count;
     }
@@ -193,8 +198,8 @@ struct StackWriter<uint32_t> {
 
     template <class Encoder>
     INLINE explicit StackWriter(const Encoder& from)
-        : hold{load_512(from.holds), load_512(from.holds + 16)}, held{load_512(from.n_helds), load_512(from.n_helds + 16)},
-          words(from.words) {}
+        : hold{load_512(from.holds), load_512(from.holds + 16)},
+          held{load_512(from.n_helds), load_512(from.n_helds + 16)}, words(from.words) {}
 
     template <class Encoder>
     INLINE void save(Encoder& to) const {
@@ -232,8 +237,8 @@ INLINE void halve(const Lanes32& n, Lanes32& low, Lanes32& high) {
 
 #elif TRICOMP_HAS_AVX2
 
-// For each set of eight lanes: which of the words that follow goes to each lane, and the words of which lanes end up, in order,
-// at the top.
+// For each set of eight lanes: which of the words that follow goes to each lane, and the words of which lanes end up,
+// in order, at the top.
 struct StackTables {
     alignas(16) uint8_t expand_16[256][16];  // for _mm_shuffle_epi8; 0x80: none
     alignas(16) uint8_t compress_16[256][16];
@@ -413,8 +418,8 @@ struct StackReader {
     INLINE Lanes32 take(const Lanes32& lengths) {
         Lanes32 values;
         Unit last[LANES];
-        const uint8_t* next = words + sizeof(Unit) * at;
-        if (n_words < LANES || at > n_words - LANES) next = copy_last(last);
+        const bool is_enough = n_words >= LANES && at <= n_words - LANES;
+        const uint8_t* next = is_enough ? words + sizeof(Unit) * at : copy_last(last);
         size_t n_taken = 0;
         for (size_t lane = 0; lane < LANES; ++lane) {
             const uint32_t n = lengths.lane[lane], n_held = held.lane[lane];
@@ -536,7 +541,7 @@ void stack_heads(const StackEncoder<Word>& encoder, uint8_t* heads) {
     }
 }
 
-// False: a head is 0. Leaves words and n_words as they are.
+// Take the heads; words and n_words are there. False: a head is 0.
 template <class Word>
 bool stack_open(StackDecoder<Word>& decoder, const uint8_t* heads) {
     using Unit = StackWord<Word>;
