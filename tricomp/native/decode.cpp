@@ -4,6 +4,7 @@
 
 #include <cstring>
 #include <memory>
+#include <stdexcept>
 
 #include "frame.h"
 #include "kernels.h"
@@ -15,12 +16,6 @@ namespace tricomp {
 
 namespace {
 
-struct Frame {
-    Model model;
-    SideData side;
-    const uint8_t* rows;  // of the directory, from the first chunk wanted
-};
-
 // Some chunks of one frame, next to each other, that are decoded together.
 struct Group {
     size_t request;
@@ -29,15 +24,26 @@ struct Group {
     uint64_t offset;  // of the first one's payload in the payloads
 };
 
+struct Frame {
+    Model model;
+    SideData side;
+    const uint8_t* rows;  // of the directory
+    std::vector<Group> groups;
+    Fault fault;
+};
+
 uint32_t field(const uint8_t* row, size_t number) {
     uint32_t value;
     std::memcpy(&value, row + 4 * number, 4);
     return value;
 }
 
-// Check the head, read the side section, find where the chunks stand. True: nothing is wrong.
-bool open(DecodeRequest& request, size_t number, Frame& frame, std::vector<Group>& groups, Fault& fault) {
+// Check the head, read the side section, find where the chunks stand. What is wrong is in the frame's fault.
+void open(const DecodeRequest& request, size_t number, Frame& frame) {
     Model& model = frame.model;
+    Fault& fault = frame.fault;
+    std::vector<Group>& groups = frame.groups;
+    if (!model_of(request.plan, model)) throw std::invalid_argument("a plan that contradicts itself");
     const uint64_t n_chunks = n_chunks_of(model);
     const size_t n_row_bytes = row_bytes(model);
     const uint64_t head_bytes = request.plan.side_bytes() + aligned(n_chunks * n_row_bytes);
@@ -46,13 +52,13 @@ bool open(DecodeRequest& request, size_t number, Frame& frame, std::vector<Group
     if (request.head.n_bytes < head_bytes ||
         kernels().xxh3_64(request.head.data, size_t(head_bytes)) != request.plan.side_check()) {
         fault.code = HEAD_DAMAGED;
-        return false;
+        return;
     }
     const uint32_t side_fault = read_side(model, request.head.data, size_t(request.plan.side_bytes()), frame.side);
     if (side_fault) {
         fault.stage = 2;
         fault.code = side_fault;
-        return false;
+        return;
     }
     derive(model);
     const uint8_t* rows = request.head.data + request.plan.side_bytes();
@@ -63,8 +69,7 @@ bool open(DecodeRequest& request, size_t number, Frame& frame, std::vector<Group
     for (uint64_t chunk = 0; chunk < n_chunks; chunk++) {
         const uint64_t n_bytes = field(rows + chunk * n_row_bytes, 2);
         if (chunk >= first && chunk < stop) {
-            // A group never spans two frames, and only full chunks go together.
-            if (groups.empty() || groups.back().request != number || groups.back().n_chunks == MAX_GROUP)
+            if (groups.empty() || groups.back().n_chunks == MAX_GROUP)
                 groups.push_back({number, chunk, 0, at - request.payloads_at});
             groups.back().n_chunks++;
             is_inside &= at >= request.payloads_at && at - request.payloads_at <= request.payloads.n_bytes &&
@@ -78,28 +83,24 @@ bool open(DecodeRequest& request, size_t number, Frame& frame, std::vector<Group
         fault.code = END_ELSEWHERE;
         fault.details[0] = end;
         fault.details[1] = request.frame_bytes;
-        return false;
+        return;
     }
     frame.rows = rows;
     fault.stage = 0;
-    return true;
 }
 
 }  // namespace
 
 Fault decode(std::vector<DecodeRequest>& requests, size_t n_threads) {
     std::vector<std::unique_ptr<Frame>> frames;
+    for (size_t number = 0; number < requests.size(); number++) frames.push_back(std::make_unique<Frame>());
+    share(requests.size(), n_threads, [&] {
+        return [&](size_t number) { open(requests[number], number, *frames[number]); };
+    });
     std::vector<Group> groups;
-    for (size_t number = 0; number < requests.size(); number++) {
-        DecodeRequest& request = requests[number];
-        frames.push_back(std::make_unique<Frame>());
-        Fault fault;
-        if (!model_of(request.plan, frames.back()->model)) {
-            fault.stage = 4;
-            fault.request = number;
-            return fault;
-        }
-        if (!open(request, number, *frames.back(), groups, fault)) return fault;
+    for (const auto& frame : frames) {
+        if (frame->fault.stage) return frame->fault;
+        groups.insert(groups.end(), frame->groups.begin(), frame->groups.end());
     }
     std::vector<Fault> faults(groups.size());
     std::vector<uint64_t> sums(groups.size());

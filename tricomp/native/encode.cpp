@@ -6,6 +6,7 @@
 #include <condition_variable>
 #include <cstring>
 #include <memory>
+#include <stdexcept>
 
 #include "frame.h"
 #include "kernels.h"
@@ -74,16 +75,21 @@ void encode(std::vector<EncodeRequest>& requests, size_t n_threads, uint8_t* out
     std::vector<std::unique_ptr<Frame>> frames;
     std::vector<Item> items;
     for (size_t number = 0; number < requests.size(); number++) {
-        EncodeRequest& request = requests[number];
         frames.push_back(std::make_unique<Frame>());
-        Frame& frame = *frames.back();
-        if (!model_of(request.plan, frame.model)) throw std::invalid_argument("a plan that contradicts itself");
-        set_side(frame.model, request, frame.side);
-        derive(frame.model);
-        if (request.wants_side) write_side(frame.model, request.side);
-        request.rows.resize(size_t(request.n_chunks) * row_bytes(frame.model));
-        for (uint64_t chunk = 0; chunk < request.n_chunks; chunk++) items.push_back({number, request.first_chunk + chunk});
+        for (uint64_t chunk = 0; chunk < requests[number].n_chunks; chunk++)
+            items.push_back({number, requests[number].first_chunk + chunk});
     }
+    share(requests.size(), n_threads, [&] {
+        return [&](size_t number) {
+            EncodeRequest& request = requests[number];
+            Frame& frame = *frames[number];
+            if (!model_of(request.plan, frame.model)) throw std::invalid_argument("a plan that contradicts itself");
+            set_side(frame.model, request, frame.side);
+            derive(frame.model);
+            if (request.wants_side) write_side(frame.model, request.side);
+            request.rows.resize(size_t(request.n_chunks) * row_bytes(frame.model));
+        };
+    });
     Places places;
     share(items.size(), n_threads, [&] {
         // A thread without memory must not leave the others waiting for its turn.
