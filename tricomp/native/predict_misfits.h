@@ -28,61 +28,164 @@ struct Misfits {
     uint64_t bits[TILE / 64];
 };
 
-// Bits of flags, each 0 or 1.
-INLINE void collect_flags(const uint8_t* flags, size_t n, Misfits& misfits) {
-    for (size_t i = 0; i < n; i += 64) {
-        uint64_t any = 0, eight, bits = 0;
-        for (size_t j = 0; j < 64; j += 8) {
-            std::memcpy(&eight, flags + i + j, 8);
-            any |= eight;
-        }
-        for (size_t j = 0; any && j < 64; j += 8) {
-            std::memcpy(&eight, flags + i + j, 8);
-            bits |= (eight * 0x0102040810204080u >> 56) << j;  // eight flags to eight bits, the first lowest
-        }
-        misfits.bits[i / 64] = bits;
+#if TRICOMP_HAS_AVX2 && !TRICOMP_HAS_AVX512
+// A byte of a table in parts of 16 bytes for each index; 0 from the last part on.
+INLINE __m256i look_up_parts(const __m256i* parts, size_t n_parts, __m256i index) {
+    const __m256i sixteen = _mm256_set1_epi8(16), saturate = _mm256_set1_epi8(0x70);
+    __m256i found = _mm256_setzero_si256();
+    for (size_t i = 0; i < n_parts; i++) {
+        // The top bit, which makes a shuffle give 0, is set in all that is not in this part.
+        const __m256i here = _mm256_adds_epu8(index, saturate);
+        found = _mm256_or_si256(found, _mm256_shuffle_epi8(parts[i], here));
+        index = _mm256_sub_epi8(index, sixteen);
     }
+    return found;
 }
+#endif
 
-// out[i] = table[symbols[i]]. table: 256 bytes; symbols below n_symbols, but whatever they are, nothing else is read.
+// out[i] = table[symbols[i]], symbols below n_symbols. table: 256 bytes; whatever the symbols are, nothing else is read.
+// n: a multiple of 128.
 INLINE void look_up(const uint8_t* table, size_t n_symbols, const uint8_t* symbols, size_t n, uint8_t* out) {
+#if TRICOMP_HAS_AVX512
+    __m512i parts[4];
+    for (size_t i = 0; i < 4; i++) parts[i] = _mm512_loadu_si512(table + 64 * i);
+    for (size_t i = 0; i < n; i += 64) {
+        const __m512i symbol = _mm512_loadu_si512(symbols + i);
+        __m512i found = _mm512_permutex2var_epi8(parts[0], symbol, parts[1]);
+        if (n_symbols > 128) {
+            const __m512i high = _mm512_permutex2var_epi8(parts[2], symbol, parts[3]);
+            found = _mm512_mask_mov_epi8(found, _mm512_movepi8_mask(symbol), high);
+        }
+        _mm512_storeu_si512(out + i, found);
+    }
+#elif TRICOMP_HAS_AVX2
+    __m256i parts[16];
+    const size_t n_parts = (n_symbols + 15) / 16;
+    for (size_t i = 0; i < n_parts; i++)
+        parts[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table + i));
+    for (size_t i = 0; i < n; i += 32) {
+        const __m256i symbol = _mm256_loadu_si256((const __m256i*)(symbols + i));
+        _mm256_storeu_si256((__m256i*)(out + i), look_up_parts(parts, n_parts, symbol));
+    }
+#else
     (void)n_symbols;
     for (size_t i = 0; i < n; i++) out[i] = table[symbols[i]];
+#endif
 }
 
-// Rows that the tables or the dictionary lack.
+// Rows that the tables or the dictionary lack. n: a multiple of 128.
 INLINE void add_missing(const Model& model, const uint16_t* rows, size_t n, Misfits& misfits) {
+#if TRICOMP_HAS_AVX512
+    const __m512i low = _mm512_loadu_si512(model.missing), high = _mm512_loadu_si512(model.missing + 32);
+    const __m512i one = _mm512_set1_epi16(1), fifteen = _mm512_set1_epi16(15);
     for (size_t i = 0; i < n; i += 64) {
         uint64_t bits = 0;
-        for (size_t j = 0; j < 64; j++) {
-            const uint32_t row = rows[i + j];
-            bits |= uint64_t(model.missing[row / 16] >> row % 16 & 1) << j;
+        for (size_t j = 0; j < 64; j += 32) {
+            const __m512i row = _mm512_loadu_si512(rows + i + j);
+            const __m512i word = _mm512_permutex2var_epi16(low, _mm512_srli_epi16(row, 4), high);
+            const __m512i bit = _mm512_sllv_epi16(one, _mm512_and_si512(row, fifteen));
+            bits |= uint64_t(_mm512_test_epi16_mask(word, bit)) << j;
         }
         misfits.bits[i / 64] |= bits;
     }
+#elif TRICOMP_HAS_AVX2
+    const __m256i bit_of = _mm256_setr_epi8(1, 2, 4, 8, 16, 32, 64, -128, 0, 0, 0, 0, 0, 0, 0, 0,
+                                            1, 2, 4, 8, 16, 32, 64, -128, 0, 0, 0, 0, 0, 0, 0, 0);
+    const __m256i seven = _mm256_set1_epi16(7);
+    __m256i parts[8];
+    const size_t n_parts = (model.n_contexts * model.n_symbols + 127) / 128;
+    for (size_t i = 0; i < n_parts; i++)
+        parts[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)model.missing + i));
+    for (size_t i = 0; i < n; i += 32) {
+        const __m256i low = _mm256_loadu_si256((const __m256i*)(rows + i));
+        const __m256i high = _mm256_loadu_si256((const __m256i*)(rows + i + 16));
+        const __m256i place = _mm256_packus_epi16(_mm256_srli_epi16(low, 3), _mm256_srli_epi16(high, 3));
+        const __m256i which = _mm256_packus_epi16(_mm256_and_si256(low, seven), _mm256_and_si256(high, seven));
+        const __m256i hit = _mm256_and_si256(look_up_parts(parts, n_parts, place), _mm256_shuffle_epi8(bit_of, which));
+        const __m256i is_there = _mm256_cmpeq_epi8(_mm256_permute4x64_epi64(hit, 0xD8), _mm256_setzero_si256());
+        misfits.bits[i / 64] |= uint64_t(~uint32_t(_mm256_movemask_epi8(is_there))) << i % 64;
+    }
+#else
+    for (size_t i = 0; i < n; i++) {
+        const uint32_t row = rows[i];
+        if (model.missing[row / 16] >> row % 16 & 1) misfits.bits[i / 64] |= uint64_t(1) << i % 64;
+    }
+#endif
+}
+
+// What stands in the place of a patch, by context.
+struct StandIns {
+    alignas(64) uint16_t rows[32], lengths[32];
+
+    explicit StandIns(const Model& model) {
+        for (size_t c = 0; c < 8; c++) {
+            rows[c] = uint16_t(c * model.n_symbols + model.stand_ins[c]);
+            lengths[c] = model.lengths[model.stand_ins[c]];
+        }
+    }
+};
+
+// Mend the words of [first, first + 64) whose bit is set. Returns how many.
+template <class Word>
+INLINE size_t mend_bits(const StandIns& stand_ins, const uint8_t* contexts, size_t first, uint64_t bits,
+                        Tile<Word>& tile) {
+    uint16_t* patches = tile.patches + tile.n_patches;
+#if TRICOMP_HAS_AVX512
+    const __m512i rows = _mm512_load_si512(stand_ins.rows), lengths = _mm512_load_si512(stand_ins.lengths);
+    __m512i position = _mm512_add_epi16(_mm512_set1_epi16(short(first)), _mm512_cvtepu8_epi16(_mm256_setr_epi8(
+        0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31)));
+    size_t n_patches = 0;
+    for (size_t i = first; i < first + 64; i += 32, bits >>= 32) {
+        const __mmask32 mask = uint32_t(bits);
+        __m512i context = _mm512_setzero_si512();
+        if (contexts) context = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(contexts + i)));
+        _mm512_storeu_si512(patches + n_patches, _mm512_maskz_compress_epi16(mask, position));  // 32 words from i on fit
+        n_patches += size_t(__builtin_popcount(mask));
+        position = _mm512_add_epi16(position, _mm512_set1_epi16(32));
+        _mm512_mask_storeu_epi16(tile.rows + i, mask, _mm512_permutexvar_epi16(context, rows));
+        const __m256i length = _mm512_cvtepi16_epi8(_mm512_permutexvar_epi16(context, lengths));
+        _mm256_mask_storeu_epi8(tile.lengths + i, mask, length);
+        const __m512i zero = _mm512_setzero_si512();
+        Word* remainders = tile.remainders + i;
+        if constexpr (sizeof(Word) == 1) _mm256_mask_storeu_epi8(remainders, mask, _mm256_setzero_si256());
+        if constexpr (sizeof(Word) == 2) _mm512_mask_storeu_epi16(remainders, mask, zero);
+        for (size_t j = 0; sizeof(Word) == 4 && j < 32; j += 16)
+            _mm512_mask_storeu_epi32(remainders + j, __mmask16(mask >> j), zero);
+        for (size_t j = 0; sizeof(Word) == 8 && j < 32; j += 8)
+            _mm512_mask_storeu_epi64(remainders + j, __mmask8(mask >> j), zero);
+    }
+    return n_patches;
+#else
+    size_t n_patches = 0;
+    for (; bits; bits &= bits - 1) {
+        const size_t i = first + size_t(__builtin_ctzll(bits)), context = contexts ? contexts[i] : 0;
+        patches[n_patches++] = uint16_t(i);
+        tile.rows[i] = stand_ins.rows[context];
+        tile.lengths[i] = uint8_t(stand_ins.lengths[context]);
+        tile.remainders[i] = 0;
+    }
+    return n_patches;
+#endif
 }
 
 // Patches take their context's stand-in, and a remainder of 0; so does padding, in context 0 and without length.
 template <class Word>
 void mend_misfits(const Model& model, size_t n, Tile<Word>& tile, Misfits& misfits) {
-    const size_t n_padded = whole_rows(n);
+    const size_t n_padded = whole_rows(n), n_bits = (n + 63) / 64;
     if (model.has_missing) add_missing(model, tile.rows, n_padded, misfits);
-    size_t n_patches = 0;
-    for (size_t first = 0; first < n; first += 64) {
-        uint64_t bits = misfits.bits[first / 64];
-        if (n - first < 64) bits &= (uint64_t(1) << (n - first)) - 1;
-        for (; bits; bits &= bits - 1) {
-            const size_t i = first + size_t(__builtin_ctzll(bits));
-            const uint32_t context = model.n_contexts > 1 ? tile.contexts[i] : 0, symbol = model.stand_ins[context];
-            tile.patches[n_patches++] = uint16_t(i);
-            tile.rows[i] = uint16_t(context * model.n_symbols + symbol);
-            tile.remainders[i] = 0;
-            tile.lengths[i] = model.lengths[symbol];
-        }
+    if (n % 64) misfits.bits[n / 64] &= (uint64_t(1) << n % 64) - 1;
+    uint64_t any = 0;
+    for (size_t i = 0; i < n_bits; i++) any |= misfits.bits[i];
+    tile.n_patches = 0;
+    if (any) {
+        const StandIns stand_ins(model);
+        const uint8_t* contexts = model.n_contexts > 1 ? tile.contexts : nullptr;
+        for (size_t i = 0; i < n_bits; i++)
+            if (misfits.bits[i]) tile.n_patches += mend_bits(stand_ins, contexts, 64 * i, misfits.bits[i], tile);
     }
-    tile.n_patches = n_patches;
     if (model.entropy == INDEX) {
-        for (size_t i = 0; i < n; i++) tile.symbols[i] = model.places[tile.rows[i]];
+        for (size_t i = 0; i < n_padded; i++) tile.symbols[i] = uint8_t(tile.rows[i]);
+        look_up(model.places, model.n_symbols, tile.symbols, n_padded, tile.symbols);
         std::memset(tile.symbols + n, 0, n_padded - n);
     }
     for (size_t i = n; i < n_padded; i++) tile.rows[i] = model.stand_ins[0];

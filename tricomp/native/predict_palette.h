@@ -10,6 +10,18 @@
 
 TRICOMP_BEGIN
 
+// Bits of flags, each 0 or 1.
+INLINE void collect_flags(const uint8_t* flags, size_t n, Misfits& misfits) {
+    for (size_t i = 0; i < n; i += 64) {
+        uint64_t eight, bits = 0;
+        for (size_t j = 0; j < 64; j += 8) {
+            std::memcpy(&eight, flags + i + j, 8);
+            bits |= (eight * 0x0102040810204080u >> 56) << j;  // eight flags to eight bits, the first lowest
+        }
+        misfits.bits[i / 64] = bits;
+    }
+}
+
 template <class Word>
 void split_palette(const Model& model, const Word* words, size_t n, Tile<Word>& tile, Misfits& misfits) {
     alignas(64) uint8_t flags[TILE];

@@ -8,6 +8,7 @@
 #include "bits.h"
 #include "isa.h"
 #include "model.h"
+#include "vectors.h"
 
 TRICOMP_BEGIN
 
@@ -29,40 +30,60 @@ INLINE void spread_scales(const Scale* rows, const Scale* columns, uint64_t n_co
     }
 }
 
-// A float multiplied by a factor (one = 2^30), with integers only: FORMAT.md, "scaled delta".
+// Floats multiplied by factors (one = 2^30), with integers only: FORMAT.md, "scaled delta". In 64-bit lanes.
 template <class Word>
-INLINE Word scaled_word(const Kind& kind, Word word, uint64_t factor) {
-    const uint32_t m = kind.mantissa_bits;
-    const uint64_t one = uint64_t(1) << m, largest = (uint64_t(1) << kind.exponent_bits) - 1;
-    const Word body = word & Word(~TOP_BIT<Word>);
-    const uint64_t field = uint64_t(body) >> m, significand = (uint64_t(body) & (one - 1)) | one;
-    // 53 x 32 bits: the low 24 bits apart, so that nothing passes 2^64.
-    const uint64_t product = sizeof(Word) == 8 ? (significand >> 24) * factor + ((significand & 0xFFFFFF) * factor >> 24)
-                                               : significand * factor;
-    const uint64_t point = m + 2 * FACTOR_BITS - (sizeof(Word) == 8 ? 24 : 0);
-    // The leading one goes to bit m; the bit below what is cut rounds it, and a carry reaches the exponent.
-    const uint64_t length = bit_length(product);
-    const uint64_t down = length > m + 1 ? length - (m + 1) : 0;
-    const uint64_t up = sizeof(Word) == 8 ? (length < m + 1 ? m + 1 - length : 0) & 63 : 0;  // else P is 0 or long enough
-    const uint64_t rounded = ((product + ((uint64_t(1) << down) >> 1)) >> down) << up;
-    const uint64_t new_field = field + length - (1 + point);  // below 1 it is negative: it has the top bit set, or is 0
-    const bool is_zero = (int64_t(new_field) < 1) | (product == 0);
-    const uint64_t limit = (largest << m) - 1, sum = ((is_zero ? 0 : new_field - 1) << m) + rounded;
-    const uint64_t scaled = is_zero ? 0 : sum < limit ? sum : limit;
-    return (field == 0) | (field == largest) ? word : Word((word ^ body) | Word(scaled));
-}
+struct Scaling {
+    typedef Vector<uint64_t> Vec;
+    const uint32_t m;  // bits of the mantissa
+    const Vec mantissa, one, body, last_field, limit, half, bias;
+
+    explicit Scaling(const Kind& kind)
+        : m(kind.mantissa_bits),
+          mantissa(all<uint64_t>((uint64_t(1) << m) - 1)),
+          one(all<uint64_t>(1)),
+          body(all<uint64_t>(Word(~TOP_BIT<Word>))),
+          last_field(all<uint64_t>((uint64_t(1) << kind.exponent_bits) - 2)),
+          limit(all<uint64_t>((((uint64_t(1) << kind.exponent_bits) - 1) << m) - 1)),
+          half(all<uint64_t>(uint64_t(1) << (61 - m))),
+          bias(all<uint64_t>(62 - m - (sizeof(Word) == 8 ? 6 : 2 * FACTOR_BITS))) {}
+
+    INLINE Vec scaled(Vec word, Vec factor) const {
+        const Vec magnitude = word & body, field = magnitude >> m;
+        const Vec significand = (magnitude & mantissa) + (one << m);
+        Vec whole;
+        if constexpr (sizeof(Word) == 8) {  // 53 x 32 bits: the low 24 bits apart, so that nothing passes 2^64
+            const Vec low = significand & all<uint64_t>(0xFFFFFF);
+            whole = product(significand >> 24, factor) + (product(low, factor) >> 24);
+        } else {
+            whole = product(significand, factor);
+        }
+        // The leading one goes to bit 62 and rounded to bit m; a carry reaches the exponent.
+        const Vec zeros = leading_zeros(whole), below = field + bias - zeros;  // the new field less 1
+        const Vec rounded = (shift_up(whole, zeros - one) + half) >> (62 - m);
+        const Vec sum = smaller((below << m) + rounded, limit);
+        const Vec value = keep(has_common(whole, whole), sum & ~sign_fill(below));
+        return select(is_less(field - one, last_field), (word & ~body) | value, word);
+    }
+};
 
 // The scaled reference of a tile. words: n_padded of them; those after n mean nothing, but are written.
 template <class Word>
 void scale_reference(const Model& model, const Word* words, uint64_t first, size_t n, size_t n_padded, Word* out) {
+    typedef Vector<uint64_t> Vec;
     alignas(64) uint32_t products[TILE];
     spread_scales(model.factor_rows, model.factor_columns, model.n_columns, first, n, products,
                   [](uint32_t row, uint32_t column) { return row * column; }, uint16_t(1u << FACTOR_BITS));
     for (size_t i = n; i < n_padded; i++) products[i] = 0;
-    const Kind kind = model.kind;
-    for (size_t i = 0; i < n_padded; i++) {
-        const uint64_t wide = products[i] * model.factor >> 2 * FACTOR_BITS, most = 0xFFFFFFFF;
-        out[i] = scaled_word<Word>(kind, words[i], wide < most ? wide : most);
+    const Scaling<Word> scaling(model.kind);
+    const Vec common = all<uint64_t>(model.factor), most = all<uint64_t>(0xFFFFFFFF);
+    for (size_t i = 0; i < n_padded; i += BLOCK) {
+        Vec scaled[Vec::A_BLOCK];
+        for (size_t j = 0; j < Vec::A_BLOCK; j++) {
+            const size_t at = i + j * Vec::N;
+            const Vec factor = product(load<uint64_t>(products + at), common) >> 2 * FACTOR_BITS;
+            scaled[j] = scaling.scaled(load<uint64_t>(words + at), smaller_signed(factor, most));
+        }
+        store_words(scaled, out + i);
     }
 }
 

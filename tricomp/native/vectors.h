@@ -171,6 +171,16 @@ template <class Lane>
 INLINE Vector<Lane> bit_length(Vector<Lane> a) {
     return all<Lane>(BITS<Lane>) - leading_zeros(a);
 }
+// Of lanes below 2^32.
+INLINE Vector<uint64_t> product(Vector<uint64_t> a, Vector<uint64_t> b) {
+    return vector_of<uint64_t>(_mm512_mul_epu32(zmm(a), zmm(b)));
+}
+template <class Lane>
+INLINE Vector<Lane> select(Mask<Lane> mask, Vector<Lane> a, Vector<Lane> b) {
+    if constexpr (sizeof(Lane) == 2) return vector_of<Lane>(_mm512_mask_mov_epi16(zmm(b), mask.raw, zmm(a)));
+    if constexpr (sizeof(Lane) == 4) return vector_of<Lane>(_mm512_mask_mov_epi32(zmm(b), mask.raw, zmm(a)));
+    if constexpr (sizeof(Lane) == 8) return vector_of<Lane>(_mm512_mask_mov_epi64(zmm(b), mask.raw, zmm(a)));
+}
 
 template <class Lane>
 INLINE void store_block(const Vector<Lane>* a, uint8_t* out) {
@@ -201,6 +211,11 @@ INLINE void store_block(const Vector<Lane>* a, uint16_t* out) {
     const Vector<uint16_t> low = halves(a);
     std::memcpy(out, &low, sizeof low);
 }
+INLINE void store_block(const Vector<uint64_t>* a, uint32_t* out) {
+    for (size_t j = 0; j < 4; j++) _mm256_storeu_si256((__m256i*)out + j, _mm512_cvtepi64_epi32(zmm(a[j])));
+}
+INLINE void store_block(const Vector<uint32_t>* a, uint32_t* out) { std::memcpy(out, a, BLOCK * sizeof *out); }
+INLINE void store_block(const Vector<uint64_t>* a, uint64_t* out) { std::memcpy(out, a, BLOCK * sizeof *out); }
 
 #else  // AVX2 or portable
 
@@ -280,6 +295,17 @@ template <class Lane>
 INLINE Vector<Lane> choose_bits(Vector<Lane> mask, Vector<Lane> a, Vector<Lane> b) {
     return (mask & a) | (~mask & b);
 }
+template <class Lane>
+INLINE Vector<Lane> select(Mask<Lane> mask, Vector<Lane> a, Vector<Lane> b) {
+    return choose_bits(Vector<Lane>{typename Vector<Lane>::Raw(mask.raw)}, a, b);
+}
+INLINE Vector<uint64_t> product(Vector<uint64_t> a, Vector<uint64_t> b) {
+#if TRICOMP_HAS_AVX2
+    return {Vector<uint64_t>::Raw(_mm256_mul_epu32(__m256i(a.raw), __m256i(b.raw)))};
+#else
+    return {a.raw * b.raw};
+#endif
+}
 // There is no instruction for it, so the exponent of a float tells. It is exact: with the bit below the leading one
 // cleared no rounding can carry, and 32 bits fit a double.
 template <class Lane>
@@ -301,6 +327,11 @@ INLINE Vector<Lane> bit_length(Vector<Lane> a) {
         const Vector<Lane> field = {Raw(value) >> 52};
         return {excess(field, all<Lane>(1022)).raw + (is_high & 32)};
     }
+}
+
+template <class Lane>
+INLINE Vector<Lane> leading_zeros(Vector<Lane> a) {
+    return all<Lane>(BITS<Lane>) - bit_length(a);
 }
 
 #if TRICOMP_HAS_AVX2
@@ -326,12 +357,14 @@ INLINE void store_block(const Vector<uint32_t>* a, uint16_t* out) {
         _mm256_storeu_si256((__m256i*)out + j, _mm256_permute4x64_epi64(both, 0xD8));
     }
 }
+INLINE void store_block(const Vector<uint32_t>* a, uint32_t* out) { std::memcpy(out, a, BLOCK * sizeof *out); }
 template <class Word>
 INLINE void store_block(const Vector<uint64_t>* a, Word* out) {
     Vector<uint32_t> low[4];
     for (size_t j = 0; j < 4; j++) low[j] = low_lanes(a[2 * j], a[2 * j + 1]);
     store_block(low, out);
 }
+INLINE void store_block(const Vector<uint64_t>* a, uint64_t* out) { std::memcpy(out, a, BLOCK * sizeof *out); }
 #else
 template <class Lane, class Word>
 INLINE void store_block(const Vector<Lane>* a, Word* out) {
@@ -342,9 +375,6 @@ INLINE void store_block(const Vector<Lane>* a, Word* out) {
 #endif
 
 #endif
-
-INLINE void store_block(const Vector<uint32_t>* a, uint32_t* out) { std::memcpy(out, a, BLOCK * sizeof *out); }
-INLINE void store_block(const Vector<uint64_t>* a, uint64_t* out) { std::memcpy(out, a, BLOCK * sizeof *out); }
 
 // N words in lanes that may be wider: Word unsigned, or signed to fill up with the sign.
 template <class Lane, class Word>
@@ -390,6 +420,9 @@ INLINE Vector<Lane> shift_signed(Vector<Lane> a, int n) {
 
 template <class Lane>
 INLINE Vector<Lane> smaller_signed(Vector<Lane> a, Vector<Lane> b) {
+#if TRICOMP_HAS_AVX512
+    if constexpr (sizeof(Lane) == 8) return vector_of<Lane>(_mm512_min_epi64(zmm(a), zmm(b)));
+#endif
     return {typename Vector<Lane>::Raw(a.as_signed() < b.as_signed() ? a.as_signed() : b.as_signed())};
 }
 template <class Lane>
