@@ -76,6 +76,22 @@ INLINE void encode_row_plainly(const Tables& tables, RansEncoder& encoder, const
 
 #if TRICOMP_HAS_AVX512
 
+template <size_t I>
+struct Number {
+    constexpr operator size_t() const { return I; }
+};
+
+// Runs body(0) .. body(N - 1), with constants: a loop that is unrolled late leaves arrays of registers in memory.
+template <size_t N, size_t I = 0, class Body>
+INLINE void for_each(const Body& body) {
+    if constexpr (I < N) {
+        body(Number<I>());
+        for_each<N, I + 1>(body);
+    }
+}
+
+#define EACH(name) [&](auto name) __attribute__((always_inline))
+
 // One context: everything that a step looks up lies in registers. States are two registers of 16-bit halves, so that one
 // instruction covers 32 lanes.
 
@@ -182,16 +198,14 @@ inline void decode_by_ranks(const Tables& tables, RansDecoder* const* chunks, ui
     const __m128i shift_count = _mm_cvtsi32_si128(static_cast<int>(tables.prob_bits));
     Halves states[N_CHUNKS];
     size_t at[N_CHUNKS];
-    for (size_t c = 0; c < N_CHUNKS; ++c) {
+    for_each<N_CHUNKS>(EACH(c) {
         states[c] = load_states(chunks[c]->states);
         at[c] = chunks[c]->at;
-    }
+    });
     for (size_t row = 0; row < n_rows; ++row) {
         Lanes16 ranks[N_CHUNKS][STEPS];
-#pragma GCC unroll 4
-        for (size_t step = 0; step < STEPS; ++step) {
-#pragma GCC unroll 4
-            for (size_t c = 0; c < N_CHUNKS; ++c) {
+        for_each<STEPS>(EACH(step) {
+            for_each<N_CHUNKS>(EACH(c) {
                 const __m512i slots = _mm512_and_si512(states[c].low, mask);
                 const __m512i found = lookup.ranks(slots);
                 const __m512i offsets = _mm512_sub_epi16(slots, lookup.starts.at(found));
@@ -199,20 +213,19 @@ inline void decode_by_ranks(const Tables& tables, RansDecoder* const* chunks, ui
                 const size_t clamped = at[c] < chunks[c]->n_words ? at[c] : chunks[c]->n_words;
                 at[c] += renormalise(states[c], chunks[c]->words + 2 * clamped);
                 ranks[c][step].all = found;
-            }
-        }
-#pragma GCC unroll 4
-        for (size_t c = 0; c < N_CHUNKS; ++c) {
+            });
+        });
+        for_each<N_CHUNKS>(EACH(c) {
             uint8_t* out = symbols[c] + ROW * row;
             store_row(ranks[c], out);
             store_512(out, lookup.symbols_of(load_512(out)));
             store_512(out + 64, lookup.symbols_of(load_512(out + 64)));
-        }
+        });
     }
-    for (size_t c = 0; c < N_CHUNKS; ++c) {
+    for_each<N_CHUNKS>(EACH(c) {
         store_states(states[c], chunks[c]->states);
         chunks[c]->at = at[c];
-    }
+    });
 }
 
 // Keeps the compiler from putting scalar numbers together in registers, which is slower than to store them one by one.
@@ -225,59 +238,67 @@ INLINE Unit scalar(Unit number) {
 // Several contexts: tables are too large for registers, so every lane's slot is looked up in memory, one by one: a gather
 // instruction takes longer.
 
-INLINE Halves entries_of(const uint32_t* found) { return load_states(found); }
+struct SlotLookup {
+    alignas(64) uint16_t indices[LANES];
+    alignas(64) uint32_t entries[LANES];
 
+    INLINE void run(const uint32_t* slots) {
+#pragma GCC unroll 32
+        for (size_t lane = 0; lane < LANES; ++lane) entries[lane] = scalar(slots[indices[lane]]);
+    }
+};
+
+// One block of rows. Two chunks are looked up while the other two go on, because what a look-up stored cannot be loaded
+// as one register for a while.
 template <size_t N_CHUNKS>
 inline void decode_block_by_slots(const Tables& tables, RansDecoder* const* chunks, const uint8_t* const* contexts,
                                   uint8_t* const* symbols, size_t n_rows) {
+    constexpr size_t AHEAD = N_CHUNKS / 2;
     const __m512i mask = _mm512_set1_epi16(static_cast<int16_t>((1u << tables.prob_bits) - 1));
     const __m512i shift = _mm512_set1_epi16(static_cast<int16_t>(tables.prob_bits));
     const __m128i shift_count = _mm_cvtsi32_si128(static_cast<int>(tables.prob_bits));
     const uint32_t* slots = tables.slots;
-    alignas(64) uint16_t firsts[N_CHUNKS][TILE_ROWS * STEPS][LANES];  // of the context's table, then the symbols
-    alignas(64) uint16_t indices[N_CHUNKS][LANES];
-    alignas(64) uint32_t found[N_CHUNKS][LANES];
+    // Where the table of every position's context begins; then, its symbol. One step more than there are is looked up.
+    alignas(64) uint16_t steps[N_CHUNKS][TILE_ROWS * STEPS + 1][LANES];
+    SlotLookup lookups[N_CHUNKS];
     Halves states[N_CHUNKS];
     size_t at[N_CHUNKS];
-    for (size_t c = 0; c < N_CHUNKS; ++c) {
+    for_each<N_CHUNKS>(EACH(c) {
         states[c] = load_states(chunks[c]->states);
         at[c] = chunks[c]->at;
         for (size_t row = 0; row < n_rows; ++row) {
-            Lanes16 steps[STEPS];
-            load_row(contexts[c] + ROW * row, steps);
+            Lanes16 values[STEPS];
+            load_row(contexts[c] + ROW * row, values);
             for (size_t step = 0; step < STEPS; ++step)
-                store_512(firsts[c][STEPS * row + step], _mm512_sll_epi16(steps[step].all, shift_count));
+                store_512(steps[c][STEPS * row + step], _mm512_sll_epi16(values[step].all, shift_count));
         }
-    }
+        store_512(steps[c][STEPS * n_rows], _mm512_setzero_si512());
+        store_512(lookups[c].indices, _mm512_add_epi16(_mm512_and_si512(states[c].low, mask), load_512(steps[c][0])));
+        if (c < AHEAD) lookups[c].run(slots);
+    });
     for (size_t step = 0; step < STEPS * n_rows; ++step) {
-#pragma GCC unroll 4
-        for (size_t c = 0; c < N_CHUNKS; ++c)
-            store_512(indices[c], _mm512_add_epi16(_mm512_and_si512(states[c].low, mask), load_512(firsts[c][step])));
-#pragma GCC unroll 4
-        for (size_t c = 0; c < N_CHUNKS; ++c) {
-#pragma GCC unroll 32
-            for (size_t lane = 0; lane < LANES; ++lane) found[c][lane] = scalar(slots[indices[c][lane]]);
-        }
-#pragma GCC unroll 4
-        for (size_t c = 0; c < N_CHUNKS; ++c) {
-            const Halves entries = entries_of(found[c]);
+        for_each<N_CHUNKS>(EACH(c) {
+            lookups[(c + AHEAD) % N_CHUNKS].run(slots);
+            const Halves entries = load_states(lookups[c].entries);
             const __m512i offsets = _mm512_and_si512(entries.low, _mm512_set1_epi16(0xFFF));
-            store_512(firsts[c][step], _mm512_shldi_epi16(entries.high, entries.low, 4));
             states[c] = advanced(states[c], _mm512_srli_epi16(entries.high, 4), offsets, shift, shift_count);
             const size_t clamped = at[c] < chunks[c]->n_words ? at[c] : chunks[c]->n_words;
             at[c] += renormalise(states[c], chunks[c]->words + 2 * clamped);
-        }
+            const __m512i firsts = load_512(steps[c][step + 1]);
+            store_512(lookups[c].indices, _mm512_add_epi16(_mm512_and_si512(states[c].low, mask), firsts));
+            store_512(steps[c][step], _mm512_shldi_epi16(entries.high, entries.low, 4));
+        });
     }
-    for (size_t c = 0; c < N_CHUNKS; ++c) {
+    for_each<N_CHUNKS>(EACH(c) {
         store_states(states[c], chunks[c]->states);
         chunks[c]->at = at[c];
         for (size_t row = 0; row < n_rows; ++row) {
-            Lanes16 steps[STEPS];
+            Lanes16 values[STEPS];
             for (size_t step = 0; step < STEPS; ++step)
-                steps[step].all = _mm512_and_si512(load_512(firsts[c][STEPS * row + step]), _mm512_set1_epi16(0xFF));
-            store_row(steps, symbols[c] + ROW * row);
+                values[step].all = _mm512_and_si512(load_512(steps[c][STEPS * row + step]), _mm512_set1_epi16(0xFF));
+            store_row(values, symbols[c] + ROW * row);
         }
-    }
+    });
 }
 
 template <size_t N_CHUNKS>
