@@ -9,12 +9,15 @@ import re
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tomllib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests import native_build
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"tricomp": ROOT / "tricomp", **{p: ROOT / "adapters" / p for p in ("tricomp_torch", "tricomp_jax")}}
@@ -234,21 +237,28 @@ def test_the_version_stands_in_one_place() -> None:
     assert (done.stdout.strip(), done.stderr) == (declared, "")
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("wheel")
-    done = _python(f"import scikit_build_core.build as build; print(build.build_wheel({str(out)!r}))", ROOT)
-    assert done.returncode == 0, done.stderr
-    return next(out.glob("*.whl"))
+@pytest.fixture(scope="module", params=["pure", "native"])
+def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if request.param == "native":
+        if not native_build.has_compiler():
+            pytest.skip("no C++ compiler here")
+        return native_build.wheel()
+    return native_build.package("build_wheel", tmp_path_factory.mktemp("wheel"), TRICOMP_BUILD="pure")
+
+
+def _is_native(wheel: Path) -> bool:
+    return "-cp311-abi3-" in wheel.name
 
 
 def test_the_wheel_holds_three_packages_and_nothing_else(wheel: Path) -> None:
-    assert wheel.name.endswith("-py3-none-any.whl")
+    """Of the extension: one shared library, and none of what it is made of."""
+    assert wheel.name.endswith("-py3-none-any.whl") != _is_native(wheel)
     names = zipfile.ZipFile(wheel).namelist()
     info = "-".join(wheel.name.split("-")[:2]) + ".dist-info"
     assert {name.partition("/")[0] for name in names} == {*PACKAGES, info}
     expected = {f"{path.relative_to(folder.parent)}" for folder in PACKAGES.values() for path in folder.rglob("*.py")}
     expected |= {f"{package}/py.typed" for package in PACKAGES} | {"tricomp/FORMAT.md", "tricomp/CHANGELOG.md"}
+    expected |= {"tricomp/native/_core.abi3.so"} if _is_native(wheel) else set()
     assert {name for name in names if not name.startswith(info)} == expected
     assert f"{info}/licenses/LICENSE" in names
 
@@ -256,9 +266,20 @@ def test_the_wheel_holds_three_packages_and_nothing_else(wheel: Path) -> None:
 def test_the_wheel_works_away_from_the_sources(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = (
-        "import numpy, tricomp; array = numpy.arange(33, dtype='f4');"
-        "assert (tricomp.decode(tricomp.encode(array)) == array).all(); print(tricomp.__file__)"
+        "import numpy, tricomp; from tricomp import native; array = numpy.arange(33, dtype='f4');"
+        "assert (tricomp.decode(tricomp.encode(array)) == array).all(); print(tricomp.__file__, native.is_there())"
     )
     paths = [str(tmp_path / "site"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    done = _python(code, tmp_path, "-S", PYTHONPATH=os.pathsep.join(paths))  # -S: an editable install is not seen
+    # -S: an editable install is not seen.
+    done = _python(code, tmp_path, "-S", PYTHONPATH=os.pathsep.join(paths), TRICOMP_NATIVE="")
     assert done.stdout.startswith(str(tmp_path)), done.stderr
+    assert done.stdout.split()[-1] == str(_is_native(wheel))
+
+
+def test_the_sources_hold_what_a_wheel_is_built_from(tmp_path: Path) -> None:
+    with tarfile.open(native_build.package("build_sdist", tmp_path)) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    listed = {f"{path.relative_to(ROOT)}" for path in (ROOT / "tricomp" / "native").iterdir() if path.is_file()}
+    assert {name for name in listed if not name.endswith((".so", ".new"))} <= names
+    assert {"pyproject.toml", "README.md", "LICENSE"} <= names
+    assert not [name for name in names if name.endswith((".so", ".o", ".pyc")) or name.startswith("build/")]
