@@ -43,9 +43,11 @@ INLINE __m256i look_up_parts(const __m256i* parts, size_t n_parts, __m256i index
 }
 #endif
 
-// out[i] = table[symbols[i]], symbols below n_symbols. table: 256 bytes; whatever the symbols are, nothing else is read.
-// n: a multiple of 128.
-INLINE void look_up(const uint8_t* table, size_t n_symbols, const uint8_t* symbols, size_t n, uint8_t* out) {
+// out[i] = values[symbols[i]]. values: n_symbols bytes, at most 256; whatever the symbols are, nothing else is read. n: a
+// multiple of 128. out may be symbols.
+INLINE void look_up(const uint8_t* values, size_t n_symbols, const uint8_t* symbols, size_t n, uint8_t* out) {
+    alignas(64) uint8_t table[256] = {};
+    std::memcpy(table, values, n_symbols);
 #if TRICOMP_HAS_AVX512
     __m512i parts[4];
     for (size_t i = 0; i < 4; i++) parts[i] = _mm512_loadu_si512(table + 64 * i);
@@ -68,7 +70,6 @@ INLINE void look_up(const uint8_t* table, size_t n_symbols, const uint8_t* symbo
         _mm256_storeu_si256((__m256i*)(out + i), look_up_parts(parts, n_parts, symbol));
     }
 #else
-    (void)n_symbols;
     for (size_t i = 0; i < n; i++) out[i] = table[symbols[i]];
 #endif
 }
