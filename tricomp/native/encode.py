@@ -6,6 +6,8 @@ leaf of many GB must pass through little memory. Chunks are therefore encoded in
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,12 +22,15 @@ ROUND_BYTES = 32 << 20  # of words encoded in one call
 ALIGN = 16
 
 _NOTHING = np.zeros(0, np.uint8)
+_MOST_KEPT = 2  # outputs of rounds that are kept for the next ones: fresh memory costs as much as coding
+_kept: list[np.ndarray[Any, Any]] = []
+_lock = threading.Lock()
 
 
 def encode(jobs: Sequence[EncodeJob], room: Callable[[], Room] = list, threads: int | None = None) -> list[Encoded]:
     """Encode frames. room: makes the place where the payloads of one frame wait. threads: None: one a core.
 
-    Scratch memory: 2.3 MiB a thread, and the output of a round.
+    Scratch memory: 2.3 MiB a thread, and two outputs of rounds, which are kept for later calls.
     """
     core, n_threads = native.load(), native.n_threads(threads)
     requests = [_request(job) for job in jobs]
@@ -35,15 +40,27 @@ def encode(jobs: Sequence[EncodeJob], room: Callable[[], Room] = list, threads: 
     n_bytes = [0] * len(jobs)
     for members in _rounds(jobs):
         part = [(*requests[number], first, n_chunks) for number, first, n_chunks in members]
-        out = np.empty(core.room_for(part), np.uint8)
-        view = memoryview(out)
-        for (number, first, _), (begin, end, found, side) in zip(members, core.encode(part, out, n_threads)):
+        view = _output(core.room_for(part))
+        for (number, first, _), (begin, end, found, side) in zip(members, core.encode(part, view, n_threads)):
             rooms[number].append(view[begin:end])
             rows[number].append(found)
             n_bytes[number] += end - begin
             if first == 0:
                 sides[number] = side
     return [_assembled(*frame) for frame in zip(jobs, rooms, rows, sides, n_bytes, strict=True)]
+
+
+def _output(n_bytes: int) -> memoryview:
+    """Memory for a round: an earlier round's, if nobody has a view of it any more, else new."""
+    if n_bytes > 2 * ROUND_BYTES:
+        return memoryview(np.empty(n_bytes, np.uint8))
+    with _lock:
+        for i in range(len(_kept)):
+            if len(_kept[i]) >= n_bytes and sys.getrefcount(_kept[i]) == 2:  # the list's and the call's
+                return memoryview(_kept[i])
+        _kept.append(np.empty(max(n_bytes, ROUND_BYTES + (1 << 20)), np.uint8))
+        del _kept[:-_MOST_KEPT]
+        return memoryview(_kept[-1])
 
 
 def _rounds(jobs: Sequence[EncodeJob]) -> list[list[tuple[int, int, int]]]:
