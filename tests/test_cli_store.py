@@ -14,7 +14,6 @@ from tests.cases import equal, moments, stepped, weights
 from tricomp import codec
 from tricomp.cli import main
 from tricomp.file import File
-from tricomp.reference import decode as decoder
 from tricomp.subset import Subset
 from tricomp.verification import verify, verify_store
 
@@ -162,16 +161,15 @@ def test_verify_finds_what_the_store_finds(folder):
 def test_verify_decodes_every_chunk_once(folder, monkeypatch):
     """A step is not decoded again for each step behind it: the work grows with the store, not with its square."""
     n_decoded: dict[str, int] = {}
-    decode = decoder.decode
+    decode = codec.Engine.decode
 
-    def spied(jobs):
-        jobs = list(jobs)
+    def spied(engine, jobs, into=None):
         for job in jobs:
             n_words = job.plan.n_words if job.stop is None else job.stop - job.start
             n_decoded[job.name] = n_decoded.get(job.name, 0) + n_words
-        return decode(jobs)
+        return decode(engine, jobs, into)
 
-    monkeypatch.setattr(decoder, "decode", spied)
+    monkeypatch.setattr(codec.Engine, "decode", spied)
     assert verify_store(tricomp.Store("run")).is_clean
     assert n_decoded["model/0.weight"] == 130 * 129 * (len(STEPS) + 1)  # once more for its copy in step 0
     n_words = sum(130 * 129 * n for n in (1, 1, 2)) + 3 * 33
@@ -186,21 +184,22 @@ def test_verify_goes_in_pieces(tmp_path, monkeypatch):
     with tricomp.Store(tmp_path / "run") as store:
         for step, array in enumerate((first, second, third)):
             store.save(step, {"x": array, "small": np.arange(step + 2)})
-        sizes, elements = [], File.elements
+        sizes, summed = [], File.summed
 
         def spied(file, path, start, stop, parent=None):
             sizes.append(stop - start)
-            return elements(file, path, start, stop, parent)
+            return summed(file, path, start, stop, parent)
 
-        monkeypatch.setattr(File, "elements", spied)
+        monkeypatch.setattr(File, "summed", spied)
         monkeypatch.setattr(tricomp.file, "PIECE_BYTES", 1)
+        monkeypatch.setattr(tricomp.file, "_THREAD_WORDS", 1)
         done: list[int] = []
         assert verify_store(store, done.append).is_clean
-        assert max(sizes) == codec.DIGEST_BYTES < len(third)
+        assert max(sizes) == 1 << 16 < len(third)
         assert sum(done) == 3 * len(first) - 1 + 8 * (2 + 3 + 4)
         with store.open(1) as file:
             assert verify(file).is_clean
-        monkeypatch.setattr(codec.Digester, "digest", lambda self: 7)
+        monkeypatch.setattr(codec, "digest_end", lambda total, n_bytes: 7)
         report = verify_store(store)
         assert [one.step for one in report.broken] == [0, 1, 2]
         assert "leaf 'x': digest " in report.broken[0].reason

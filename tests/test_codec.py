@@ -45,10 +45,11 @@ def round_trip(arrays, references=None, spec=DENSE):
             old = np.concatenate([parent.words(parent.layout.index[leaves[i].path]) for i in frame.leaves])
         if plan.reference == "sibling":
             sibling = leaves[plan.sibling], expected.words(plan.sibling)
-        jobs.append(([leaves[i] for i in frame.leaves], plan, frame.data, old, sibling))
+        jobs.append(codec.StoredFrame([leaves[i] for i in frame.leaves], plan, frame.data, old, sibling))
         assert len(frame.data) <= most_frame_bytes(plan.n_words, plan.dtype.word_bits, plan.chunk_log2)
-    for frame, words in zip(frames, codec.decode_many(jobs), strict=True):
-        for i, digest, back in zip(frame.leaves, frame.digests, words, strict=True):
+    for frame, decoded in zip(frames, codec.decode_many(jobs), strict=True):
+        assert tuple(decoded.digests) == frame.digests
+        for i, digest, back in zip(frame.leaves, frame.digests, decoded.words, strict=True):
             assert np.array_equal(back, expected.words(i)), (leaves[i], frame.plan)
             assert codec.digest(back) == digest
     return frames
@@ -412,7 +413,9 @@ def test_wrong_and_missing_references_are_named():
 
 def test_unknown_backend_and_duplicate_paths(monkeypatch):
     monkeypatch.setenv("TRICOMP_BACKEND", "triton")
-    with pytest.raises(InvalidArgument, match="TRICOMP_BACKEND: expected 'auto' or 'reference', got 'triton'"):
+    with pytest.raises(
+        InvalidArgument, match="TRICOMP_BACKEND: expected 'auto', 'native' or 'reference', got 'triton'"
+    ):
         list(codec.encode(snapshot_of(["a"], [np.zeros(3)])))
     assert list(codec.encode(snapshot_of(["a"], [np.zeros(3)]), backend="reference"))
     with pytest.raises(InvalidArgument, match="backend: expected"):

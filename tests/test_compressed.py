@@ -123,7 +123,7 @@ def test_an_entry_is_decoded_when_asked_for_and_no_other(monkeypatch):
     original = codec.decode_many
 
     def noted(frames, *rest):
-        decoded.extend(leaf.path for leaves, *_ in frames for leaf in leaves)
+        decoded.extend(leaf.path for frame in frames for leaf in frame.leaves)
         return original(frames, *rest)
 
     monkeypatch.setattr(codec, "decode_many", noted)

@@ -340,10 +340,10 @@ def test_a_slice_decodes_its_chunks_alone(chain, monkeypatch, name):
     decoded: list[range] = []
     original = codec.decode_parts
 
-    def noted(leaves, plan, data, parts, *rest):
+    def noted(frame, parts, *rest):
         for part in parts:
-            decoded.append(range(part.start >> plan.chunk_log2, -(-part.stop >> plan.chunk_log2)))
-        return original(leaves, plan, data, parts, *rest)
+            decoded.append(range(part.start >> frame.plan.chunk_log2, -(-part.stop >> frame.plan.chunk_log2)))
+        return original(frame, parts, *rest)
 
     monkeypatch.setattr(codec, "decode_parts", noted)
     monkeypatch.setattr(codec, "decode_many", None)

@@ -18,14 +18,22 @@ from typing import BinaryIO
 
 from tricomp import archive_names, checkpoint, folder, formats
 from tricomp.archive_base import Base, require_base, require_shared
-from tricomp.archive_output import Output, keep_private, make_folder, put, put_together, unchanged, write
-from tricomp.bounds import Bytes
+from tricomp.archive_output import (
+    Output,
+    keep_private,
+    make_folder,
+    put,
+    put_together,
+    unchanged,
+    write,
+    write_ahead,
+)
+from tricomp.codec import Engine
 from tricomp.content import Content, content_of
 from tricomp.errors import InvalidArgument
-from tricomp.file import File
 from tricomp.formats import Origin
 from tricomp.plan import Spec, check_spec
-from tricomp.progress import OnBytes, OnProgress, counter
+from tricomp.progress import OnProgress, counter
 from tricomp.report import Report
 
 Path = str | os.PathLike[str]
@@ -87,15 +95,17 @@ def compress(
     threads: int | None = None,
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
+    backend: str | None = None,
 ) -> Report:
     """Compress a tensor file, an index of shards, or a folder that holds one model, to one `.tri` file; path stays.
 
     out: a path (default: path + ".tri") or a binary stream to write to. base: a file to encode against (a path, or an
     open Base); the same content, in any form, is needed to decompress. on_progress gets (bytes done, of so many).
+    threads, backend: see tricomp.open.
     Raises UnsupportedFormat, InvalidArgument (damage, code in a pickle, out is there, nothing shared with base),
     UnsupportedDtype, MissingFile, StorageError.
     """
-    return compress_file(path, out, base, spec, threads, overwrite, on_progress).report
+    return compress_file(path, out, base, spec, threads, overwrite, on_progress, backend=backend).report
 
 
 def compress_file(
@@ -108,6 +118,7 @@ def compress_file(
     on_progress: OnProgress | None = None,
     name: str | None = None,
     reserved: Container[str] = (),
+    backend: str | None = None,
 ) -> Compressed:
     """The same as compress, and tells which files were read.
 
@@ -115,8 +126,9 @@ def compress_file(
     overwrite says, as they are outputs already.
     """
     check_spec(spec)
+    engine = Engine(threads, backend)
     with ExitStack() as stack:
-        opened_base = _base(base, stack)
+        opened_base = _base(base, stack, engine)
         path = archive_names.model_file(archive_names.path_of(path, "compress"))
         archive_names.check_input(path)
         is_unchanged = unchanged([path])
@@ -149,7 +161,7 @@ def compress_file(
             spec,
             metadata,
             0 if opened_base is None else 1,
-            threads,
+            engine,
             counter(on_progress, sum(leaf.n_bytes for leaf in content.snapshot.layout.leaves)),
         )
         if isinstance(target, str):
@@ -167,15 +179,19 @@ def decompress(
     overwrite: bool = False,
     threads: int | None = None,
     on_progress: OnProgress | None = None,
+    backend: str | None = None,
+    is_synced: bool = False,
 ) -> Restored:
     """Restore what a `.tri` file was made of: byte for byte where the format allows, else an equal file; path stays.
 
     out: a path (default: path without ".tri"), a folder, or a binary stream; a model in shards takes a folder (default:
-    that of path). base: what the file was made against, as any file of that content. threads: unused as yet.
+    that of path). base: what the file was made against, as any file of that content. threads, backend: see
+    tricomp.open. is_synced: wait until the disk has it all, as whoever removes path afterwards should; else, as with
+    cp, the system writes it there by and by.
     Raises InvalidArgument (not made of a file, out is there), WrongReference (base missing or another), CorruptFile,
     CorruptFrame, MissingFile, StorageError; nothing is left behind then, but for what a stream has got.
     """
-    return decompress_file(path, out, base, overwrite, threads, on_progress)
+    return decompress_file(path, out, base, overwrite, threads, on_progress, backend=backend, is_synced=is_synced)
 
 
 def decompress_file(
@@ -186,17 +202,22 @@ def decompress_file(
     threads: int | None = None,
     on_progress: OnProgress | None = None,
     reserved: Container[str] = (),
+    backend: str | None = None,
+    is_synced: bool = False,
 ) -> Restored:
     """The same as decompress. reserved: as for compress_file."""
     began = time.perf_counter()
+    engine = Engine(threads, backend)
     path = archive_names.path_of(path, "decompress")
     archive_names.check_input(path)
     with ExitStack() as stack:
-        file = stack.enter_context(checkpoint.open_file(path))
+        file = stack.enter_context(checkpoint.open_file(path, threads=engine.threads, backend=engine.backend))
         used: Base | None = None
         if file.parent is not None:
-            used = _base(base, stack)
-            file = stack.enter_context(checkpoint.open_file(path, require_base(file, used).content))
+            used = _base(base, stack, engine)
+            reference = require_base(file, used).content
+            delta = checkpoint.open_file(path, reference, threads=engine.threads, backend=engine.backend)
+            file = stack.enter_context(delta)
         origins = formats.origins(file)
         if not origins:
             raise InvalidArgument(
@@ -210,14 +231,17 @@ def decompress_file(
             for target in targets:
                 archive_names.check_output(target, inputs, overwrite, reserved)
             make_folder(out)
-            pieces = [_pieces(file, origin, count) for origin in origins]
-            sizes = put_together(targets, pieces) if len(origins) > 1 else [put(targets[0], pieces[0])]
+            pieces = [formats.restored(file, origin) for origin in origins]
+            if len(origins) > 1:
+                sizes = put_together(targets, pieces, is_synced, count)
+            else:
+                sizes = [put(targets[0], pieces[0], is_synced, count)]
             for target in targets:
                 keep_private(target, path)
         else:
             if len(origins) > 1:
                 raise InvalidArgument(f"{path}: holds {len(origins)} files. Give a folder for them: -o FOLDER/.")
-            targets, sizes = [STREAM], [write(out, _pieces(file, origins[0], count))]
+            targets, sizes = [STREAM], [write_ahead(out, formats.restored(file, origins[0]), count)]
         is_rounded = any(file.plan(leaf).keep_mantissa_bits is not None for leaf in file)
         exact = [origin.spans is not None and not is_rounded for origin in origins]
         written = tuple(map(RestoredFile, targets, sizes, exact))
@@ -229,8 +253,10 @@ def _paths(content: Content) -> Iterator[str]:
     return (leaf.path for leaf in content.snapshot.layout.leaves)
 
 
-def _base(base: Path | Base | None, stack: ExitStack) -> Base | None:
-    return stack.enter_context(Base(base)) if isinstance(base, (str, os.PathLike)) else base
+def _base(base: Path | Base | None, stack: ExitStack, engine: Engine) -> Base | None:
+    if isinstance(base, (str, os.PathLike)):
+        return stack.enter_context(Base(base, engine.threads, engine.backend))
+    return base
 
 
 def _compressed_path(path: str, out: Path | BinaryIO) -> str | BinaryIO:
@@ -279,10 +305,3 @@ def _places(path: str, out: str | None, origins: Sequence[Origin]) -> list[str]:
         return [out]
     name = archive_names.restored(path, origins[0].format, origins[0].name)
     return [name if out is None else os.path.join(out, os.path.basename(name))]
-
-
-def _pieces(file: File, origin: Origin, count: OnBytes | None) -> Iterator[Bytes]:
-    for piece in formats.restored(file, origin):
-        yield piece
-        if count is not None:
-            count(len(piece))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from contextlib import closing
 
 import numpy as np
@@ -38,6 +39,12 @@ class BaseFile(File):
                 scratch.append(to_words(piece).view(np.uint8).data)
             return leaf, np.frombuffer(scratch.read(0, scratch.n_bytes), leaf.dtype.word_dtype)
 
+    def find_all(self, paths: Sequence[str]) -> list[tuple[Leaf, Words] | None]:
+        """What find gives for each path; all but large leaves are decoded together."""
+        small = [path for path in paths if path not in self or self.leaf(path).n_bytes <= MEMORY_BYTES]
+        found = dict(zip(small, super().find_all(small)))
+        return [found[path] if path in found else self.find(path) for path in paths]
+
 
 class Base:
     """A file or model to compress others against, opened: a `.tri` file or a file of any format. A context manager.
@@ -46,8 +53,11 @@ class Base:
     coded against, a File or a Content. check(): raises InvalidArgument if a file has changed since it was opened.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """path: of a file, or of the folder of a sharded model. Raises what opening it raises."""
+    def __init__(self, path: str | os.PathLike[str], threads: int | None = None, backend: str | None = None) -> None:
+        """path: of a file, or of the folder of a sharded model. threads, backend: to decode it with, see tricomp.open.
+
+        Raises what opening it raises.
+        """
         self.path = archive_names.model_file(archive_names.path_of(path, "base"))
         archive_names.check_input(self.path)
         self.name = os.path.basename(self.path)
@@ -56,7 +66,7 @@ class Base:
         self._opened: File | TensorFile
         self.content: File | Content
         if archive_names.is_compressed(self.path):
-            self._opened = self.content = BaseFile(folder.LocalFile(self.path))
+            self._opened = self.content = BaseFile(folder.LocalFile(self.path), threads=threads, backend=backend)
             if self._opened.parent is not None:
                 told = told_base(self._opened)
                 self.close()

@@ -11,13 +11,17 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import BinaryIO
 
 from tricomp import folder
+from tricomp.ahead import ahead
 from tricomp.bounds import Bytes
 from tricomp.errors import InvalidArgument, StorageError
 from tricomp.memory import Memory
+from tricomp.progress import OnBytes
+
+AHEAD_BYTES = 16 << 20  # of pieces that wait to be written
 
 
 class Output(Memory):
@@ -58,25 +62,34 @@ def make_folder(out: object) -> None:
             raise _refused(error, str(os.fspath(out))) from error
 
 
-def put(target: str, pieces: Iterable[Bytes]) -> int:
-    """Write a file, whole or not at all. Returns its bytes. Raises StorageError, InvalidArgument."""
+def put(target: str, pieces: Iterable[Bytes], is_synced: bool = True, on_bytes: OnBytes | None = None) -> int:
+    """Write a file, whole or not at all, while its next pieces are made. Returns its bytes.
+
+    is_synced: see Folder.put. on_bytes: told the bytes of each piece that is written. Raises StorageError,
+    InvalidArgument.
+    """
     where, name = folder.split(target)
     n_bytes = 0
 
-    def counted() -> Iterator[Bytes]:
+    def count(n: int) -> None:
         nonlocal n_bytes
-        for piece in pieces:
-            n_bytes += len(piece)
-            yield piece
+        n_bytes += n
 
-    where.put(name, counted())
+    with closing(ahead(pieces, AHEAD_BYTES, len)) as ready:
+        where.put(name, _counted(_counted(ready, on_bytes), count), is_synced)
     return n_bytes
 
 
-def put_together(targets: Sequence[str], pieces: Sequence[Iterable[Bytes]]) -> list[int]:
-    """Write files of one folder: none has its name before the last byte of all is on the disk. Returns their bytes.
+def put_together(
+    targets: Sequence[str],
+    pieces: Sequence[Iterable[Bytes]],
+    is_synced: bool = True,
+    on_bytes: OnBytes | None = None,
+) -> list[int]:
+    """Write files of one folder: none has its name before the last byte of all is written. Returns their bytes.
 
-    They are written in a hidden folder beside them, which is gone afterwards. Raises StorageError.
+    They are written in a hidden folder beside them, which is gone afterwards. is_synced, on_bytes: as for put. Raises
+    StorageError.
     """
     where = os.path.dirname(targets[0]) or os.curdir
     staging = os.path.join(where, f".tricomp.{secrets.token_hex(4)}.tmp")
@@ -84,11 +97,12 @@ def put_together(targets: Sequence[str], pieces: Sequence[Iterable[Bytes]]) -> l
         os.makedirs(where, exist_ok=True)
         os.mkdir(staging, 0o777)
         sizes = [
-            put(os.path.join(staging, os.path.basename(target)), part)
+            put(os.path.join(staging, os.path.basename(target)), part, is_synced, on_bytes)
             for target, part in zip(targets, pieces, strict=True)
         ]
         _rename(staging, targets)
-        _sync(where)
+        if is_synced:
+            _sync(where)
     except StorageError as error:
         raise StorageError(str(error).replace(os.path.realpath(staging), where).replace(staging, where)) from error
     except OSError as error:
@@ -96,6 +110,16 @@ def put_together(targets: Sequence[str], pieces: Sequence[Iterable[Bytes]]) -> l
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return sizes
+
+
+def _counted(pieces: Iterable[Bytes], on_bytes: OnBytes | None) -> Iterator[Bytes]:
+    """Pieces as they come; on_bytes is told of each when it is done with."""
+    for piece in pieces:
+        n_bytes = len(piece)
+        yield piece
+        del piece  # whoever made it may want its room
+        if on_bytes is not None:
+            on_bytes(n_bytes)
 
 
 def _rename(staging: str, targets: Sequence[str]) -> None:
@@ -116,11 +140,18 @@ def _rename(staging: str, targets: Sequence[str]) -> None:
         raise
 
 
+def write_ahead(stream: BinaryIO, pieces: Iterable[Bytes], on_bytes: OnBytes | None = None) -> int:
+    """The same as write, while the next pieces are made. on_bytes: as for put."""
+    with closing(ahead(pieces, AHEAD_BYTES, len)) as ready:
+        return write(stream, _counted(ready, on_bytes))
+
+
 def write(stream: BinaryIO, pieces: Iterable[Bytes]) -> int:
     """Write to a stream, all of every piece. Returns bytes. Raises StorageError, and BrokenPipeError as it comes."""
     n_bytes = 0
     for piece in pieces:
         view = memoryview(piece).cast("B")
+        del piece
         try:
             while len(view):
                 n_written = stream.write(view)

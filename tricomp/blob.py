@@ -10,10 +10,12 @@ from typing import Any
 
 import msgpack
 import numpy as np
+import xxhash
 
 from tricomp import bounds, codec
 from tricomp.bounds import Bytes, Limits
-from tricomp.container import FORMAT, MAX_BIN_BYTES, START, bin_start, check_of
+from tricomp.codec import StoredFrame
+from tricomp.container import FORMAT, START, bin_sizes, check_of, in_bins
 from tricomp.dtypes import Words, by_number, from_words, of, to_words
 from tricomp.errors import CorruptFile, CorruptFrame, InvalidArgument, LimitExceeded, UnsupportedVersion, WrongReference
 from tricomp.layout import Leaf, is_shape, snapshot_of
@@ -24,10 +26,17 @@ _WHAT = "blob"
 _KINDS = {"dtype": int, "shape": list, "digest": int, "plan": dict}
 
 
-def encode(array: Array, reference: Array | None = None, spec: Spec | None = None, threads: int | None = None) -> bytes:
+def encode(
+    array: Array,
+    reference: Array | None = None,
+    spec: Spec | None = None,
+    threads: int | None = None,
+    backend: str | None = None,
+) -> bytes:
     """Compress one array of any shape and supported dtype, losslessly unless spec asks otherwise.
 
-    reference: an array of the same dtype and shape that decode will be given again.
+    reference: an array of the same dtype and shape that decode will be given again. threads: None: one for each core
+    that this process may use; the bytes are the same whatever it is. backend: see tricomp.open.
     Raises InvalidArgument, UnsupportedDtype, WrongReference (reference of another dtype or shape).
     """
     if not isinstance(array, (np.ndarray, np.generic)):
@@ -36,8 +45,10 @@ def encode(array: Array, reference: Array | None = None, spec: Spec | None = Non
     snapshot = snapshot_of(["array"], [np.asanyarray(array)])
     leaf = snapshot.layout.leaves[0]
     base = None if reference is None else snapshot_of(["array"], [_fitting(reference, leaf)])
-    (frame,) = codec.encode(snapshot, base, spec, threads)
-    parent = codec.digest(base.words(0)) if base is not None and frame.plan.reference == "parent" else None
+    (frame,) = codec.encode(snapshot, base, spec, threads, backend)
+    parent = None
+    if base is not None and frame.plan.reference == "parent":
+        (parent,) = codec.digests([base.words(0)], threads, backend)
     header = {
         "tricomp": FORMAT,
         "dtype": leaf.dtype.number,
@@ -46,12 +57,11 @@ def encode(array: Array, reference: Array | None = None, spec: Spec | None = Non
         "plan": frame.plan.to_wire(),
         "parent": parent,
     }
-    data = memoryview(frame.data).cast("B")
-    parts: list[Bytes] = [msgpack.packb(header)]
-    for i in range(0, max(len(data), 1), MAX_BIN_BYTES):
-        parts += [bin_start(len(data[i : i + MAX_BIN_BYTES])), data[i : i + MAX_BIN_BYTES]]
-    body = b"".join(parts)
-    return body + b"\xcf" + check_of(body).to_bytes(8, "big")
+    parts: list[Bytes] = [msgpack.packb(header), *in_bins(frame.pieces(), bin_sizes(frame.n_bytes))]
+    check = xxhash.xxh3_64()
+    for part in parts:
+        check.update(part)
+    return b"".join((*parts, b"\xcf", check.intdigest().to_bytes(8, "big")))
 
 
 def decode(
@@ -59,28 +69,30 @@ def decode(
     reference: Array | None = None,
     threads: int | None = None,
     limits: Limits = bounds.DEFAULTS,
+    backend: str | None = None,
 ) -> Array:
     """The array that encode was given, in memory of its own. reference: the array it was encoded against, if any.
 
+    threads, backend: as for encode.
     Raises WrongReference, CorruptFile, CorruptFrame, UnsupportedVersion, LimitExceeded.
     """
     if not isinstance(blob, bytes | bytearray | memoryview):
         raise InvalidArgument(f"decode: expected the bytes that encode gave, got {type(blob).__name__}.")
+    engine = codec.Engine(threads, backend)
     header, data = _read(memoryview(blob).cast("B"), limits)
     leaf = Leaf("array", by_number(header["dtype"]), tuple(header["shape"]))
     limits.check("max_decoded_bytes", leaf.n_bytes, _WHAT)
     plan = Plan.from_wire(header["plan"], "array")
     if plan.n_words != leaf.n_words or plan.dtype != leaf.dtype or plan.reference == "sibling":
         raise CorruptFrame(f"{_WHAT}: its plan does not fit {leaf.dtype.name}{list(leaf.shape)}.")
-    parent = _parent(header.get("parent"), reference, leaf) if plan.reference == "parent" else None
+    parent = _parent(header.get("parent"), reference, leaf, engine) if plan.reference == "parent" else None
     try:
-        (words,) = codec.decode([leaf], plan, data, parent, None, threads)
+        ((words,), (computed,)) = codec.decode_many([StoredFrame([leaf], plan, data, parent)], engine)[0]
     except MemoryError:
         raise LimitExceeded(f"{_WHAT}: no memory for {leaf.n_bytes} bytes.") from None
-    computed = codec.digest(words)
     if computed != header["digest"]:
         raise CorruptFrame(f"{_WHAT}: digest {header['digest']:016x} stored, {computed:016x} computed.")
-    return from_words(words if words.base is None and words is not parent else words.copy(), leaf.dtype, leaf.shape)
+    return from_words(words, leaf.dtype, leaf.shape)
 
 
 def _fitting(reference: Array, leaf: Leaf) -> Array:
@@ -94,13 +106,13 @@ def _fitting(reference: Array, leaf: Leaf) -> Array:
     return reference
 
 
-def _parent(stored: Any, reference: Array | None, leaf: Leaf) -> Words:
+def _parent(stored: Any, reference: Array | None, leaf: Leaf, engine: codec.Engine) -> Words:
     if type(stored) is not int:
         raise CorruptFile(f"{_WHAT}: was encoded against a reference, and does not say which.")
     if reference is None:
         raise WrongReference(f"{_WHAT}: was encoded against a reference of digest {stored:016x}. Pass reference=.")
     words = to_words(_fitting(reference, leaf), "reference")
-    came = codec.digest(words)
+    (came,) = engine.digests([words])
     if came != stored:
         raise WrongReference(
             f"{_WHAT}: was encoded against a reference of digest {stored:016x}, this one has {came:016x}. "

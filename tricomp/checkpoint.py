@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from typing import Any
 
 from tricomp import bounds, codec, storage
@@ -30,18 +31,23 @@ def open_file(
     reference: Path | File | Any = None,
     limits: Limits = bounds.DEFAULTS,
     storage_options: Mapping[str, Any] | None = None,
+    threads: int | None = None,
+    backend: str | None = None,
 ) -> File:
     """Open a `.tri` file; nothing is decoded yet.
 
     path: of a local file, or a URL that fsspec knows; storage_options go to fsspec. reference: for a delta, what it was
-    saved against: a path or URL, an open File or a tree.
-    Raises MissingFile, CorruptFile, UnsupportedVersion, LimitExceeded, WrongReference, StorageError.
+    saved against: a path or URL, an open File or a tree. threads: to decode with; None: one for each core that this
+    process may use. backend: "native", "reference" (slow), or "auto": native where it is there. None: what the
+    environment variable TRICOMP_BACKEND says, else "auto".
+    Raises MissingFile, CorruptFile, UnsupportedVersion, LimitExceeded, WrongReference, StorageError, InvalidArgument.
     """
+    engine = codec.Engine(threads, backend)
     source = storage.source(path, storage_options)
     base: File | Content | None = None
     try:
-        base = _base(reference, limits, storage_options)
-        file = File(source, base, limits)
+        base = _base(reference, limits, storage_options, engine)
+        file = File(source, base, limits, threads, backend)
     except BaseException:
         source.close()
         if isinstance(base, File) and base is not reference:
@@ -57,12 +63,14 @@ def load(
     reference: Path | File | Any = None,
     leaves: Iterable[str] | None = None,
     storage_options: Mapping[str, Any] | None = None,
+    threads: int | None = None,
+    backend: str | None = None,
 ) -> Any:
     """The tree in a `.tri` file; or, given leaves (paths or fnmatch patterns), a dict of path to array.
 
-    Raises what open_file and File.load raise.
+    threads, backend: as for open_file. Raises what open_file and File.load raise.
     """
-    with open_file(path, reference, storage_options=storage_options) as file:
+    with open_file(path, reference, bounds.DEFAULTS, storage_options, threads, backend) as file:
         return file.load(leaves)
 
 
@@ -73,21 +81,25 @@ def save(
     spec: Spec | None = None,
     metadata: dict[str, Any] | None = None,
     storage_options: Mapping[str, Any] | None = None,
+    threads: int | None = None,
+    backend: str | None = None,
 ) -> Report:
     """Write a tree of numpy arrays and plain values to one file, atomically: a file that is there stays until the end.
 
     path: of a local file, or a URL that fsspec knows; storage_options go to fsspec. reference: a path or URL, an open
-    File or a tree to encode against; it is needed again to load. metadata: plain values.
+    File or a tree to encode against; it is needed again to load. metadata: plain values. threads, backend: as for
+    open_file; the bytes are the same whatever they are. While frames are written, others are encoded.
     Raises UnsupportedNode, UnsupportedDtype (naming the leaf), InvalidArgument, StorageError.
     """
+    engine = codec.Engine(threads, backend)
     where, name = storage.split(path, storage_options)
-    base = _base(reference, bounds.DEFAULTS, storage_options)
+    base = _base(reference, bounds.DEFAULTS, storage_options, engine)
     try:
         target = os.path.join(where.url, name)
         if isinstance(base, File) and target in (base.name, os.path.realpath(base.name)):
             raise InvalidArgument(f"{os.fspath(path)}: would replace its own reference. Save to another path.")
         since_keyframe = base.since_keyframe + 1 if isinstance(base, File) else int(base is not None)
-        return put(where, name, content_of(tree), base, spec, metadata, since_keyframe)
+        return put(where, name, content_of(tree), base, spec, metadata, since_keyframe, engine)
     finally:
         if isinstance(base, File) and base is not reference:
             base.close()
@@ -101,7 +113,7 @@ def put(
     spec: Spec | None = None,
     metadata: dict[str, Any] | None = None,
     since_keyframe: int = 0,
-    threads: int | None = None,
+    engine: codec.Engine | None = None,
     on_progress: OnBytes | None = None,
 ) -> Report:
     """Encode content into one file of a storage, frame by frame as they come.
@@ -111,26 +123,31 @@ def put(
     if metadata is not None and not isinstance(metadata, dict):
         raise InvalidArgument(f"metadata: expected a dict of plain values, got {type(metadata).__name__}.")
     check_spec(spec)
+    engine = engine or codec.Engine()
     began = time.perf_counter()
     parent = None if base is None else bytes.fromhex(base.content_id)
     leaves = content.snapshot.layout.leaves
     written = Writing(content.structure, leaves, parent, since_keyframe, metadata)
 
-    def frames() -> Iterator[codec.Frame]:
-        for frame in codec.encode(content.snapshot, base, spec, threads):
+    def counted(frames: Iterable[codec.Frame]) -> Iterator[codec.Frame]:
+        for frame in frames:
             yield frame
             if on_progress is not None:
                 on_progress(sum(leaves[number].n_bytes for number in frame.leaves))
 
-    where.put(name, written.pieces(frames()))
+    with closing(codec.encode(content.snapshot, base, spec, engine.threads, engine.backend)) as frames:
+        where.put(name, written.pieces(counted(frames)))
     return report_of(os.path.join(where.url, name), written, time.perf_counter() - began)
 
 
-def _base(reference: Any, limits: Limits, storage_options: Mapping[str, Any] | None) -> File | Content | None:
+def _base(
+    reference: Any, limits: Limits, storage_options: Mapping[str, Any] | None, engine: codec.Engine
+) -> File | Content | None:
     """What reference names: an open File (opened here if it is a path), or a tree held in memory."""
     if reference is None or isinstance(reference, (File, Content)):
         return reference
     if isinstance(reference, (str, os.PathLike)):
         is_far = storage.is_url(reference)  # the options of one storage mean nothing to another kind
-        return open_file(reference, None, limits, storage_options if is_far else None)
+        options = storage_options if is_far else None
+        return open_file(reference, None, limits, options, engine.threads, engine.backend)
     return content_of(reference)

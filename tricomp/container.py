@@ -138,11 +138,8 @@ class Writing:
             missing.difference_update(frame.leaves)
             for number, digest in zip(frame.leaves, frame.digests, strict=True):
                 self.digests[number] = digest
-            n_full, rest = divmod(frame.n_bytes, MAX_BIN_BYTES)
-            sizes = (MAX_BIN_BYTES,) * n_full + ((rest,) if rest or not n_full else ())
-            check = xxhash.xxh3_64()
-            begin = offset
-            for piece in _in_bins(frame.pieces(), sizes, check):
+            sizes, check, begin = bin_sizes(frame.n_bytes), xxhash.xxh3_64(), offset
+            for piece in in_bins(_checked(frame.pieces(), check), sizes):
                 yield piece
                 offset += len(piece)
             self.entries.append(Entry(frame.leaves, begin, sizes, frame.plan.to_wire(), check.intdigest()))
@@ -180,21 +177,37 @@ def bin_start(n_bytes: int) -> bytes:
     return b"\xc6" + n_bytes.to_bytes(4, "big")
 
 
-def _in_bins(pieces: Iterable[Bytes], sizes: Sequence[int], check: xxhash.xxh3_64) -> Iterator[Bytes]:
-    """Pieces as the contents of msgpack bins of these sizes, each begun as a bin; check takes the contents."""
+def bin_sizes(n_bytes: int) -> tuple[int, ...]:
+    """Sizes of the contents of the bins that a frame of so many bytes is cut into: at least one."""
+    n_full, rest = divmod(n_bytes, MAX_BIN_BYTES)
+    return (MAX_BIN_BYTES,) * n_full + ((rest,) if rest or not n_full else ())
+
+
+def in_bins(pieces: Iterable[Bytes], sizes: Sequence[int]) -> Iterator[Bytes]:
+    """Pieces as the contents of msgpack bins of these sizes, each begun as a bin."""
     waiting = iter(sizes)
     left = next(waiting)
     yield bin_start(left)
     for piece in pieces:
-        view = memoryview(piece).cast("B")
+        if len(piece) <= left:
+            yield piece
+            left -= len(piece)
+            continue
+        view = memoryview(piece)
         while len(view):
             if not left:
                 left = next(waiting)
                 yield bin_start(left)
             part = view[:left]
-            check.update(part)
             yield part
             view, left = view[len(part) :], left - len(part)
+
+
+def _checked(pieces: Iterable[Bytes], check: xxhash.xxh3_64) -> Iterator[Bytes]:
+    """Pieces as they come, each taken into a checksum."""
+    for piece in pieces:
+        check.update(piece)
+        yield piece
 
 
 def _tail(header: bytes, index_offset: int, index: bytes, content: bytes) -> bytes:
@@ -259,25 +272,44 @@ def read(source: Source, limits: Limits = bounds.DEFAULTS) -> Contents:
     return Contents(summary, structure, leaves, entries, digests)
 
 
-def read_frame(source: Source, entry: Entry, leaf: str) -> Bytes:
-    """The bytes of one frame, checksum compared; a view of the file where it stands in one bin. Raises CorruptFrame."""
+def read_frame(source: Source, entry: Entry, leaf: str, is_checked: bool = True) -> Bytes:
+    """The bytes of one frame; a view of the file where it stands in one bin. Raises CorruptFrame.
+
+    is_checked: the frame's checksum is compared; whoever decodes all of it compares others, and can do without.
+    """
     parts: list[Bytes] = []
     offset = entry.offset
     for size in entry.sizes:
-        start = bin_start(size)
-        found = source.read(offset, len(start) + size)
-        if bytes(found[: len(start)]) != start:
-            raise CorruptFrame(f"{source.name}: leaf {leaf!r}: no frame begins at byte {offset}. {_ADVICE}")
-        parts.append(memoryview(found)[len(start) :])
+        n_start = len(bin_start(size))
+        found = source.read(offset, n_start + size)
+        _check_bin(source, offset, size, found, leaf)
+        parts.append(memoryview(found)[n_start:])
         offset += len(found)
     data = parts[0] if len(parts) == 1 else b"".join(parts)
-    computed = check_of(data)
-    if computed != entry.check:
-        raise CorruptFrame(
-            f"{source.name}: frame of leaf {leaf!r}: checksum {entry.check:016x} stored, {computed:016x} computed. "
-            f"{_ADVICE}"
-        )
+    if is_checked:
+        computed = check_of(data)
+        if computed != entry.check:
+            raise CorruptFrame(
+                f"{source.name}: frame of leaf {leaf!r}: checksum {entry.check:016x} stored, {computed:016x} computed. "
+                f"{_ADVICE}"
+            )
     return data
+
+
+def check_bins(source: Source, entry: Entry, leaf: str) -> None:
+    """Compare the few bytes around a frame that none of its checksums covers. Raises CorruptFrame."""
+    offset = entry.offset
+    for size in entry.sizes:
+        n_start = len(bin_start(size))
+        _check_bin(source, offset, size, source.read(offset, n_start), leaf)
+        offset += n_start + size
+
+
+def _check_bin(source: Source, offset: int, size: int, found: Bytes, leaf: str) -> None:
+    """Raise CorruptFrame unless what was found at an offset begins as a bin of that size."""
+    start = bin_start(size)
+    if bytes(found[: len(start)]) != start:
+        raise CorruptFrame(f"{source.name}: leaf {leaf!r}: no frame begins at byte {offset}. {_ADVICE}")
 
 
 class FrameBytes:

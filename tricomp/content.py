@@ -26,7 +26,7 @@ class Content:
     def content_id(self) -> str:
         """32 hex digits; those of a file of this, unless the spec rounds. Told from the words as they are at first."""
         leaves, words = self.snapshot.layout.leaves, self.snapshot.words
-        return container.content_id(self.structure, leaves, [codec.digest(words(i)) for i in range(len(leaves))]).hex()
+        return container.content_id(self.structure, leaves, codec.digests([words(i) for i in range(len(leaves))])).hex()
 
     def find(self, path: str) -> tuple[Leaf, Words] | None:
         """Leaf and words of that path, or None."""

@@ -6,7 +6,7 @@ facts, and what a caller gets: arrays in memory of their own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -19,20 +19,26 @@ from tricomp.dtypes import Words, from_words, to_words
 from tricomp.errors import CorruptFrame, InvalidArgument, MissingLeaf, WrongReference
 from tricomp.frames import Frames
 from tricomp.layout import Leaf, snapshot_of
-from tricomp.plan import Plan
+from tricomp.plan import MAX_CHUNK_LOG2, Plan
 from tricomp.report import Breakdown
+from tricomp.reuse import Reuse
 from tricomp.storage import Source
 
 Array = np.ndarray[Any, Any]
 
-PIECE_BYTES = 16 << 20  # decoded at a time, about: enough chunks for the codec to be quick
+PIECE_BYTES = 8 << 20  # decoded at a time, about: enough chunks for the codec to be quick, and few enough for a cache
+_THREAD_WORDS = 1 << 19  # words of a piece that keep one thread busy
+_WORDS_A_CHUNK = 256  # of a piece, for each chunk of its leaf: the directory, read for each piece, is small beside it
+_WHOLE_CHUNKS = 1 << MAX_CHUNK_LOG2
 
 
-def piece_elements(leaf: Leaf, n_elements: int | None = None) -> int:
-    """Elements of a leaf to decode at a time, about n_elements or PIECE_BYTES: whole chunks and digest blocks."""
+def piece_elements(leaf: Leaf, n_threads: int = 1, n_elements: int | None = None) -> int:
+    """Elements of a leaf to decode at a time, whole chunks: about n_elements, or as many as decode quickly together."""
     if n_elements is None:
-        n_elements = PIECE_BYTES // (leaf.dtype.word_bits // 8 * leaf.dtype.words_per_element)
-    return max(-(-n_elements // codec.DIGEST_BYTES), 1) * codec.DIGEST_BYTES
+        n_words = max(8 * PIECE_BYTES // leaf.dtype.word_bits, _THREAD_WORDS * n_threads)
+        n_words = max(n_words, leaf.n_words // _WHOLE_CHUNKS * _WORDS_A_CHUNK)
+        n_elements = n_words // leaf.dtype.words_per_element
+    return max(-(-n_elements // _WHOLE_CHUNKS), 1) * _WHOLE_CHUNKS
 
 
 class File(Mapping[str, Array]):
@@ -44,14 +50,23 @@ class File(Mapping[str, Array]):
     """
 
     def __init__(
-        self, source: Source, reference: File | Content | None = None, limits: Limits = bounds.DEFAULTS
+        self,
+        source: Source,
+        reference: File | Content | None = None,
+        limits: Limits = bounds.DEFAULTS,
+        threads: int | None = None,
+        backend: str | None = None,
     ) -> None:
-        """Takes over source. Raises CorruptFile, UnsupportedVersion, LimitExceeded, WrongReference."""
+        """Takes over source. threads, backend: to decode with, see codec.Engine.
+
+        Raises CorruptFile, UnsupportedVersion, LimitExceeded, WrongReference, InvalidArgument.
+        """
+        engine = codec.Engine(threads, backend)
         self.name = source.name
         self._source, self._limits, self._reference = source, limits, reference
         self._owned: list[File] = []
         base = reference._frames if isinstance(reference, File) else reference
-        self._frames: Frames = Frames(source, base, limits)
+        self._frames: Frames = Frames(source, base, limits, engine)
         self._contents, self._index, self._frame_of = self._frames.contents, self._frames.index, self._frames.frame_of
         self._check_reference()
 
@@ -136,6 +151,14 @@ class File(Mapping[str, Array]):
         self._frames.fill_cache(number)
         return self._contents.leaves[number], self._frames.decode([number])[number]
 
+    def find_all(self, paths: Sequence[str]) -> list[tuple[Leaf, Words] | None]:
+        """What find gives for each path, decoded together."""
+        numbers = {path: self._index[path] for path in paths if path in self._index}
+        words = self._frames.decode_all(numbers.values())
+        return [
+            (self._contents.leaves[n], words[n]) if (n := numbers.get(path)) is not None else None for path in paths
+        ]
+
     def load(self, leaves: Iterable[str] | None = None) -> Any:
         """The whole tree; or, given paths or patterns as in fnmatch, a dict of path to array. Raises MissingLeaf."""
         if leaves is None:
@@ -159,18 +182,18 @@ class File(Mapping[str, Array]):
         start and stop are bounds of chunks. The checksums of these chunks are compared, the leaf's digest is not.
         Raises MissingLeaf, InvalidArgument, and what decoding raises.
         """
-        number = self._number(path)
-        leaf = self._contents.leaves[number]
-        n_each = leaf.dtype.words_per_element
-        if not 0 <= start <= stop <= leaf.n_words // n_each:
-            raise InvalidArgument(
-                f"leaf {path!r}: elements {start} to {stop} of {leaf.n_words // n_each}. Ask for elements inside it."
-            )
-        given = None if parent is None else to_words(parent, path)
-        if given is not None and (len(given) != (stop - start) * n_each or given.dtype != leaf.dtype.word_dtype):
-            raise InvalidArgument(f"leaf {path!r}: the parent's elements are {len(given)} words of {given.dtype}.")
-        (words,) = self._frames.parts(number, [range(start * n_each, stop * n_each)], given)
-        return from_words(words, leaf.dtype, (stop - start,))
+        number, part, given = self._part(path, start, stop, parent)
+        (words,) = self._frames.parts(number, [part], given)
+        return from_words(words, self._contents.leaves[number].dtype, (stop - start,))
+
+    def summed(self, path: str, start: int, stop: int, parent: Array | None = None) -> tuple[Array, int]:
+        """What elements gives, and what it adds to the leaf's digest, see codec.digest_end.
+
+        start and stop must be bounds of chunks, or the leaf's end: multiples of piece_elements.
+        """
+        number, part, given = self._part(path, start, stop, parent)
+        words, added = self._frames.summed(number, part, given)
+        return from_words(words, self._contents.leaves[number].dtype, (stop - start,)), added
 
     def runs(self, path: str, runs: Sequence[range]) -> list[Array]:
         """Several runs of elements of a leaf, each as `elements` gives it, but decoded together: chunks that are far
@@ -189,20 +212,29 @@ class File(Mapping[str, Array]):
         """A whole leaf in order, as one-dimensional arrays of about n_elements each: however large, in little memory.
 
         n_elements: None: as many as decode quickly together, see piece_elements. The digest of the leaf is compared at
-        the end: until then what came may be wrong. Raises MissingLeaf, and what decoding raises.
+        the end: until then what came may be wrong. A piece that nobody holds any more makes room for another one.
+        Raises MissingLeaf, and what decoding raises.
         """
         number = self._number(path)
         leaf = self._contents.leaves[number]
-        size = piece_elements(leaf, n_elements) * leaf.dtype.words_per_element
+        size = self.piece_elements(path, n_elements) * leaf.dtype.words_per_element
         if leaf.n_words <= size:
             yield self[path].reshape(-1)
             return
-        found = codec.Digester()
+        room, total = Reuse(size * leaf.dtype.word_bits // 8), 0
         for start in range(0, leaf.n_words, size):
-            (words,) = self._frames.parts(number, [range(start, min(start + size, leaf.n_words))])
-            found.update(words)
-            yield from_words(words, leaf.dtype, (len(words) // leaf.dtype.words_per_element,))
-        self._frames.compare(number, found.digest())
+            part = range(start, min(start + size, leaf.n_words))
+            words, added = self._frames.summed(number, part, into=room.array(len(part), leaf.dtype.word_dtype))
+            total += added
+            array = from_words(words, leaf.dtype, (len(words) // leaf.dtype.words_per_element,))
+            del words
+            yield array
+            del array
+        self._frames.compare(number, codec.digest_end(total, leaf.n_bytes))
+
+    def piece_elements(self, path: str, n_elements: int | None = None) -> int:
+        """Elements of a leaf that a piece holds. Raises MissingLeaf."""
+        return piece_elements(self.leaf(path), self._frames.engine.n_threads, n_elements)
 
     def breakdown(self, path: str) -> Breakdown:
         """What the bytes of a leaf's frame are for; reads the frame's head only. Raises MissingLeaf, CorruptFrame."""
@@ -218,10 +250,17 @@ class File(Mapping[str, Array]):
         entry = self._frame_of[self._number(path)]
         return tuple(self._contents.leaves[number].path for number in entry.leaves)
 
-    def check(self) -> None:
-        """Compare the checksum of every frame, decoding nothing and needing no reference. Raises CorruptFrame."""
+    def check(self, decoded: Container[str] = ()) -> None:
+        """Compare the checksum of every frame, decoding nothing and needing no reference. Raises CorruptFrame.
+
+        decoded: leaves whose frames were decoded, which compares more; of them only the bytes around are compared.
+        """
         for entry in self._contents.frames:
-            container.read_frame(self._source, entry, self._contents.leaves[entry.leaves[0]].path)
+            paths = [self._contents.leaves[number].path for number in entry.leaves]
+            if all(path in decoded for path in paths):
+                container.check_bins(self._source, entry, paths[0])
+            else:
+                container.read_frame(self._source, entry, paths[0])
 
     def close(self) -> None:
         """Let go of the file, and of the references that open opened for it."""
@@ -254,6 +293,20 @@ class File(Mapping[str, Array]):
                 f"{self.name}: was encoded against content id {self.parent}, "
                 f"but the reference has {self._reference.content_id}. Pass the checkpoint it was saved against."
             )
+
+    def _part(self, path: str, start: int, stop: int, parent: Array | None) -> tuple[int, range, Words | None]:
+        """Number of a leaf, words of elements, words of the parent's elements. Raises MissingLeaf, InvalidArgument."""
+        number = self._number(path)
+        leaf = self._contents.leaves[number]
+        n_each = leaf.dtype.words_per_element
+        if not 0 <= start <= stop <= leaf.n_words // n_each:
+            raise InvalidArgument(
+                f"leaf {path!r}: elements {start} to {stop} of {leaf.n_words // n_each}. Ask for elements inside it."
+            )
+        given = None if parent is None else to_words(parent, path)
+        if given is not None and (len(given) != (stop - start) * n_each or given.dtype != leaf.dtype.word_dtype):
+            raise InvalidArgument(f"leaf {path!r}: the parent's elements are {len(given)} words of {given.dtype}.")
+        return number, range(start * n_each, stop * n_each), given
 
     def _number(self, path: str) -> int:
         try:

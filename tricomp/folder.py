@@ -138,11 +138,12 @@ class Folder:
         self.url = path
         self._path = path if os.path.isabs(path) else os.path.join(os.getcwd(), path)
 
-    def put(self, name: str, pieces: Iterable[Bytes]) -> None:
+    def put(self, name: str, pieces: Iterable[Bytes], is_synced: bool = True) -> None:
         """Write a file from pieces, atomically and durably; a file of that name is replaced, never truncated.
 
-        Whatever pieces raises passes through, and nothing is left behind. Raises StorageError when the folder
-        is full, read-only or otherwise refuses.
+        is_synced: False: the system brings it to the disk by and by, so that it survives this process and any other,
+        but not the machine's sudden end. Whatever pieces raises passes through, and nothing is left behind. Raises
+        StorageError when the folder is full, read-only or otherwise refuses.
         """
         target, real = os.path.join(self.url, name), os.path.join(self._path, name)
         n_bytes = 0
@@ -160,9 +161,11 @@ class Folder:
                 with self._refusal(target, n_bytes):
                     file.write(piece)
                 n_bytes += len(piece)
+                del piece  # whoever made it may want its room
             with self._refusal(target, n_bytes):
                 file.flush()
-                os.fsync(file.fileno())
+                if is_synced:
+                    os.fsync(file.fileno())
                 file.close()
                 os.replace(temporary, real)
         except BaseException:
@@ -172,8 +175,9 @@ class Folder:
                 if file is not None:
                     file.close()
             raise
-        with self._refusal(target, n_bytes):
-            _sync_folder(self._path)
+        if is_synced:
+            with self._refusal(target, n_bytes):
+                _sync_folder(self._path)
 
     def get(self, name: str) -> LocalFile:
         """Open a file of the folder, mapped. Raises MissingFile, StorageError."""

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from tricomp import codec, container
-from tricomp.bounds import Bytes, Limits
+from tricomp.bounds import Limits
+from tricomp.codec import Engine, StoredFrame
 from tricomp.container import Contents, Entry
 from tricomp.content import Content
 from tricomp.dtypes import Words, from_words
@@ -24,8 +25,8 @@ from tricomp.plan import Plan
 from tricomp.storage import Source
 
 Array = np.ndarray[Any, Any]
-_Job = tuple[Sequence[Leaf], Plan, Bytes, Words | None, tuple[Leaf, Words] | None]
-_BATCH_WORDS = 4 << 20  # decoded together, so that the codec has enough to do at a time
+_BATCH_WORDS = 8 << 20  # decoded together, so that the codec has enough to do at a time
+_THREAD_WORDS = 1 << 20  # words of a batch that keep one thread busy: batches are larger for many threads
 _CACHED_FRAMES = 128  # of several small leaves each, so at most 128 x 65,536 words
 
 
@@ -35,9 +36,9 @@ class Frames:
     contents: all of the file but the frames' bytes. index: path to number of leaf. frame_of: number of leaf to entry.
     """
 
-    def __init__(self, source: Source, reference: Frames | Content | None, limits: Limits) -> None:
+    def __init__(self, source: Source, reference: Frames | Content | None, limits: Limits, engine: Engine) -> None:
         """reference: what the file was coded against. Raises CorruptFile, UnsupportedVersion, LimitExceeded."""
-        self.name = source.name
+        self.name, self.engine = source.name, engine
         self.source, self.limits, self.reference = source, limits, reference
         self.contents: Contents = container.read(source, limits)
         self.index = {leaf.path: number for number, leaf in enumerate(self.contents.leaves)}
@@ -64,10 +65,7 @@ class Frames:
     def array(self, number: int, words: Words) -> Array:
         """An array in memory of its own: no file, cache, reference or other leaf is reached through it."""
         leaf, entry = self.contents.leaves[number], self.frame_of[number]
-        is_shared = len(entry.leaves) > 1 or self.plan(entry).predict == "copy"
-        owner = words if words.base is None else words.base
-        is_whole = isinstance(owner, np.ndarray) and owner.base is None and owner.nbytes == words.nbytes
-        is_own = is_whole and words.flags.writeable and not is_shared
+        is_own = len(entry.leaves) == 1 and words.flags.owndata and words.flags.writeable
         return from_words(words if is_own else words.copy(), leaf.dtype, leaf.shape)
 
     def decode_all(self, numbers: Iterable[int]) -> dict[int, Words]:
@@ -77,13 +75,14 @@ class Frames:
         self.limits.check("max_decoded_bytes", n_bytes, f"{self.name}: leaves to load")
         frames = {self.frame_of[number].leaves[0]: self.frame_of[number] for number in sorted(wanted)}
         ordered = sorted(frames.values(), key=lambda entry: self.plan(entry).reference == "sibling")
+        most_words = max(_BATCH_WORDS, _THREAD_WORDS * self.engine.n_threads)
         done: dict[int, Words] = {}
         batch: list[int] = []
         n_words = 0
         for entry in ordered:
             batch += entry.leaves
             n_words += self.plan(entry).n_words
-            if n_words >= _BATCH_WORDS or entry is ordered[-1]:
+            if n_words >= most_words or entry is ordered[-1]:
                 words = self.decode(batch, done)
                 done.update((number, words[number]) for number in batch if number in wanted)
                 batch, n_words = [], 0
@@ -121,9 +120,24 @@ class Frames:
 
     def parts(self, number: int, wanted: Sequence[range], parent: Words | None = None) -> list[Words]:
         """Words of a leaf, from the chunks that hold them alone, in this file and down its chain."""
+        return [words for words, _ in self._parts(number, wanted, parent, None)]
+
+    def summed(
+        self, number: int, part: range, parent: Words | None = None, into: Words | None = None
+    ) -> tuple[Words, int]:
+        """The same of one part, which begins and ends at a chunk or the leaf's end; and what it adds to the digest.
+
+        into: room for the words, which is used where that saves a copy.
+        """
+        (found,) = self._parts(number, [part], parent, into)
+        return found
+
+    def _parts(
+        self, number: int, wanted: Sequence[range], parent: Words | None, into: Words | None
+    ) -> list[tuple[Words, int]]:
         self.limits.check("max_decoded_bytes", sum(map(len, wanted)), f"{self.name}: words to decode")
         steps: list[tuple[Frames, int, Sequence[range], Sequence[range]]] = []  # words asked for; those of their chunks
-        frames = self
+        frames, sums = self, [0] * len(wanted)
         words: list[Words] | None = None
         source: Leaf | None = None
         while words is None:
@@ -132,6 +146,9 @@ class Frames:
             if len(entry.leaves) > 1:
                 whole = frames.decode([number])[number]
                 words, source = [whole[part.start : part.stop].copy() for part in wanted], leaf
+                if not steps:
+                    firsts = [part.start * whole.itemsize for part in wanted]
+                    sums = self.engine.digest_sums(list(zip(words, firsts, strict=True)))
                 break
             size = 1 << plan.chunk_log2 if plan.n_chunks else 1
             around = [
@@ -157,15 +174,18 @@ class Frames:
                 frames._require_parent(leaf, None if other is None else above.contents.leaves[other])
                 assert other is not None
                 frames, number = above, other
-        for frames, number, asked, held in reversed(steps):
-            decoded = frames._decode_parts(number, held, words, source)
+        while steps:
+            frames, number, asked, held = steps.pop()
+            room = None if steps or into is None else [into]
+            decoded = frames._decode_parts(number, held, words, source, room)
             words = [
                 part[inner.start - outer.start : inner.stop - outer.start]
-                for part, inner, outer in zip(decoded, asked, held, strict=True)
+                for (part, _), inner, outer in zip(decoded, asked, held, strict=True)
             ]
+            sums = [total for _, total in decoded]
             source = frames.contents.leaves[number]
         assert words is not None  # there is at least one step, or a shared frame
-        return words
+        return list(zip(words, sums, strict=True))
 
     def fill_cache(self, number: int) -> None:
         """Decode the shared frame of a leaf, unless it is cached, and more such frames after it: it costs little."""
@@ -197,18 +217,20 @@ class Frames:
         return list(wanted.values())
 
     def _decode_parts(
-        self, number: int, parts: Sequence[range], references: Sequence[Words] | None, source: Leaf | None
-    ) -> list[Words]:
+        self,
+        number: int,
+        parts: Sequence[range],
+        references: Sequence[Words] | None,
+        source: Leaf | None,
+        into: Sequence[Words] | None,
+    ) -> list[tuple[Words, int]]:
         """Some words of a leaf that has a frame of its own. references: these words of its parent or its sibling."""
         entry, leaf = self.frame_of[number], self.contents.leaves[number]
         plan = self.plan(entry)
-        siblings = None
-        if plan.reference == "sibling" and references is not None and source is not None:
-            siblings = [(source, words) for words in references]
-        parents = references if plan.reference == "parent" else None
-        data = container.FrameBytes(self.source, entry)
+        sibling = (source, np.empty(0)) if plan.reference == "sibling" and source is not None else None
+        frame = StoredFrame([leaf], plan, container.FrameBytes(self.source, entry), None, sibling)
         try:
-            return codec.decode_parts([leaf], plan, data, parts, parents, siblings)
+            return codec.decode_parts(frame, parts, references, self.engine, into)
         except MemoryError:
             raise LimitExceeded(
                 f"{self.name}: no memory to decode {sum(map(len, parts))} words of {leaf.path!r}."
@@ -254,7 +276,7 @@ class Frames:
             else:
                 waiting.append(entry)
         try:
-            found = codec.decode_many([self._job(entry, above, decoded) for entry in waiting])
+            found = codec.decode_many([self._stored_frame(entry, above, decoded) for entry in waiting], self.engine)
         except MemoryError:
             n_bytes = sum(self.contents.leaves[number].n_bytes for entry in waiting for number in entry.leaves)
             raise LimitExceeded(f"{self.name}: no memory to decode {n_bytes} bytes.") from None
@@ -262,24 +284,27 @@ class Frames:
             if str(error).startswith(f"{self.name}: "):
                 raise
             raise CorruptFrame(f"{self.name}: {error}") from error
-        for entry, words in zip(waiting, found, strict=True):
-            for number, leaf_words in zip(entry.leaves, words, strict=True):
-                self.compare(number, codec.digest(leaf_words))
+        for entry, (words, digests) in zip(waiting, found, strict=True):
+            for number, digest in zip(entry.leaves, digests, strict=True):
+                self.compare(number, digest)
             decoded.update(zip(entry.leaves, words, strict=True))
             if len(words) > 1 and is_asked:
                 self.cache[entry.leaves[0]] = dict(zip(entry.leaves, words, strict=True))
                 if len(self.cache) > _CACHED_FRAMES:
                     self.cache.popitem(last=False)
 
-    def _job(self, entry: Entry, above: Mapping[str, tuple[Leaf, Words]], decoded: Mapping[int, Words]) -> _Job:
-        """What the codec needs to decode one frame."""
+    def _stored_frame(
+        self, entry: Entry, above: Mapping[str, tuple[Leaf, Words]], decoded: Mapping[int, Words]
+    ) -> StoredFrame:
+        """What the codec needs to decode one frame. Its head and chunks have checksums, so its own is not compared."""
         plan = self.plan(entry)
         leaves = [self.contents.leaves[number] for number in entry.leaves]
         parent = self._parent_words(leaves, above) if plan.reference == "parent" else None
         sibling = None
         if plan.reference == "sibling":
             sibling = self.contents.leaves[plan.sibling], decoded[plan.sibling]
-        return leaves, plan, container.read_frame(self.source, entry, leaves[0].path), parent, sibling
+        data = container.read_frame(self.source, entry, leaves[0].path, is_checked=False)
+        return StoredFrame(leaves, plan, data, parent, sibling)
 
     def _parent_words(self, leaves: Sequence[Leaf], above: Mapping[str, tuple[Leaf, Words]]) -> Words:
         """The reference words of a frame's leaves, one after the other. Raises CorruptFile if they do not fit."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from tricomp import container
 from tricomp.bucket import Bucket
 from tricomp.chain import Link, chains
+from tricomp.content import Content
 from tricomp.errors import MissingFile, MissingParent, MissingStep, StorageError, TricompError
 from tricomp.file import File
 from tricomp.storage import Source, Storage
@@ -33,8 +34,10 @@ class Stored:
 class Steps:
     """The files of steps in a storage."""
 
-    def __init__(self, where: Storage) -> None:
+    def __init__(self, where: Storage, threads: int | None = None, backend: str | None = None) -> None:
+        """threads, backend: for the Files that are opened."""
         self.url = where.url
+        self._threads, self._backend = threads, backend
         self._storage = where
         self._bucket = where if isinstance(where, Bucket) else None
         self._known: dict[str, tuple[object, Link | TricompError]] = {}
@@ -106,7 +109,8 @@ class Steps:
         try:
             for link in chain:
                 try:
-                    below = File(self._source(file_name(link.step), is_reference or link.step != step), file)
+                    source = self._source(file_name(link.step), is_reference or link.step != step)
+                    below = File(source, file, threads=self._threads, backend=self._backend)
                 except MissingFile:
                     raise MissingStep(f"step {link.step} was removed from {self.url} while it was opened.") from None
                 if file is not None:
@@ -158,14 +162,14 @@ class Steps:
         parent = link.parent.hex() if link.parent else "none"
         return MissingParent(f"{needs} a parent with content id {parent}, which is not in {self.url}{note}.")
 
-    def open_alone(self, step: int, reference: File | None) -> File:
+    def open_alone(self, step: int, reference: File | Content | None) -> File:
         """The File of a step without its chain. Raises MissingStep, CorruptFile, WrongReference and the like."""
         try:
             source = self._storage.get(file_name(step))
         except MissingFile:
             raise MissingStep(f"step {step} is not in {self.url}.") from None
         try:
-            return File(source, reference)
+            return File(source, reference, threads=self._threads, backend=self._backend)
         except BaseException:
             source.close()
             raise

@@ -48,7 +48,8 @@ class Store:
     there are any, each save prunes what none of them wants and nothing kept needs; the step just saved is never pruned.
     reference: code against the previous checkpoint (smallest) or the last keyframe (loads faster).
     spec: how to encode. reference_in: keep a copy of the last saved words in host memory, or decode them from the
-    store at the next save ("store": no memory held between saves).
+    store at the next save ("store": no memory held between saves). threads, backend: to encode and decode with, see
+    tricomp.open.
 
     The next checkpoint is coded against the one that this Store last saved or loaded, else against the nearest lower
     step. So after load(1000) of a run that went on to 1500, save(1010) continues from 1000; steps above stay where they
@@ -73,7 +74,10 @@ class Store:
         cache: str | os.PathLike[str] | None = None,
         cache_bytes: int = 16 << 30,
         lease: float = LEASE_SECONDS,
+        threads: int | None = None,
+        backend: str | None = None,
     ) -> None:
+        self._engine = codec.Engine(threads, backend)
         if reference not in ("previous", "keyframe"):
             raise InvalidArgument(f"Store: reference is 'previous' or 'keyframe', not {reference!r}.")
         if reference_in not in ("host", "store"):
@@ -88,7 +92,7 @@ class Store:
         copies = None if cache is None else Cache(cache, cache_bytes)
         self._folder = storage.at(url, storage_options, copies, lease)
         self._bucket = self._folder if isinstance(self._folder, Bucket) else None
-        self._steps = Steps(self._folder)
+        self._steps = Steps(self._folder, threads, backend)
         self._keyframe, self._keep, self._reference = keyframe, tuple(keep), reference
         self._spec, self._reference_in = spec, reference_in
         self._lock: storage.Lock | None = None
@@ -189,9 +193,9 @@ class Store:
         while pending:  # depth first, so that few decoded parents are held at a time
             step, base = pending.pop()
             try:
-                with File(self._folder.get(file_name(step)), base) as file:
-                    file.check()
+                with self._steps.open_alone(step, base) as file:
                     decoded = file.content()
+                    file.check({path for path in file if file.leaf(path).n_bytes})
                 pending += [(child, decoded) for child in children.get(step, [])]
             except (TricompError, OSError) as error:
                 reasons[step] = str(error)
@@ -223,7 +227,7 @@ class Store:
         with self.open(step) as file:
             content = self._advised(number_of(file), file.content)
             metadata = file.metadata
-        return put(self._folder, file_name(step_number(step)), content, None, self._lossless(), metadata)
+        return self._write(step_number(step), content, None, metadata, spec=self._lossless())
 
     def remove(self, *steps: int) -> None:
         """Remove steps; those that stay and were coded against one of them are rebased first.
@@ -307,19 +311,32 @@ class Store:
         since_keyframe: int,
     ) -> Report:
         """Write a step against its parent: the words in memory if they are the parent's, else those in the store."""
-        name = file_name(step)
         if parent is None:
-            return put(self._folder, name, content, None, self._spec, metadata)
+            return self._write(step, content, None, metadata)
         if self._held is not None and self._held.content_id == parent.content_id.hex():
-            return put(self._folder, name, content, self._held, self._spec, metadata, since_keyframe)
+            return self._write(step, content, self._held, metadata, since_keyframe)
         self._held = None
         try:
             with self._steps.open(parent.step, is_reference=True) as file:
                 base = file.content() if self._reference_in == "host" else file
-                return put(self._folder, name, content, base, self._spec, metadata, since_keyframe)
+                return self._write(step, content, base, metadata, since_keyframe)
         except (CorruptFile, CorruptFrame, MissingStep) as error:
             _log.warning("step %d stands alone, since step %d cannot be read: %s", step, parent.step, error)
-            return put(self._folder, name, content, None, self._spec, metadata)
+            return self._write(step, content, None, metadata)
+
+    def _write(
+        self,
+        step: int,
+        content: Content,
+        base: File | Content | None,
+        metadata: dict[str, Any] | None,
+        since_keyframe: int = 0,
+        spec: Spec | None = None,
+    ) -> Report:
+        """Write a step against what is given. spec: None: the store's."""
+        return put(
+            self._folder, file_name(step), content, base, spec or self._spec, metadata, since_keyframe, self._engine
+        )
 
     def _hold(self, content: Content, report: Report) -> None:
         """Keep a copy of what was saved, rounded where spec rounds: if it is what a reader of the file decodes."""

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 
 from tricomp import codec
 from tricomp.chain import Link, chains
-from tricomp.dtypes import to_words
 from tricomp.errors import CorruptFile, CorruptFrame, TricompError, WrongReference
-from tricomp.file import Array, File, piece_elements
+from tricomp.file import Array, File
 from tricomp.progress import OnBytes
 from tricomp.report import BrokenStep, VerifyReport
 from tricomp.store import Store
@@ -92,7 +91,8 @@ class _Check:
     children: list[int] = field(default_factory=list)
     n_skipped: int = 0
     faults: dict[str, None] = field(default_factory=dict)
-    digester: codec.Digester = field(default_factory=codec.Digester)
+    decoded: set[str] = field(default_factory=set)
+    digest_sum: int = 0
     is_lost: bool = False  # the leaf cannot be decoded
 
 
@@ -108,7 +108,7 @@ def _verify_together(
         _verify_leaf(checks, path, on_progress)
     for check in checks:
         try:
-            check.file.check()
+            check.file.check(check.decoded)
         except CorruptFrame as error:
             if not check.faults:  # damage that no leaf shows
                 check.faults[str(error)] = None
@@ -129,10 +129,10 @@ def _verify_leaf(checks: list[_Check], path: str, on_progress: OnBytes | None) -
     having = [check for check in checks if path in check.file]
     tops = [i for i, check in enumerate(checks) if path in check.file and not _hands_on(checks, check, path)]
     for check in having:
-        check.digester, check.is_lost = codec.Digester(), False
+        check.digest_sum, check.is_lost = 0, False
     leaves = [(check, check.file.leaf(path)) for check in having]
     sizes = {id(check): leaf.n_words // leaf.dtype.words_per_element for check, leaf in leaves}
-    n_each = min(piece_elements(leaf) for _, leaf in leaves)
+    n_each = min(check.file.piece_elements(path) for check in having)
     for start in range(0, max(sizes.values()), n_each):
         pending: list[tuple[int, Array | None]] = [(i, None) for i in tops]
         while pending:  # depth first, so that few pieces are held
@@ -142,7 +142,8 @@ def _verify_leaf(checks: list[_Check], path: str, on_progress: OnBytes | None) -
             piece = None
             if start < stop and not check.is_lost:
                 try:
-                    piece = check.file.elements(path, start, stop, above)
+                    piece, added = check.file.summed(path, start, stop, above)
+                    check.digest_sum += added
                 except WrongReference:
                     check.n_skipped += 1
                     check.is_lost = True
@@ -150,14 +151,17 @@ def _verify_leaf(checks: list[_Check], path: str, on_progress: OnBytes | None) -
                     check.is_lost = True
                     if not any(str(error).startswith(f"{other.file.name}: ") for other in checks if other is not check):
                         check.faults[str(error)] = None
-            if piece is not None:
-                check.digester.update(to_words(piece))
-                if on_progress:
-                    on_progress(piece.nbytes)
+            if piece is not None and on_progress:
+                on_progress(piece.nbytes)
             pending += [(child, piece) for child in check.children if _hands_on(checks, checks[child], path)]
     for check in having:
-        stored, computed = check.file.digest(path), check.digester.digest()
-        if not check.is_lost and stored != computed:
+        if check.is_lost:
+            continue
+        n_bytes = check.file.leaf(path).n_bytes
+        stored, computed = check.file.digest(path), codec.digest_end(check.digest_sum, n_bytes)
+        if n_bytes:
+            check.decoded.add(path)
+        if stored != computed:
             fault = f"{check.file.name}: leaf {path!r}: digest {stored:016x} stored, {computed:016x} computed."
             check.faults[fault] = None
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from tricomp.cli import console, progress, sources
@@ -17,7 +16,6 @@ from tricomp.errors import InvalidArgument
 from tricomp.progress import counter
 
 if TYPE_CHECKING:
-    from tricomp.bounds import Bytes
     from tricomp.file import File
 
 _SUFFIXES = {"torch": ".pt", "flax": ".msgpack"}  # of formats that are not called as their files are
@@ -70,8 +68,7 @@ def export(options: argparse.Namespace) -> int:
 def write(options: argparse.Namespace, file: File, stem: str) -> int:
     """Write an open file, or some leaves of it, as options ask. stem: the output's name but for its suffix."""
     from tricomp import archive_names, checkpoint, folder, formats
-    from tricomp.archive_output import put
-    from tricomp.archive_output import write as stream
+    from tricomp.archive_output import put, write_ahead
     from tricomp.file import matching
     from tricomp.subset import Subset
 
@@ -93,8 +90,8 @@ def write(options: argparse.Namespace, file: File, stem: str) -> int:
     with progress.shown(options, out) as draw:
         count = counter(draw, total)
         if to != _TRI:
-            pieces = _counted(formats.exported(to, chosen), count)
-            n_bytes = stream(sys.stdout.buffer, pieces) if is_stream else put(out, pieces)
+            pieces = formats.exported(to, chosen)
+            n_bytes = write_ahead(sys.stdout.buffer, pieces, count) if is_stream else put(out, pieces, on_bytes=count)
         elif is_stream:
             raise InvalidArgument("export: a .tri file goes to a file, not to standard output. Give -o OUT.")
         else:
@@ -107,10 +104,3 @@ def write(options: argparse.Namespace, file: File, stem: str) -> int:
     n_leaves = f"{len(chosen):,} leaf" if len(chosen) == 1 else f"{len(chosen):,} leaves"
     console.note(options, f"{file.name}: {n_leaves} -> {out} ({to}, {console.count_bytes(n_bytes)})")
     return console.DONE
-
-
-def _counted(pieces: Iterator[Bytes], count: Callable[[int], None] | None) -> Iterator[Bytes]:
-    for piece in pieces:
-        yield piece
-        if count is not None:
-            count(len(piece))

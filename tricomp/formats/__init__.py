@@ -105,7 +105,7 @@ def write(format: str, file: File, target: str | os.PathLike[str] | BinaryIO) ->
     pieces = exported(format, file)
     if isinstance(target, str | os.PathLike):
         return archive_output.put(os.fspath(target), pieces)
-    return archive_output.write(target, pieces)
+    return archive_output.write_ahead(target, pieces)
 
 
 def _best(formats: tuple[Format, ...], head: bytes, path: str) -> Format | None:

@@ -24,6 +24,7 @@ from tricomp.reference.frame import (
     PLANE_RANS,
     PLANE_RAW,
     RAW_FLAG,
+    aligned,
     base_words,
     directory,
     head_bytes,
@@ -47,6 +48,7 @@ class _Chunk:
     number: int
     n_words: int
     n_padded: int
+    padding: bytes = b""  # up to the next chunk: zeros, that no checksum covers
     raw: Words | None = None
     basis: Basis = field(default_factory=Basis)
     coded: Coded | None = None
@@ -63,35 +65,55 @@ class _Chunk:
         return CorruptFrame(f"chunk {self.number} of {self.job.name!r}: {text}. {_ADVICE}")
 
 
-def decode(jobs: Sequence[DecodeJob]) -> list[Words]:
-    """The words that each job asks for. Raises CorruptFrame, naming chunk and frame."""
-    out = [_allocate(job) for job in jobs]
+def decode(jobs: Sequence[DecodeJob], into: Sequence[Words] | None = None) -> list[Words]:
+    """The words that each job asks for. into: arrays to put them in. Raises CorruptFrame, naming chunk and frame.
+
+    Of several faults, that of the first chunk is told, but those of heads come before those of chunks.
+    """
+    out = [_allocate(job, None if into is None else into[number]) for number, job in enumerate(jobs)]
+    heads = [_open(job) for job in jobs]
     pending: list[tuple[Words, _Chunk]] = []
-    for job, words in zip(jobs, out, strict=True):
-        for chunk in _parse(job):
-            pending.append((words, chunk))
-            if len(pending) == BATCH_CHUNKS:
-                _flush(pending)
-                pending = []
+    for job, words, head in zip(jobs, out, heads, strict=True):
+        try:
+            for chunk in _parse(job, head):
+                pending.append((words, chunk))
+                if len(pending) == BATCH_CHUNKS:
+                    _flush(pending)
+                    pending = []
+        except CorruptFrame:
+            _flush(pending)  # one of these may be at fault too, and comes first
+            raise
     _flush(pending)
     return out
 
 
-def _allocate(job: DecodeJob) -> Words:
+def _allocate(job: DecodeJob, target: Words | None) -> Words:
     """The frame's words where the plan alone gives them, else room for them, earned by its directory."""
     plan = job.plan
-    if plan.predict == "constant":
-        return np.full(job.end - job.start, plan.word, plan.dtype.word_dtype)
-    if plan.predict == "copy":
-        assert job.reference is not None
-        return job.reference.copy()
-    if head_bytes(plan) > len(job.cut):
+    if plan.n_chunks and head_bytes(plan) > len(job.cut):
         raise CorruptFrame(f"frame of {job.name!r}: {plan.n_words} words need a longer chunk directory than it has.")
-    return np.empty(job.end - job.start, plan.dtype.word_dtype)
+    if plan.n_chunks == 0 and len(job.cut):
+        raise CorruptFrame(f"frame of {job.name!r}: {len(job.cut)} bytes where its plan leaves none.")
+    words = np.empty(job.end - job.start, plan.dtype.word_dtype) if target is None else target
+    if plan.predict == "constant":
+        words[...] = plan.word
+    elif plan.predict == "copy":
+        assert job.reference is not None
+        words[...] = job.reference
+    return words
 
 
 def _flush(pending: list[tuple[Words, _Chunk]]) -> None:
     """Decode the streams of all pending chunks at once, and write their words."""
+    try:
+        _decode_together(pending)
+    except CorruptFrame:
+        for one in pending:
+            _decode_together([one])  # so that the fault names its chunk
+        raise
+
+
+def _decode_together(pending: list[tuple[Words, _Chunk]]) -> None:
     coded = [chunk for _, chunk in pending if chunk.raw is None]
     for chunk in coded:
         first = chunk.number << chunk.job.plan.chunk_log2
@@ -100,17 +122,17 @@ def _flush(pending: list[tuple[Words, _Chunk]]) -> None:
     _decode_planes([chunk for chunk in coded if chunk.planes])
     _decode_stacks([chunk for chunk in coded if chunk.stacked is not None])
     for words, chunk in pending:
+        if any(chunk.padding):
+            raise chunk.fault("the padding after it is not zero")
         first = (chunk.number << chunk.job.plan.chunk_log2) - chunk.job.start
         words[first : first + chunk.n_words] = _words(chunk)
 
 
-def _parse(job: DecodeJob) -> Iterator[_Chunk]:
-    """Check the head and the checksum of every payload asked for, and cut the payloads up."""
+def _open(job: DecodeJob) -> tuple[Side, Array, Array]:
+    """What the head of a frame tells, checked: side section, directory, where chunks begin. Empty if it has none."""
     plan, data = job.plan, job.cut
     if plan.n_chunks == 0:
-        if len(data):
-            raise CorruptFrame(f"frame of {job.name!r}: {len(data)} bytes where its plan leaves none.")
-        return
+        return Side(), np.zeros((0, 0), np.uint32), np.zeros(0, np.int64)
     head = data[: head_bytes(plan)]
     if len(head) < head_bytes(plan) or xxhash.xxh3_64_intdigest(head) != plan.side_check:
         raise CorruptFrame(f"frame of {job.name!r}: its side section or directory is damaged. {_ADVICE}")
@@ -122,17 +144,25 @@ def _parse(job: DecodeJob) -> Iterator[_Chunk]:
     begins, end = places(plan, rows)
     if end != len(data):
         raise CorruptFrame(f"frame of {job.name!r}: its chunks end at byte {end} of {len(data)}. {_ADVICE}")
+    return tables, rows, begins
+
+
+def _parse(job: DecodeJob, head: tuple[Side, Array, Array]) -> Iterator[_Chunk]:
+    """Check the checksum of every payload asked for, and cut the payloads up."""
+    plan, data = job.plan, job.cut
+    tables, rows, begins = head
     numbers = range(job.start >> plan.chunk_log2, -(-job.end >> plan.chunk_log2))
-    if not numbers:
+    if not numbers or not plan.n_chunks:
         return
     at = int(begins[numbers[0]])
-    payloads = memoryview(data[at : int(begins[numbers[-1]]) + int(rows[numbers[-1], 2])])
+    payloads = memoryview(data[at : int(begins[numbers[-1]]) + aligned(int(rows[numbers[-1], 2]))])
     for number in numbers:
         row = rows[number].tolist()
         n_words = min(1 << plan.chunk_log2, plan.n_words - (number << plan.chunk_log2))
         chunk = _Chunk(job, tables, number, n_words, padded(n_words))
         first = int(begins[number]) - at
         payload = payloads[first : first + row[2]]
+        chunk.padding = bytes(payloads[first + row[2] : first + aligned(row[2])])
         checksum = xxhash.xxh3_64_intdigest(payload)
         if checksum != row[0] | row[1] << 32:
             raise chunk.fault(f"checksum {row[0] | row[1] << 32:016x} stored, {checksum:016x} computed")
@@ -231,10 +261,8 @@ def _decode_symbols(chunks: list[_Chunk]) -> None:
 
 
 def _name(chunks: list[_Chunk], fault: CorruptFrame) -> CorruptFrame:
-    if len(chunks) == 1:
-        return chunks[0].fault(fault)
-    names = dict.fromkeys(chunk.job.name for chunk in chunks)
-    return CorruptFrame(f"one of {', '.join(map(repr, names))}: {fault}. {_ADVICE}")
+    """The fault of one chunk, or of several as yet."""
+    return chunks[0].fault(fault) if len(chunks) == 1 else fault
 
 
 def _contexts(chunk: _Chunk) -> Array | None:

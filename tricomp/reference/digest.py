@@ -22,36 +22,33 @@ Array = np.ndarray[Any, Any]
 BLOCK_BYTES = 4 * _COLUMNS * _ROWS  # 2 MiB
 
 
-class Digester:
-    """The digest of a leaf that comes in parts; each but the last must hold a multiple of BLOCK_BYTES."""
+def digest_sum(words: Array, first_byte: int = 0) -> int:
+    """What words contribute to the digest of the leaf in which they begin at first_byte, a multiple of 4.
 
-    def __init__(self) -> None:
-        self._sum = 0
-        self._n_bytes = 0
+    words: uint[n]; whole u32 together, but for the leaf's last ones. Sums of all parts of a leaf add up modulo 2^64.
+    """
+    octets = np.ascontiguousarray(words).reshape(-1).view(np.uint8)
+    total, at = 0, first_byte
+    while len(octets):
+        number, offset = divmod(at, BLOCK_BYTES)
+        block, octets = octets[: BLOCK_BYTES - offset], octets[BLOCK_BYTES - offset :]
+        at += len(block)
+        if len(block) % 4:
+            block = np.append(block, np.zeros(-len(block) % 4, np.uint8))
+        pieces = block.view("<u4").astype(np.uint64)
+        keys = _keys()[offset // 4 : offset // 4 + len(pieces)]
+        total += int(np.dot(pieces, keys)) * (_mix64(number) | 1)
+    return total & _M64
 
-    def update(self, words: Array) -> None:
-        """Take the next words. words: uint[n]."""
-        octets = np.ascontiguousarray(words).reshape(-1).view(np.uint8)
-        assert self._n_bytes % BLOCK_BYTES == 0 or not len(octets)
-        for first in range(0, len(octets), BLOCK_BYTES):
-            block = octets[first : first + BLOCK_BYTES]
-            if len(block) % 4:
-                block = np.append(block, np.zeros(-len(block) % 4, np.uint8))
-            pieces = block.view("<u4").astype(np.uint64)
-            number = (self._n_bytes + first) // BLOCK_BYTES
-            self._sum += int(np.dot(pieces, _keys()[: len(pieces)])) * (_mix64(number) | 1)
-        self._n_bytes += len(octets)
 
-    def digest(self) -> int:
-        """0 to 2^64 - 1. FORMAT.md, "Digest"."""
-        return _mix64(self._sum + self._n_bytes * 0x9E3779B97F4A7C15 & _M64)
+def digest_end(total: int, n_bytes: int) -> int:
+    """The digest of a leaf of n_bytes from the sum over all of its words: 0 to 2^64 - 1. FORMAT.md, "Digest"."""
+    return _mix64(total + n_bytes * 0x9E3779B97F4A7C15 & _M64)
 
 
 def digest(words: Array) -> int:
     """The digest of a leaf. words: uint[n]. Returns 0 to 2^64 - 1. FORMAT.md, "Digest"."""
-    whole = Digester()
-    whole.update(words)
-    return whole.digest()
+    return digest_end(digest_sum(words), words.nbytes)
 
 
 @lru_cache(maxsize=1)
@@ -76,3 +73,20 @@ def _mix64(x: int) -> int:
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _M64
     x = (x ^ x >> 27) * 0x94D049BB133111EB & _M64
     return x ^ x >> 31
+
+
+class Digester:
+    """The digest of a leaf that comes in parts; each but the last must hold a multiple of BLOCK_BYTES."""
+
+    def __init__(self) -> None:
+        self._sum = 0
+        self._n_bytes = 0
+
+    def update(self, words: Array) -> None:
+        """Take the next words. words: uint[n]."""
+        self._sum += digest_sum(words, self._n_bytes)
+        self._n_bytes += words.nbytes
+
+    def digest(self) -> int:
+        """0 to 2^64 - 1."""
+        return digest_end(self._sum, self._n_bytes)

@@ -1,0 +1,29 @@
+"""Encode and decode Snapshots: leaves to frames and back, by the backend asked for. The only importer of the backends.
+
+Imports no framework. encoding, decoding: the two directions. siblings: leaves that repeat another. engine: backends and
+threads.
+"""
+
+from tricomp.codec.decoding import Decoded, StoredFrame, breakdown, decode, decode_many, decode_parts
+from tricomp.codec.encoding import Reference, bounded, encode
+from tricomp.codec.engine import Engine, digest, digests, live
+from tricomp.plan import Frame
+from tricomp.reference.digest import digest_end
+
+__all__ = [
+    "Decoded",
+    "Engine",
+    "Frame",
+    "Reference",
+    "StoredFrame",
+    "bounded",
+    "breakdown",
+    "decode",
+    "decode_many",
+    "decode_parts",
+    "digest",
+    "digest_end",
+    "digests",
+    "encode",
+    "live",
+]

@@ -1,0 +1,135 @@
+"""Decode frames: whole ones, many together, or some words of one. What the container read goes to the backend.
+
+The hard thing is trust: a plan, its leaves, its reference and its bytes come from a file, and are compared with each
+other before a backend sees them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+from tricomp.bounds import Bytes, Cut
+from tricomp.codec.engine import Engine
+from tricomp.codec.siblings import CAST_PAIRS
+from tricomp.dtypes import Words
+from tricomp.errors import CorruptFrame, WrongReference
+from tricomp.job import DecodeJob
+from tricomp.layout import Leaf
+from tricomp.plan import Plan
+from tricomp.reference.digest import digest_end
+from tricomp.reference.frame import anatomy, head_bytes
+
+
+class StoredFrame(NamedTuple):
+    """A frame as it stands in a file.
+
+    parent: the reference words of the frame's leaves, one after the other, when plan.reference is "parent". sibling:
+    the leaf that plan.sibling numbers and its words, when it is "sibling".
+    """
+
+    leaves: Sequence[Leaf]
+    plan: Plan
+    data: Bytes | Cut
+    parent: Words | None = None
+    sibling: tuple[Leaf, Words] | None = None
+
+
+class Decoded(NamedTuple):
+    """Words of each leaf of a frame, in memory of their own that they share, and the digest of each leaf."""
+
+    words: list[Words]
+    digests: list[int]
+
+
+def decode(
+    leaves: Sequence[Leaf],
+    plan: Plan,
+    data: Bytes | Cut,
+    parent: Words | None,
+    sibling: tuple[Leaf, Words] | None,
+    threads: int | None = None,
+    backend: str | None = None,
+) -> list[Words]:
+    """Words of each leaf of one frame; see StoredFrame. Raises what decode_many raises."""
+    (found,) = decode_many([StoredFrame(leaves, plan, data, parent, sibling)], Engine(threads, backend))
+    return found.words
+
+
+def decode_many(
+    frames: Sequence[StoredFrame], engine: Engine | None = None, into: Sequence[Words] | None = None
+) -> list[Decoded]:
+    """Words and digests of each leaf of each frame. into: arrays to decode to, one for each frame.
+
+    The digests are told, and not compared with any. Raises CorruptFrame, and WrongReference when a reference is missing
+    or of another size.
+    """
+    engine = engine or Engine()
+    found = engine.decode([_job(frame, range(frame.plan.n_words)) for frame in frames], into)
+    parts: list[list[Words]] = []
+    shared: list[Words] = []
+    for frame, (words, _) in zip(frames, found, strict=True):
+        ends = accumulate((leaf.n_words for leaf in frame.leaves), initial=0)
+        parts.append([words] if len(frame.leaves) == 1 else [words[start:end] for start, end in pairwise(ends)])
+        shared += parts[-1] if len(frame.leaves) > 1 else []
+    told = iter(engine.digests(shared) if shared else [])
+    return [
+        Decoded(words, [digest_end(found[k][1], words[0].nbytes)] if len(words) == 1 else [next(told) for _ in words])
+        for k, words in enumerate(parts)
+    ]
+
+
+def decode_parts(
+    frame: StoredFrame,
+    parts: Sequence[range],
+    references: Sequence[Words] | None,
+    engine: Engine | None = None,
+    into: Sequence[Words] | None = None,
+) -> list[tuple[Words, int]]:
+    """Some words of a frame: those of each of parts, which begins at a chunk and ends at one or at the frame's end.
+
+    frame: but for parent and sibling's words, of which references holds what each part needs; only its head and the
+    chunks asked for are read. With each part comes what it adds to the digest of the frame's one leaf, see digest_end.
+    into: arrays to decode to, one for each part. Raises what decode_many raises.
+    """
+    jobs = []
+    for i, part in enumerate(parts):
+        words = references[i] if references else None
+        sibling = None if frame.sibling is None or words is None else (frame.sibling[0], words)
+        jobs.append(_job(frame._replace(parent=words, sibling=sibling), part))
+    return (engine or Engine()).decode(jobs, into)
+
+
+def breakdown(plan: Plan, data: Bytes | Cut) -> dict[str, int]:
+    """Bytes of a frame by purpose (see report.Breakdown), told from its head. Raises CorruptFrame."""
+    head = data[: head_bytes(plan)]
+    if len(head) < head_bytes(plan):
+        raise CorruptFrame(f"its head should have {head_bytes(plan)} bytes, found {len(head)}")
+    return anatomy(plan, head)
+
+
+def _job(frame: StoredFrame, part: range) -> DecodeJob:
+    plan, leaves = frame.plan, frame.leaves
+    name = leaves[0].path if leaves else "array"
+    n_words = sum(leaf.n_words for leaf in leaves)
+    if n_words != plan.n_words or any(leaf.dtype != plan.dtype for leaf in leaves):
+        raise CorruptFrame(
+            f"frame of {name!r}: its plan is for {plan.n_words} words of {plan.dtype.name}, its leaves have {n_words}"
+            f" of {leaves[0].dtype.name if leaves else 'no dtype'}."
+        )
+    if plan.reference == "none":
+        return DecodeJob(plan, frame.data, name=name, start=part.start, stop=part.stop)
+    words, source = (frame.parent, plan.dtype) if plan.reference == "parent" else (None, plan.dtype)
+    if plan.reference == "sibling" and frame.sibling is not None:
+        words, source = frame.sibling[1], frame.sibling[0].dtype
+    if words is None or len(words) != len(part):
+        came = "none was given" if words is None else f"{len(words)} came"
+        raise WrongReference(
+            f"leaf {name!r}: it was encoded against a reference of {len(part)} words, {came}. "
+            "Pass the checkpoint that it was saved against."
+        )
+    pair = (source.name, plan.dtype.name)
+    if (pair not in CAST_PAIRS) if plan.predict == "cast" else (source != plan.dtype):
+        raise CorruptFrame(f"frame of {name!r}: its reference of {pair[0]} does not fit a leaf of {pair[1]}.")
+    return DecodeJob(plan, frame.data, words, source, name, part.start, part.stop)

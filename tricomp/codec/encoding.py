@@ -1,0 +1,280 @@
+"""Encode Snapshots: leaves to frames, in batches, one batch ahead of whoever writes them.
+
+The hard thing: small leaves must share frames, equal and cast leaves must find each other, and frames must go to the
+backend in batches large enough to be fast on all threads, yet small enough to bound memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from itertools import chain, groupby
+from typing import Protocol
+
+import numpy as np
+
+from tricomp.ahead import ahead
+from tricomp.codec.engine import Engine, FrameToPlan
+from tricomp.codec.siblings import siblings
+from tricomp.dtypes import Words
+from tricomp.errors import InvalidArgument
+from tricomp.job import EncodeJob, Side
+from tricomp.layout import Leaf, Snapshot
+from tricomp.plan import Frame, Plan, Spec
+from tricomp.reference.bits import is_equal, round_mantissa
+from tricomp.spool import Spool
+
+_log = logging.getLogger("tricomp")
+
+SMALL_WORDS = 16_384  # leaves below this share frames
+GROUP_WORDS = 65_536  # most words of a shared frame
+BATCH_WORDS = 8 << 20  # words encoded at a time; a larger leaf is a batch of its own
+THREAD_WORDS = 1 << 19  # words of a batch that keep one thread busy: batches are larger for many threads
+
+
+class Reference(Protocol):
+    """Anything that has the words of earlier leaves by path: a Snapshot, an open file.
+
+    One that finds many at a time faster than one by one has find_all too: from paths to a list of what find gives.
+    """
+
+    def find(self, path: str) -> tuple[Leaf, Words] | None: ...
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A frame to be: its leaves, and the leaf it repeats or rounds, if any."""
+
+    leaves: tuple[int, ...]
+    sibling: int | None = None
+
+
+class _Digests:
+    """The digests of a Snapshot's leaves, each told once."""
+
+    def __init__(self, snapshot: Snapshot, engine: Engine) -> None:
+        self._snapshot, self._engine = snapshot, engine
+        self._known: dict[int, int] = {}
+
+    def of(self, numbers: Iterable[int]) -> list[int]:
+        wanted = list(numbers)
+        missing = [i for i in wanted if i not in self._known]
+        if missing:
+            self._known.update(zip(missing, self._engine.digests([self._snapshot.words(i) for i in missing])))
+        return [self._known[i] for i in wanted]
+
+
+def encode(
+    snapshot: Snapshot,
+    reference: Reference | None = None,
+    spec: Spec | None = None,
+    threads: int | None = None,
+    backend: str | None = None,
+) -> Generator[Frame, None, None]:
+    """Encode every leaf of a Snapshot, exactly once each, in no promised order.
+
+    reference: an earlier Snapshot or open file; leaves that it lacks, or has in another dtype or shape, are coded
+    without it. spec: see Spec; with keep_mantissa_bits the leaves are rounded first. threads, backend: see Engine.
+    A batch is encoded, in a thread, while the frames of the one before are taken: close the iterator if not all are
+    taken. Raises InvalidArgument.
+    """
+    engine = Engine(threads, backend)
+    return _frames(snapshot, reference, spec or Spec(), engine)
+
+
+def bounded(snapshot: Snapshot, spec: Spec) -> Snapshot:
+    """The Snapshot with the mantissas of `spec.keep_mantissa_bits` rounded: what a decoder of it will see.
+
+    Raises InvalidArgument when a pattern matches a leaf that is no float.
+    """
+    if not spec.keep_mantissa_bits:
+        return snapshot
+    kept = [spec.mantissa_bits_of(leaf.path) for leaf in snapshot.layout.leaves]
+    for pattern in spec.keep_mantissa_bits:
+        if not any(fnmatchcase(leaf.path, pattern) for leaf in snapshot.layout.leaves):
+            _log.warning("keep_mantissa_bits: no leaf matches %r, so it rounds nothing", pattern)
+    if all(bits is None for bits in kept):
+        return snapshot
+    words = []
+    for i, (leaf, bits) in enumerate(zip(snapshot.layout.leaves, kept, strict=True)):
+        if bits is not None and not leaf.dtype.is_float:
+            raise InvalidArgument(
+                f"leaf {leaf.path!r}: keep_mantissa_bits applies to float leaves, this one is {leaf.dtype.name}. "
+                "Narrow the pattern."
+            )
+        words.append(snapshot.words(i) if bits is None else round_mantissa(snapshot.words(i), leaf.dtype, bits))
+    places = tuple(replace(place, buffer=i, offset=0) for i, place in enumerate(snapshot.layout.places))
+    return Snapshot(replace(snapshot.layout, places=places), tuple(words))
+
+
+def _frames(
+    snapshot: Snapshot, reference: Reference | None, spec: Spec, engine: Engine
+) -> Generator[Frame, None, None]:
+    snapshot = bounded(snapshot, spec)
+    leaves = snapshot.layout.leaves
+    digests = _Digests(snapshot, engine)
+    # Asked for once: finding a leaf may mean decoding it.
+    small = [i for i, leaf in enumerate(leaves) if leaf.n_words < SMALL_WORDS]
+    found = dict(zip(small, _counterparts([leaves[i] for i in small], reference)))
+    tasks = _tasks(snapshot, found, siblings(snapshot, digests.of), spec)
+    batches = _batches(tasks, leaves, max(BATCH_WORDS, THREAD_WORDS * engine.n_threads))
+
+    def encoded() -> Iterator[list[Frame]]:
+        for batch in batches:
+            yield _encoded(snapshot, reference, found, digests, batch, spec, engine)
+
+    if len(batches) < 2:
+        yield from chain.from_iterable(encoded())
+        return
+    with closing(ahead(encoded())) as ready:
+        for frames in ready:
+            yield from frames
+
+
+def _tasks(
+    snapshot: Snapshot, small_references: Mapping[int, Words | None], known: Mapping[int, int], spec: Spec
+) -> list[_Task]:
+    """Which leaves form which frames: repeats and casts of a sibling, large leaves alone, small leaves together."""
+    leaves = snapshot.layout.leaves
+    tasks = [_Task((i,), sibling) for i, sibling in known.items()]
+    small: list[int] = []
+    for i, leaf in enumerate(leaves):
+        if i in known:
+            continue
+        if leaf.n_words >= SMALL_WORDS:
+            tasks.append(_Task((i,)))
+        else:
+            small.append(i)
+
+    def kind(i: int) -> tuple[object, ...]:
+        leaf = leaves[i]
+        return (
+            leaf.dtype.number,
+            -1 if (kept := spec.mantissa_bits_of(leaf.path)) is None else kept,
+            small_references[i] is not None,
+            leaf.path.rsplit("/", 1)[-1],
+        )
+
+    kinds = {i: kind(i) for i in small}
+    for _, group in groupby(sorted(small, key=kinds.__getitem__), key=lambda i: kinds[i][:3]):
+        members: list[int] = []
+        n_words = 0
+        for i in group:
+            if members and n_words + leaves[i].n_words > GROUP_WORDS:
+                tasks.append(_Task(tuple(members)))
+                members, n_words = [], 0
+            members.append(i)
+            n_words += leaves[i].n_words
+        tasks.append(_Task(tuple(members)))
+    return tasks
+
+
+def _batches(tasks: Sequence[_Task], leaves: Sequence[Leaf], most_words: int) -> list[list[_Task]]:
+    """Tasks in order, cut into batches of at most so many words, or of one task."""
+    batches: list[list[_Task]] = []
+    n_pending = 0
+    for task in tasks:
+        n_words = sum(leaves[i].n_words for i in task.leaves)
+        if not batches or n_pending + n_words > most_words:
+            batches.append([])
+            n_pending = 0
+        batches[-1].append(task)
+        n_pending += n_words
+    return batches
+
+
+def _encoded(
+    snapshot: Snapshot,
+    reference: Reference | None,
+    found: Mapping[int, Words | None],
+    digests: _Digests,
+    batch: Sequence[_Task],
+    spec: Spec,
+    engine: Engine,
+) -> list[Frame]:
+    """The frames of a batch. found: the reference's words of small leaves."""
+    leaves = snapshot.layout.leaves
+    large = [i for task in batch for i in task.leaves if i not in found]
+    old = {**found, **dict(zip(large, _counterparts([leaves[i] for i in large], reference)))}
+    digests.of(i for task in batch for i in task.leaves)  # of all together
+    jobs = _jobs(snapshot, old, batch, spec, engine)
+    del old
+    encoded = engine.encode(jobs, Spool)
+    # What came out larger than its words, by more than a raw frame would, is raw after all.
+    worse = [
+        k
+        for k, (job, coded) in enumerate(zip(jobs, encoded, strict=True))
+        if coded.plan.predict != "raw" and coded.n_bytes > job.words.nbytes + 64 and coded.plan.n_chunks
+    ]
+    raw = [replace(jobs[k], plan=_raw(jobs[k].plan), side=Side()) for k in worse]
+    for k, coded in zip(worse, engine.encode(raw, Spool) if raw else [], strict=True):
+        if coded.n_bytes < encoded[k].n_bytes:
+            encoded[k] = coded
+    return [
+        Frame(task.leaves, coded.plan, tuple(digests.of(task.leaves)), coded.n_bytes, coded.pieces)
+        for task, coded in zip(batch, encoded, strict=True)
+    ]
+
+
+def _raw(plan: Plan) -> Plan:
+    return Plan(plan.dtype, plan.n_words, "raw", chunk_log2=plan.chunk_log2, keep_mantissa_bits=plan.keep_mantissa_bits)
+
+
+def _counterparts(leaves: Sequence[Leaf], reference: Reference | None) -> list[Words | None]:
+    """The reference's words of the same leaves, None where it has none of that dtype and shape."""
+    if reference is None:
+        return [None] * len(leaves)
+    find_all = getattr(reference, "find_all", None)
+    paths = [leaf.path for leaf in leaves]
+    found = [reference.find(path) for path in paths] if find_all is None else find_all(paths)
+    return [
+        None if other is None or (other[0].dtype, other[0].shape) != (leaf.dtype, leaf.shape) else other[1]
+        for leaf, other in zip(leaves, found, strict=True)
+    ]
+
+
+def _jobs(
+    snapshot: Snapshot, old: Mapping[int, Words | None], batch: Sequence[_Task], spec: Spec, engine: Engine
+) -> list[EncodeJob]:
+    """Plan the frames of a batch. old: the reference's words of each leaf."""
+    given: list[FrameToPlan] = []
+    for task in batch:
+        leaves = [snapshot.layout.leaves[i] for i in task.leaves]
+        words = _joined([snapshot.words(i) for i in task.leaves])
+        parts = [part for i in task.leaves if (part := old[i]) is not None]
+        parent = _joined(parts) if len(parts) == len(leaves) else None
+        shape = leaves[0].shape if len(leaves) == 1 else None
+        if shape is not None and leaves[0].dtype.words_per_element > 1:
+            shape = (*shape, leaves[0].dtype.words_per_element)
+        given.append((words, parent, leaves[0].dtype, shape, spec, spec.mantissa_bits_of(leaves[0].path)))
+    planned = iter(engine.plan_frames([frame for frame, task in zip(given, batch) if task.sibling is None]))
+    return [
+        next(planned) if task.sibling is None else _sibling_job(snapshot, frame, task.sibling)
+        for frame, task in zip(given, batch, strict=True)
+    ]
+
+
+def _sibling_job(snapshot: Snapshot, frame: FrameToPlan, sibling: int) -> EncodeJob:
+    """How to encode a frame that repeats a sibling or rounds it."""
+    words, parent, dtype, _, spec, kept = frame
+    if parent is not None and is_equal(parent, words):
+        plan = Plan(dtype, len(words), "copy", reference="parent", keep_mantissa_bits=kept)
+        return EncodeJob(plan, Side(), words, parent)
+    source = snapshot.layout.leaves[sibling].dtype
+    plan = Plan(
+        dtype,
+        len(words),
+        "copy" if source == dtype else "cast",
+        chunk_log2=spec.chunk_log2,
+        reference="sibling",
+        sibling=sibling,
+        keep_mantissa_bits=kept,
+    )
+    return EncodeJob(plan, Side(), words, snapshot.words(sibling), source)
+
+
+def _joined(parts: Sequence[Words]) -> Words:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -1,0 +1,207 @@
+"""Which backend codes, and on how many threads: the one table of what the backends are.
+
+The hard thing is to say so once and clearly. What was asked for is checked at once; the native module is looked for at
+the first use; and where it is missing the reference works, many times slower, with one warning.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from tricomp import native
+from tricomp.dtypes import DType, Words
+from tricomp.errors import InvalidArgument
+from tricomp.job import DecodeJob, Encoded, EncodeJob, Room
+from tricomp.plan import Spec
+from tricomp.reference import decode as _decode
+from tricomp.reference import encode as _encode
+from tricomp.reference.digest import digest_end, digest_sum
+from tricomp.reference.planner import plan_frame
+
+_log = logging.getLogger("tricomp")
+NAMES = ("auto", "native", "reference")
+ENVIRONMENT = "TRICOMP_BACKEND"
+MOST_THREADS = 1 << 12  # who asks for more has mistaken the argument
+
+FrameToPlan = tuple[Words, Words | None, DType, Sequence[int] | None, Spec, int | None]
+"""Words, reference, dtype, shape of the leaf (None: several small ones), spec, mantissa bits kept: see plan_frame."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What the codec calls of a backend; all but the reference's planner and encoder take threads=.
+
+    plan_frames: frames to plan -> jobs. encode: jobs, room -> Encoded. decode: jobs, into= -> words, and what they add
+    to the digest of the frame's one leaf. digest_sums: parts of leaves, and the byte of its leaf at which each begins
+    -> what each adds to its digest.
+    """
+
+    name: str
+    plan_frames: Callable[..., list[EncodeJob]]
+    encode: Callable[..., list[Encoded]]
+    decode: Callable[..., list[tuple[Words, int]]]
+    digest_sums: Callable[..., list[int]]
+
+
+def _reference() -> Backend:
+    """tricomp.reference: on one thread, whatever threads says."""
+
+    def summed(jobs: Sequence[DecodeJob], threads: int, into: Sequence[Words] | None) -> list[tuple[Words, int]]:
+        found = zip(jobs, _decode.decode(jobs, into), strict=True)
+        return [(words, digest_sum(words, job.start * words.itemsize)) for job, words in found]
+
+    return Backend(
+        "reference",
+        lambda frames, threads: [plan_frame(*frame) for frame in frames],
+        lambda jobs, room, threads: _encode.encode(jobs, room),
+        summed,
+        lambda parts, threads: [digest_sum(words, first) for words, first in parts],
+    )
+
+
+def _native() -> Backend:
+    from tricomp.native import decode, digest, encode
+
+    try:
+        from tricomp.native import planner
+    except ImportError:  # TODO: until it is written
+        return replace(
+            _reference(),
+            name="native",
+            encode=encode.encode,
+            decode=decode.decode_summed,
+            digest_sums=digest.digest_sums,
+        )
+    return Backend("native", planner.plan_frames, encode.encode, decode.decode_summed, digest.digest_sums)
+
+
+def _is_there(chosen: str) -> bool:  # TODO: native.is_there
+    from importlib.util import find_spec
+
+    is_complete = chosen == "native" or find_spec("tricomp.native.planner") is not None
+    return native.is_there() and hasattr(native.load(), "decode") and is_complete
+
+
+@cache
+def _backend(chosen: str, where: str) -> Backend:
+    """The backend of a name, found once. where: who named it, for the message."""
+    if chosen == "reference":
+        return _reference()
+    if _is_there(chosen):
+        return _native()
+    if chosen == "native":
+        raise InvalidArgument(f"{where}: 'native' is not there: {native.why_not()}")
+    if os.environ.get("TRICOMP_NATIVE") == "require":
+        raise InvalidArgument(f"TRICOMP_NATIVE=require: the native backend is not there: {native.why_not()}")
+    _log.warning(
+        "the native backend is not there (%s); the reference backend does the same work, many times slower",
+        native.why_not(),
+    )
+    return _reference()
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A backend by its name (None: what TRICOMP_BACKEND says, else "auto"), and threads (None: one a core).
+
+    "auto" is native where its module is there, else the reference. Raises InvalidArgument for other names, for "native"
+    without its module, and for threads that are no number from 1.
+    """
+
+    threads: int | None = None
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "threads", _checked(self.threads))
+        if _chosen(self.backend) == "native":
+            _ = self.coder
+
+    @property
+    def n_threads(self) -> int:
+        """Threads to work on."""
+        return cores() if self.threads is None else self.threads
+
+    @property
+    def coder(self) -> Backend:
+        """The backend's functions."""
+        return _backend(_chosen(self.backend), "backend" if self.backend else ENVIRONMENT)
+
+    def plan_frames(self, frames: Sequence[FrameToPlan]) -> list[EncodeJob]:
+        """A plan for each frame, see plan_frame."""
+        return self.coder.plan_frames(frames, threads=self.n_threads)
+
+    def encode(self, jobs: Sequence[EncodeJob], room: Callable[[], Room]) -> list[Encoded]:
+        """Encode frames. room: makes the place where the payloads of one frame wait."""
+        return self.coder.encode(jobs, room, threads=self.n_threads)
+
+    def decode(self, jobs: Sequence[DecodeJob], into: Sequence[Words] | None = None) -> list[tuple[Words, int]]:
+        """The words that each job asks for, in memory of their own, or in that of into, one array a job.
+
+        With each come what they add to the digest of the frame's leaf, if it has but one: see digest_end.
+        """
+        return self.coder.decode(jobs, threads=self.n_threads, into=into)
+
+    def digest_sums(self, parts: Sequence[tuple[Words, int]]) -> list[int]:
+        """What each part adds to its leaf's digest. parts: uint[n], and the byte, a multiple of 512, of the leaf."""
+        return self.coder.digest_sums(parts, threads=self.n_threads)
+
+    def digests(self, leaves: Sequence[Words]) -> list[int]:
+        """The digest of each leaf. leaves: uint[n] each."""
+        sums = self.digest_sums([(words, 0) for words in leaves])
+        return [digest_end(total, words.nbytes) for total, words in zip(sums, leaves, strict=True)]
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Windows and macOS
+        return os.cpu_count() or 1
+
+
+def digests(leaves: Sequence[Words], threads: int | None = None, backend: str | None = None) -> list[int]:
+    """The 64-bit digest of each leaf, FORMAT.md "Digest". leaves: uint[n] each. threads, backend: see Engine."""
+    return Engine(threads, backend).digests(leaves)
+
+
+def digest(words: Words) -> int:
+    """The digest of one leaf."""
+    return digests([words])[0]
+
+
+def live() -> dict[str, str]:
+    """Backend to what can be said of it: what it runs on, or why it is not there."""
+    absent = "none in this version"
+    here = f"{native.isa()}, {cores()} threads" if _is_there("auto") else f"none: {native.why_not()}"
+    return {"native": here, "reference": f"numpy {np.__version__}", "triton": absent}
+
+
+def _chosen(backend: str | None) -> str:
+    chosen = backend or os.environ.get(ENVIRONMENT) or "auto"
+    if chosen not in NAMES:
+        where = "backend" if backend else ENVIRONMENT
+        raise InvalidArgument(f"{where}: expected 'auto', 'native' or 'reference', got {chosen!r}.")
+    return chosen
+
+
+def _checked(threads: Any) -> int | None:
+    """A number of threads, of whatever integer type it is. Raises InvalidArgument."""
+    if threads is None:
+        return None
+    try:
+        number = 0 if isinstance(threads, bool) else operator.index(threads)
+    except TypeError:
+        number = 0
+    if not 1 <= number <= MOST_THREADS:
+        raise InvalidArgument(
+            f"threads: expected a number from 1 to {MOST_THREADS}, or None for one a core, got {threads!r:.80}."
+        )
+    return number
