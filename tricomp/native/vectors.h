@@ -171,7 +171,7 @@ template <class Lane>
 INLINE Vector<Lane> bit_length(Vector<Lane> a) {
     return all<Lane>(BITS<Lane>) - leading_zeros(a);
 }
-// Of lanes below 2^32.
+// Of the low halves of lanes.
 INLINE Vector<uint64_t> product(Vector<uint64_t> a, Vector<uint64_t> b) {
     return vector_of<uint64_t>(_mm512_mul_epu32(zmm(a), zmm(b)));
 }
@@ -260,15 +260,28 @@ INLINE Vector<Lane> sign_fill(Vector<Lane> a) {
 }
 template <class Lane>
 INLINE Vector<Lane> absolute(Vector<Lane> a) {
+#if TRICOMP_HAS_AVX2
+    if constexpr (sizeof(Lane) == 4) return {typename Vector<Lane>::Raw(_mm256_abs_epi32(__m256i(a.raw)))};
+#endif
     const Vector<Lane> fill = sign_fill(a);
     return (a ^ fill) - fill;
 }
 template <class Lane>
 INLINE Vector<Lane> smaller(Vector<Lane> a, Vector<Lane> b) {
+#if TRICOMP_HAS_AVX2
+    typedef typename Vector<Lane>::Raw Raw;
+    if constexpr (sizeof(Lane) == 2) return {Raw(_mm256_min_epu16(__m256i(a.raw), __m256i(b.raw)))};
+    if constexpr (sizeof(Lane) == 4) return {Raw(_mm256_min_epu32(__m256i(a.raw), __m256i(b.raw)))};
+#endif
     return {a.raw < b.raw ? a.raw : b.raw};
 }
 template <class Lane>
 INLINE Vector<Lane> excess(Vector<Lane> a, Vector<Lane> b) {
+#if TRICOMP_HAS_AVX2
+    typedef typename Vector<Lane>::Raw Raw;
+    if constexpr (sizeof(Lane) == 2) return {Raw(_mm256_subs_epu16(__m256i(a.raw), __m256i(b.raw)))};
+    if constexpr (sizeof(Lane) == 4) return {Raw(_mm256_max_epu32(__m256i(a.raw), __m256i(b.raw))) - b.raw};
+#endif
     return {a.raw < b.raw ? typename Vector<Lane>::Raw{} : a.raw - b.raw};
 }
 template <class Lane>
@@ -303,7 +316,7 @@ INLINE Vector<uint64_t> product(Vector<uint64_t> a, Vector<uint64_t> b) {
 #if TRICOMP_HAS_AVX2
     return {Vector<uint64_t>::Raw(_mm256_mul_epu32(__m256i(a.raw), __m256i(b.raw)))};
 #else
-    return {a.raw * b.raw};
+    return {(a.raw & 0xFFFFFFFF) * (b.raw & 0xFFFFFFFF)};
 #endif
 }
 // There is no instruction for it, so the exponent of a float tells. It is exact: with the bit below the leading one
@@ -410,6 +423,22 @@ INLINE Vector<Lane> load(const Word* words) {
 template <class Lane, class Word>
 INLINE Vector<Lane> load_signed(const Word* words) {
     return load<Lane>(reinterpret_cast<const typename Widths<Word>::Signed*>(words));
+}
+
+// The same bits as lanes of another width.
+INLINE Vector<uint64_t> wide_of(Vector<uint32_t> a) { return {Vector<uint64_t>::Raw(a.raw)}; }
+INLINE Vector<uint32_t> narrow_of(Vector<uint64_t> a) { return {Vector<uint32_t>::Raw(a.raw)}; }
+
+// Even lanes of a, odd lanes of b.
+INLINE Vector<uint32_t> interleave(Vector<uint32_t> a, Vector<uint32_t> b) {
+#if TRICOMP_HAS_AVX512
+    return vector_of<uint32_t>(_mm512_mask_mov_epi32(zmm(a), 0xAAAA, zmm(b)));
+#elif TRICOMP_HAS_AVX2
+    return {Vector<uint32_t>::Raw(_mm256_blend_epi32(__m256i(a.raw), __m256i(b.raw), 0xAA))};
+#else
+    const uint64_t low = 0xFFFFFFFF;
+    return narrow_of(choose_bits(all<uint64_t>(low), wide_of(a), wide_of(b)));
+#endif
 }
 
 // With the sign, as numbers are divided by powers of two. Lanes of 16 or 32 bits.
