@@ -289,7 +289,7 @@ def test_an_empty_store_restores_to_none_and_a_missing_step_raises(tmp_path):
 def test_a_store_brings_its_own_policies(tmp_path):
     store = tricomp.Store(str(tmp_path))
     assert Checkpointer(store).store is store
-    with pytest.raises(InvalidArgument, match="spec, keyframe and keep belong to the Store given"):
+    with pytest.raises(InvalidArgument, match="spec, keyframe, keep and threads belong to the Store given"):
         Checkpointer(store, keyframe=tricomp.KeyframeEvery(2))
 
 

@@ -16,6 +16,7 @@ from numcodecs.compat import ensure_contiguous_ndarray, ensure_ndarray_like
 from numcodecs.registry import register_codec
 
 from tricomp.blob import decode, encode
+from tricomp.codec import Engine
 from tricomp.dtypes import NAMES, by_name
 from tricomp.errors import InvalidArgument, UnsupportedDtype
 from tricomp.plan import Spec
@@ -30,13 +31,15 @@ class Tricomp(Codec):  # type: ignore[misc]  # numcodecs has no types
 
     tier: "dense" or "fast". dtype: what the bytes of a buffer are, when it comes as bytes or as another dtype
     ("float32", "bfloat16", ...). Dtypes that tricomp does not know are coded as bytes; objects are refused.
+    threads: to work with, see tricomp.open; no part of the configuration that is stored with an array.
     """
 
     codec_id: ClassVar[str] = "tricomp"
 
-    def __init__(self, tier: Literal["dense", "fast"] = "dense", dtype: Any = None) -> None:
+    def __init__(self, tier: Literal["dense", "fast"] = "dense", dtype: Any = None, threads: int | None = None) -> None:
         """Raises InvalidArgument, UnsupportedDtype."""
         Spec(tier=tier)
+        self._threads = Engine(threads).threads
         self.tier = tier
         self.dtype: str | None = None if dtype is None else _name_of(dtype)
 
@@ -49,7 +52,7 @@ class Tricomp(Codec):  # type: ignore[misc]  # numcodecs has no types
             array = array.T
         array = encodable(array)
         mark = _SWAPPED if array.dtype.str.startswith(">") else b""
-        return mark + encode(array, spec=Spec(tier=self.tier))
+        return mark + encode(array, spec=Spec(tier=self.tier), threads=self._threads)
 
     def decode(self, buf: Any, out: Any = None) -> Any:
         """The array that encode was given, in one dimension and the order of its memory; or out, filled with it.
@@ -58,7 +61,7 @@ class Tricomp(Codec):  # type: ignore[misc]  # numcodecs has no types
         """
         data = memoryview(ensure_contiguous_ndarray(buf).view(np.uint8))
         is_swapped = bytes(data[:1]) == _SWAPPED
-        found = decode(data[1:] if is_swapped else data).reshape(-1)
+        found = decode(data[1:] if is_swapped else data, threads=self._threads).reshape(-1)
         if is_swapped:
             found = found.byteswap().view(found.dtype.newbyteorder(">"))
         if out is None:

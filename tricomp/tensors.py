@@ -85,9 +85,9 @@ class SafeOpen(ABC, Generic[Tensor]):
 
     is_int_first = False
 
-    def __init__(self, filename: Path, reference: Any = None) -> None:
+    def __init__(self, filename: Path, reference: Any = None, threads: int | None = None) -> None:
         """filename: of any `.tri` file. reference: what it was saved against. Raises what tricomp.open raises."""
-        self._file: File | None = open_file(filename, reference)
+        self._file: File | None = open_file(filename, reference, threads=threads)
         self._paths = names_of(self._file)
 
     @property

@@ -8,13 +8,14 @@ compressor behind it: `compressors=None`.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from zarr.abc.codec import ArrayBytesCodec
 
 from tricomp.blob import decode, encode
+from tricomp.codec import Engine
 from tricomp.errors import CorruptFile, InvalidArgument
 from tricomp.numcodecs import encodable
 from tricomp.plan import Spec
@@ -30,14 +31,17 @@ _NAME = "tricomp"
 class TricompCodec(ArrayBytesCodec):
     """Lossless compression of chunks of numbers, as `tricomp.encode` does it. tier: "dense" or "fast".
 
-    Dtypes that tricomp does not know are coded as bytes; objects are refused. Raises InvalidArgument.
+    Dtypes that tricomp does not know are coded as bytes; objects are refused. threads: to work with, see tricomp.open;
+    no part of an array's metadata, and zarr itself has several chunks coded at a time. Raises InvalidArgument.
     """
 
     tier: Literal["dense", "fast"] = "dense"
+    threads: int | None = field(default=None, compare=False)
     is_fixed_size: ClassVar[bool] = False  # type: ignore[misc]  # zarr declares it of instances
 
     def __post_init__(self) -> None:
         Spec(tier=self.tier)
+        Engine(self.threads)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> TricompCodec:
@@ -61,19 +65,19 @@ class TricompCodec(ArrayBytesCodec):
 
     async def _decode_single(self, chunk_data: Buffer, chunk_spec: ArraySpec) -> NDBuffer:
         array = await asyncio.to_thread(
-            _decoded, chunk_data.to_bytes(), chunk_spec.dtype.to_native_dtype(), chunk_spec.shape
+            _decoded, chunk_data.to_bytes(), chunk_spec.dtype.to_native_dtype(), chunk_spec.shape, self.threads
         )
         return chunk_spec.prototype.nd_buffer.from_numpy_array(array)
 
     def _encoded(self, array: np.ndarray[Any, Any]) -> bytes:
         # Metadata of format 3 tells no byte order: a chunk is little-endian.
         little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-        return encode(encodable(little), spec=Spec(tier=self.tier))
+        return encode(encodable(little), spec=Spec(tier=self.tier), threads=self.threads)
 
 
-def _decoded(data: bytes, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+def _decoded(data: bytes, dtype: np.dtype[Any], shape: tuple[int, ...], threads: int | None) -> np.ndarray[Any, Any]:
     little = dtype.newbyteorder("<")
-    found = decode(data).reshape(-1).view(np.uint8)
+    found = decode(data, threads=threads).reshape(-1).view(np.uint8)
     if found.nbytes != int(np.prod(shape, dtype=object)) * little.itemsize:
         raise CorruptFile(f"chunk: holds {found.nbytes} bytes, expected {dtype.name}{list(shape)}.")
     return found.view(little).reshape(shape).astype(dtype, copy=False)

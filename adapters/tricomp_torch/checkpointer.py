@@ -44,6 +44,7 @@ class Checkpointer:
 
     store: a `tricomp.Store`, or a folder for one. every: `save` does nothing unless step is a multiple of it.
     spec: how to code (`tricomp.Spec`). keyframe, keep: policies of the store made for a folder; a Store has its own.
+    threads: to work with, see tricomp.open; a Store has its own.
 
     >>> ckpt = tricomp_torch.Checkpointer("runs/a", every=100)  # doctest: +SKIP
     >>> restored = ckpt.restore(model=model, optimizer=optimizer)  # doctest: +SKIP
@@ -60,15 +61,16 @@ class Checkpointer:
         spec: tricomp.Spec | None = None,
         keyframe: tricomp.KeyframeEvery | None = None,
         keep: Sequence[Any] | None = None,
+        threads: int | None = None,
     ) -> None:
         if every is not None and (isinstance(every, bool) or not hasattr(every, "__index__") or every < 1):
             raise InvalidArgument(f"every: expected a number of steps, 1 or more, got {every!r}")
         if isinstance(store, tricomp.Store):
-            if keyframe is not None or keep is not None or spec is not None:
-                raise InvalidArgument("spec, keyframe and keep belong to the Store given. Set them there.")
+            if any(value is not None for value in (spec, keyframe, keep, threads)):
+                raise InvalidArgument("spec, keyframe, keep and threads belong to the Store given. Set them there.")
             self.store = store
         else:
-            policies: dict[str, Any] = {"spec": spec, "keyframe": keyframe, "keep": keep}
+            policies: dict[str, Any] = {"spec": spec, "keyframe": keyframe, "keep": keep, "threads": threads}
             given = {name: value for name, value in policies.items() if value is not None}
             self.store = tricomp.Store(os.fspath(store), **given)
         self._every = every

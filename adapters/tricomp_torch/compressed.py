@@ -18,6 +18,7 @@ import torch
 
 import tricomp
 from tricomp import checkpoint, folder, tree
+from tricomp.codec import Engine
 from tricomp.content import content_of
 from tricomp.errors import CorruptFile, InvalidArgument, MissingLeaf
 from tricomp.file import File
@@ -40,7 +41,8 @@ class CompressedStateDict(Mapping[Key, Any]):
 
     state_dict: of a module, an optimizer, or any dict that `tricomp_torch.save` takes; on any device. Nothing of it is
     kept but compressed bytes. spec: how to encode. keyframe: one state in so many is coded to stand alone, the others
-    as deltas of the one before; with 1 it takes the least memory, and an update codes no difference.
+    as deltas of the one before; with 1 it takes the least memory, and an update codes no difference. threads: to work
+    with, see tricomp.open.
 
     Each access gives a new tensor on the CPU. Tied entries are tied: while a tensor got of one of them lives,
     unchanged, the first access to another gives a tensor of the same storage. `load_state_dict` takes it as it is.
@@ -54,12 +56,18 @@ class CompressedStateDict(Mapping[Key, Any]):
     >>> model.load_state_dict(ema)  # doctest: +SKIP
     """
 
-    def __init__(self, state_dict: Mapping[Any, Any], spec: tricomp.Spec | None = None, keyframe: int = 10) -> None:
+    def __init__(
+        self,
+        state_dict: Mapping[Any, Any],
+        spec: tricomp.Spec | None = None,
+        keyframe: int = 10,
+        threads: int | None = None,
+    ) -> None:
         """Raises InvalidArgument, and UnsupportedNode and UnsupportedDtype, naming the entry."""
         _require_keyframe(keyframe)
-        self._spec, self._keyframe = spec, keyframe
+        self._spec, self._keyframe, self._engine = spec, keyframe, Engine(threads)
         self._updating = threading.Lock()
-        self._state = _coded(_as_dict(state_dict), None, spec)
+        self._state = _coded(_as_dict(state_dict), None, spec, self._engine)
 
     def __getitem__(self, name: Key) -> Any:
         return self._state.value(name)
@@ -128,28 +136,38 @@ class CompressedStateDict(Mapping[Key, Any]):
         where, name = folder.split(path)
         with self._updating:
             if len(self._state.sources) > 1:
-                self._state = _coded(self.to_dict(), None, self._spec)
+                self._state = _coded(self.to_dict(), None, self._spec, self._engine)
             (source,) = self._state.sources
         starts = range(0, source.n_bytes, _PIECE_BYTES)
         where.put(name, (source.read(at, min(_PIECE_BYTES, source.n_bytes - at)) for at in starts))
 
     @classmethod
     def load(
-        cls, path: Path, *, reference: Path | None = None, spec: tricomp.Spec | None = None, keyframe: int = 10
+        cls,
+        path: Path,
+        *,
+        reference: Path | None = None,
+        spec: tricomp.Spec | None = None,
+        keyframe: int = 10,
+        threads: int | None = None,
     ) -> CompressedStateDict:
         """Open a `.tri` file whose tree is a dict; nothing is decoded, and the file's bytes stay on the disk.
 
         The file must not be changed in place meanwhile. reference: the file it was saved against, if any.
-        spec, keyframe: for updates, which go to memory. Raises InvalidArgument, and what tricomp.open raises.
+        spec, keyframe: for updates, which go to memory. threads: see tricomp.open. Raises InvalidArgument, and what
+        tricomp.open raises.
         """
         _require_keyframe(keyframe)
+        engine = Engine(threads)
         paths = [path] if reference is None else [reference, path]
-        return cls._of(_State(tuple(folder.LocalFile(os.fspath(path)) for path in paths)), spec, keyframe)
+        sources = tuple(folder.LocalFile(os.fspath(path)) for path in paths)
+        return cls._of(_State(sources, engine), spec, keyframe)
 
     @classmethod
     def _of(cls, state: _State, spec: tricomp.Spec | None, keyframe: int) -> CompressedStateDict:
         made = cls.__new__(cls)
         made._spec, made._keyframe, made._updating, made._state = spec, keyframe, threading.Lock(), state
+        made._engine = state.engine
         return made
 
     def _next(self, merged: OrderedDict[Key, Any], state: _State) -> _State:
@@ -157,14 +175,14 @@ class CompressedStateDict(Mapping[Key, Any]):
         first, *deltas = (source.n_bytes for source in state.sources)
         expected = sum(deltas) + (deltas[-1] if deltas else 0)
         if len(state.sources) < self._keyframe and expected <= first:
-            following = _coded(merged, state, self._spec)
+            following = _coded(merged, state, self._spec, self._engine)
             if sum(source.n_bytes for source in following.sources[1:]) <= first:
                 return following
-        return _coded(merged, None, self._spec)
+        return _coded(merged, None, self._spec, self._engine)
 
     def __reduce__(self) -> tuple[Callable[..., CompressedStateDict], tuple[Any, ...]]:
         sources = tuple(bytes(source.read(0, source.n_bytes)) for source in self._state.sources)
-        return _from_bytes, (sources, self._spec, self._keyframe)
+        return _from_bytes, (sources, self._spec, self._keyframe, self._engine.threads)
 
     def __copy__(self) -> CompressedStateDict:
         return self._of(self._state, self._spec, self._keyframe)
@@ -187,9 +205,9 @@ class _State:
     forked worker could find taken.
     """
 
-    def __init__(self, sources: tuple[Source, ...]) -> None:
+    def __init__(self, sources: tuple[Source, ...], engine: Engine) -> None:
         """Raises what File raises; InvalidArgument if the tree is no dict, CorruptFile if the notes are damaged."""
-        self.sources = sources
+        self.sources, self.engine = sources, engine
         self._local = threading.local()
         file = self._chain()
         self.entries = entries_of(file)
@@ -245,7 +263,7 @@ class _State:
     def _chain(self) -> File:
         file: File | None = None
         for source in self.sources:
-            file = File(source, file)
+            file = File(source, file, threads=self.engine.threads, backend=self.engine.backend)
         assert file is not None
         return file
 
@@ -291,14 +309,15 @@ class _Living(TieMaker):
         return view
 
 
-def _coded(tensors: OrderedDict[Key, Any], base: _State | None, spec: tricomp.Spec | None) -> _State:
+def _coded(tensors: OrderedDict[Key, Any], base: _State | None, spec: tricomp.Spec | None, engine: Engine) -> _State:
     """The state of these tensors, coded against base or to stand alone."""
     flat = flatten(tensors)
     memory = Memory()
     older = () if base is None else base.sources
     reference = None if base is None else base.file()
-    checkpoint.put(memory, _NAME, content_of(flat.tree), reference, spec, with_notes(None, flat.notes), len(older))
-    return _State((*older, memory.get(_NAME)))
+    notes = with_notes(None, flat.notes)
+    checkpoint.put(memory, _NAME, content_of(flat.tree), reference, spec, notes, len(older), engine)
+    return _State((*older, memory.get(_NAME)), engine)
 
 
 def _as_dict(state_dict: Any) -> OrderedDict[Key, Any]:
@@ -339,7 +358,9 @@ def _require_keyframe(keyframe: Any) -> None:
         raise InvalidArgument(f"keyframe: expected a number of states, 1 or more, got {keyframe!r}.")
 
 
-def _from_bytes(sources: tuple[bytes, ...], spec: tricomp.Spec | None, keyframe: int) -> CompressedStateDict:
+def _from_bytes(
+    sources: tuple[bytes, ...], spec: tricomp.Spec | None, keyframe: int, threads: int | None = None
+) -> CompressedStateDict:
     """What __reduce__ took apart."""
     held = tuple(HeldFile(data, _NAME) for data in sources)
-    return CompressedStateDict._of(_State(held), spec, keyframe)
+    return CompressedStateDict._of(_State(held, Engine(threads)), spec, keyframe)

@@ -21,12 +21,13 @@ def save(
     reference: Any = None,
     spec: tricomp.Spec | None = None,
     metadata: Mapping[str, Any] | None = None,
+    threads: int | None = None,
 ) -> tricomp.Report:
     """Write obj, any nesting of dicts, lists and tuples of tensors and plain values, to path.
 
     reference: a path, an open `tricomp.File` or a torch tree that the reader will also have; the file then holds the
     difference. Entries that are the same tensor (tied weights) are noted, and `load` ties them again. Views that only
-    overlap are stored separately. requires_grad and devices are not stored.
+    overlap are stored separately. requires_grad and devices are not stored. threads: see tricomp.open.
 
     Raises UnsupportedNode and UnsupportedDtype, naming the entry; StorageError.
 
@@ -36,8 +37,14 @@ def save(
         kind = type(path).__name__
         raise InvalidArgument(f"save: expected a path, as in tricomp_torch.save(obj, path), got a {kind}.")
     flat = flatten(obj)
-    metadata = with_notes(metadata, flat.notes)
-    return tricomp.save(os.fspath(path), flat.tree, reference=plain_reference(reference), spec=spec, metadata=metadata)
+    return tricomp.save(
+        os.fspath(path),
+        flat.tree,
+        reference=plain_reference(reference),
+        spec=spec,
+        metadata=with_notes(metadata, flat.notes),
+        threads=threads,
+    )
 
 
 def load(
@@ -46,17 +53,18 @@ def load(
     reference: Any = None,
     map_location: str | torch.device | None = None,
     leaves: Sequence[str] | None = None,
+    threads: int | None = None,
 ) -> Any:
     """Read back what `save` wrote; also any other `.tri` file whose dtypes torch has.
 
     reference: what `save` was given. map_location: the device of all tensors, the CPU if None (a file keeps no
     devices). leaves: entry paths or patterns such as "model/h.0.*"; then only those are read, and the result is a dict
-    of path to tensor.
+    of path to tensor. threads: see tricomp.open.
 
     Raises CorruptFile, CorruptFrame, WrongReference, MissingLeaf, UnsupportedVersion, UnsupportedDtype.
     """
     device = device_of(map_location)
-    with tricomp.open(os.fspath(path), reference=plain_reference(reference)) as file:
+    with tricomp.open(os.fspath(path), reference=plain_reference(reference), threads=threads) as file:
         notes = notes_of(file.metadata)
         if leaves is None:
             return unflatten(Flat(file.load(), notes), device)

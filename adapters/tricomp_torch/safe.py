@@ -29,10 +29,12 @@ class TorchSafeOpen(SafeOpen[torch.Tensor]):
 
     is_int_first = True
 
-    def __init__(self, filename: Path, device: Device = "cpu", reference: Any = None) -> None:
+    def __init__(
+        self, filename: Path, device: Device = "cpu", reference: Any = None, threads: int | None = None
+    ) -> None:
         """See safe_open."""
         self._device = device_of(device)
-        super().__init__(filename, plain_reference(reference))
+        super().__init__(filename, plain_reference(reference), threads)
 
     def made(self, path: str, array: Array) -> torch.Tensor:
         """A tensor on the device."""
@@ -60,11 +62,13 @@ def save_file(
     *,
     reference: Any = None,
     spec: tricomp.Spec | None = None,
+    threads: int | None = None,
 ) -> tricomp.Report:
     """Write a flat dict of tensors to a `.tri` file, atomically.
 
     metadata: text by text key. reference: a path, an open File or a dict of tensors to code against, needed again to
     load. Tied tensors and any strides are kept; module versions of a state_dict are not, see tricomp_torch.save.
+    threads: see tricomp.open.
     Raises UnsupportedNode and UnsupportedDtype (naming the entry), InvalidArgument, StorageError.
     """
     tree = require_tensors(tensors, (torch.Tensor,), "torch.Tensor")
@@ -75,45 +79,65 @@ def save_file(
             raise UnsupportedNode(f"entry {name!r}: expected a torch.Tensor, got its subclass {kind}. {advice}")
     flat = flatten(tree)
     notes = with_notes(require_text(metadata), flat.notes)
-    return tricomp.save(filename, flat.tree, reference=plain_reference(reference), spec=spec, metadata=notes)
+    base = plain_reference(reference)
+    return tricomp.save(filename, flat.tree, reference=base, spec=spec, metadata=notes, threads=threads)
 
 
-def load_file(filename: Path, device: Device = "cpu", *, reference: Any = None) -> dict[str, torch.Tensor]:
+def load_file(
+    filename: Path, device: Device = "cpu", *, reference: Any = None, threads: int | None = None
+) -> dict[str, torch.Tensor]:
     """All tensors of a `.tri` file by name, in the order of the file; any `.tri` file whose dtypes torch has.
 
-    device: "cpu", "cuda:0", a number, ... reference: what it was saved against. Raises what tricomp_torch.load raises.
+    device: "cpu", "cuda:0", a number, ... reference: what it was saved against. threads: see tricomp.open. Raises what
+    tricomp_torch.load raises.
     """
-    with TorchSafeOpen(filename, device, reference) as opened:
+    with TorchSafeOpen(filename, device, reference, threads) as opened:
         return opened.get_tensors()
 
 
 @overload
 def safe_open(
-    filename: Path, framework: Literal["pt", "torch", "pytorch"] = "pt", device: Device = ..., *, reference: Any = ...
+    filename: Path,
+    framework: Literal["pt", "torch", "pytorch"] = "pt",
+    device: Device = ...,
+    *,
+    reference: Any = ...,
+    threads: int | None = ...,
 ) -> TorchSafeOpen: ...
 @overload
 def safe_open(
-    filename: Path, framework: Literal["np", "numpy"], device: Device = ..., *, reference: Any = ...
+    filename: Path,
+    framework: Literal["np", "numpy"],
+    device: Device = ...,
+    *,
+    reference: Any = ...,
+    threads: int | None = ...,
 ) -> numpy_pair.NumpySafeOpen: ...
 @overload
 def safe_open(
-    filename: Path, framework: str, device: Device = ..., *, reference: Any = ...
+    filename: Path, framework: str, device: Device = ..., *, reference: Any = ..., threads: int | None = ...
 ) -> TorchSafeOpen | numpy_pair.NumpySafeOpen: ...
 def safe_open(
-    filename: Path, framework: str = "pt", device: Device = "cpu", *, reference: Any = None
+    filename: Path,
+    framework: str = "pt",
+    device: Device = "cpu",
+    *,
+    reference: Any = None,
+    threads: int | None = None,
 ) -> TorchSafeOpen | numpy_pair.NumpySafeOpen:
     """Open any `.tri` file: keys(), metadata(), get_tensor(name), get_slice(name)[...]; nothing is decoded yet.
 
-    framework: "pt", or "np" for numpy's arrays. device: as in load_file. Raises what tricomp.open raises.
+    framework: "pt", or "np" for numpy's arrays. device, threads: as in load_file. Raises what tricomp.open raises.
 
     >>> with tricomp_torch.safe_open("model.tri", "pt", device="cuda:0") as f:  # doctest: +SKIP
     ...     rows = f.get_slice("embed.weight")[1000:2000]
     """
     if framework in ("np", "numpy"):
-        return numpy_pair.safe_open(filename, framework, str(device), reference=plain_reference(reference))
+        base = plain_reference(reference)
+        return numpy_pair.safe_open(filename, framework, str(device), reference=base, threads=threads)
     if framework not in ("pt", "torch", "pytorch"):
         raise InvalidArgument(f"safe_open: framework {framework!r} is not 'pt' or 'np'.")
-    return TorchSafeOpen(filename, device, reference)
+    return TorchSafeOpen(filename, device, reference, threads)
 
 
 def device_of(device: Device) -> torch.device | None:

@@ -68,7 +68,7 @@ class Batch:
         n_left = self._found.n_left
         with ExitStack() as stack:
             if self._options.base is not None:
-                self.base = stack.enter_context(Base(self._options.base))
+                self.base = stack.enter_context(Base(self._options.base, self._options.threads))
             for reason in self._found.unreadable:
                 self._fail(None, reason)
             for given in self._found.inputs:

@@ -66,7 +66,7 @@ def _add_files(parser: argparse.ArgumentParser, verb: str, default: str) -> None
     for action in (named, out, base):
         console.takes_files(action)
     parser.add_argument("-c", "--stdout", action="store_true", help="write to standard output")
-    parser.add_argument("-T", "--threads", type=_threads, metavar="N", help="threads; 0: one a core")
+    console.takes_threads(parser)
     parser.add_argument(
         "-f", "--force", action="store_true", help="replace outputs that are there; write to a terminal"
     )
@@ -120,7 +120,7 @@ def decompress(options: argparse.Namespace) -> int:
 
     def one(given: inputs.Input, path: str, out: Out, draw: OnProgress | None) -> Done:
         options_of_it = (batch.base, options.force, options.threads, draw)
-        made = archive.decompress_file(path, out, *options_of_it, reserved=batch.outputs)
+        made = archive.decompress_file(path, out, *options_of_it, reserved=batch.outputs, is_synced=options.rm)
         is_exact = all(file.is_exact for file in made.files)
         names = made.files[0].path if len(made.files) == 1 else f"{len(made.files)} files"
         how = "byte for byte" if is_exact else "rounded" if made.is_rounded else "an equal file, written anew"
@@ -142,13 +142,3 @@ def _plans(report: Report) -> Iterator[str]:
     for name, (n, raw, coded) in sorted(ways.items(), key=lambda way: -way[1][1]):
         sizes = f"{console.count_bytes(raw)} => {console.count_bytes(coded)}"
         yield f"{name}: {n} {'leaf' if n == 1 else 'leaves'}, {sizes}"
-
-
-def _threads(text: str) -> int:
-    try:
-        n = int(text)
-    except ValueError:
-        n = -1
-    if n < 0:
-        raise argparse.ArgumentTypeError(f"expected 0 or more, got {text!r}")
-    return n or os.cpu_count() or 1

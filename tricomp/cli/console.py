@@ -87,6 +87,17 @@ def takes_files(action: argparse.Action) -> argparse.Action:
     return action
 
 
+def takes_threads(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says on how many threads to work; None: one for each core."""
+    parser.add_argument("-T", "--threads", type=_threads, metavar="N", help="threads; 0: one a core (default)")
+
+
+def _threads(text: str) -> int | None:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected 0 or more, got {text!r}")
+    return int(text) or None
+
+
 def _text(error: BaseException | str) -> str:
     if isinstance(error, MemoryError):
         return "there is not enough memory for this."

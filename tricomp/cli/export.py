@@ -39,6 +39,7 @@ def add(
     console.takes_files(parser.add_argument("file", metavar="FILE", help="a .tri file or STORE@STEP"))
     add_output(parser, "default: FILE with the suffix of the format; - is standard output")
     sources.add_base(parser)
+    console.takes_threads(parser)
     parser.set_defaults(run=export, refuse=parser.error)
 
 
@@ -56,7 +57,7 @@ def export(options: argparse.Namespace) -> int:
     """Write a `.tri` file as a file of another format."""
     from tricomp.file import File
 
-    with sources.opened([options.file], options.bases) as (file,):
+    with sources.opened([options.file], options.bases, options.threads) as (file,):
         if not isinstance(file, File):
             raise InvalidArgument(f"{options.file}: is a {file.format} file, not a .tri file.")
         stem = (os.path.basename(options.file) if "://" in options.file else options.file).removesuffix(f".{_TRI}")
@@ -69,6 +70,7 @@ def write(options: argparse.Namespace, file: File, stem: str) -> int:
     """Write an open file, or some leaves of it, as options ask. stem: the output's name but for its suffix."""
     from tricomp import archive_names, checkpoint, folder, formats
     from tricomp.archive_output import put, write_ahead
+    from tricomp.codec import Engine
     from tricomp.file import matching
     from tricomp.subset import Subset
 
@@ -97,7 +99,9 @@ def write(options: argparse.Namespace, file: File, stem: str) -> int:
         else:
             where, name = folder.split(out)
             metadata = {key: value for key, value in chosen.metadata.items() if key != "base"}
-            n_bytes = checkpoint.put(where, name, chosen.content(), metadata=metadata, on_progress=count).file_bytes
+            engine = Engine(options.threads)
+            report = checkpoint.put(where, name, chosen.content(), metadata=metadata, engine=engine, on_progress=count)
+            n_bytes = report.file_bytes
     if options.json and not is_stream:
         facts = {"format": to, "n_leaves": len(chosen), "raw_bytes": total, "n_bytes": n_bytes}
         console.emit({"file": file.name, "output": out, **facts})

@@ -68,6 +68,7 @@ def add(
         )
     )
     sources.add_base(parser)
+    console.takes_threads(parser)
     parser.set_defaults(run=verify)
 
     parser = commands.add_parser(
@@ -81,6 +82,7 @@ def add(
     for name in ("a", "b"):
         console.takes_files(parser.add_argument(name, metavar=name.upper(), help="a file, or STORE@STEP"))
     sources.add_base(parser)
+    console.takes_threads(parser)
     parser.set_defaults(run=diff)
 
 
@@ -124,7 +126,7 @@ def verify(options: argparse.Namespace) -> int:
             if sources.step_of(path) is None and sources.is_store(path):
                 code = max(code, verify_store(options, path))
                 continue
-            with sources.opened([path], options.bases) as (file,):
+            with sources.opened([path], options.bases, options.threads) as (file,):
                 if not isinstance(file, File):
                     raise InvalidArgument(f"{path}: is a {file.format} file, which has no checksums to compare.")
                 total = sum(file.leaf(leaf).n_bytes for leaf in file)
@@ -166,7 +168,7 @@ def diff(options: argparse.Namespace) -> int:
     from tricomp.file import File
 
     try:
-        with sources.opened([options.a, options.b], options.bases) as opened:
+        with sources.opened([options.a, options.b], options.bases, options.threads) as opened:
             a, b = (file if isinstance(file, File) else TreeSide(file.tree) for file in opened)
             total = sum(a.leaf(path).n_bytes for path in a if path in b)
             with progress.shown(options, "diff") as draw:

@@ -55,24 +55,25 @@ def is_compressed(path: str) -> bool:
 
 
 @contextmanager
-def opened(names: Sequence[str], bases: Sequence[str] = ()) -> Iterator[list[Opened]]:
+def opened(names: Sequence[str], bases: Sequence[str] = (), threads: int | None = None) -> Iterator[list[Opened]]:
     """Each of names, opened: a File, with its parents behind it if they are among names and bases, or a TensorFile.
 
+    threads: to decode with.
     Raises what opening raises; WrongReference if bases are given, and what a file was made against is not among them.
     """
     with ExitStack() as stack:
-        found = _Sources(stack, names, bases)
+        found = _Sources(stack, names, bases, threads)
         yield [found.resolved(i) for i in range(len(names))]
 
 
 class _Sources:
     """All files of a command. Opened without references first, again when their parents are known."""
 
-    def __init__(self, stack: ExitStack, names: Sequence[str], bases: Sequence[str]) -> None:
-        self._stack, self._has_bases = stack, bool(bases)
+    def __init__(self, stack: ExitStack, names: Sequence[str], bases: Sequence[str], threads: int | None) -> None:
+        self._stack, self._has_bases, self._threads = stack, bool(bases), threads
         self._opened: list[Opened] = []
         for name in [*names, *bases]:
-            self._opened.append(_open(name))
+            self._opened.append(_open(name, threads))
             stack.callback(self._opened[-1].close)
         self._is_done = [step_of(name) is not None for name in [*names, *bases]]  # a Store opens the whole chain
         self._contents: dict[int, Content] = {}
@@ -84,7 +85,8 @@ class _Sources:
             return opened
         base = self._with_id(opened.parent, (*behind, i))
         if base is not None:
-            self._opened[i] = self._stack.enter_context(checkpoint.open_file(opened.name, base))
+            file = checkpoint.open_file(opened.name, base, threads=self._threads)
+            self._opened[i] = self._stack.enter_context(file)
             self._is_done[i] = True
         elif self._has_bases:
             others = [k for k in range(len(self._opened)) if k not in (*behind, i)]
@@ -113,15 +115,15 @@ class _Sources:
         return self._contents[k].content_id
 
 
-def _open(name: str) -> Opened:
+def _open(name: str, threads: int | None) -> Opened:
     """One file, without its parents unless it is a step of a store."""
     step = step_of(name)
     if step is not None:
         if not is_store(step[0]):
             raise MissingStep(f"{name}: there are no checkpoints in {step[0]}. Check the path.")
-        return Store(step[0]).open(step[1])
+        return Store(step[0], threads=threads).open(step[1])
     if os.path.isdir(name) and is_store(name):
         raise InvalidArgument(f"{name}: is a store of several steps. Name one, as in {name}@{Store(name).latest()}")
     if is_compressed(name):
-        return checkpoint.open_file(name)
+        return checkpoint.open_file(name, threads=threads)
     return formats.read(archive_names.model_file(name))

@@ -45,6 +45,7 @@ def add(
     parser.set_defaults(run=list_steps)
 
     parser = action("verify", "check every step", "Decode every leaf of every step. Exit code 1 if one is damaged.")
+    console.takes_threads(parser)
     parser.set_defaults(run=lambda options: verify_store(options, options.store))
 
     parser = action(
@@ -63,11 +64,13 @@ def add(
         "Write a step again so that it needs no other. What was made against it still loads.",
     )
     parser.add_argument("step", type=_step, metavar="STEP", help="number of the step, or latest")
+    console.takes_threads(parser)
     parser.set_defaults(run=rebase)
 
     parser = action("export", "write a step as a file", "Write one step as a file that stands alone.")
     parser.add_argument("step", type=_step, metavar="STEP", help="number of the step, or latest")
     export.add_output(parser, "required unless --to is given")
+    console.takes_threads(parser)
     parser.set_defaults(run=export_step, refuse=parser.error)
     export.add(commands, common)
 
@@ -142,7 +145,7 @@ def verify_store(options: argparse.Namespace, path: str) -> int:
     """Check every step of a store."""
     from tricomp.verification import verify_store as verified
 
-    store = _store(path)
+    store = _store(path, options.threads)
     total = sum(step.raw_bytes for step in _steps(store)[0])
     with progress.shown(options, path) as draw:
         report = verified(store, counter(draw, total))
@@ -194,7 +197,7 @@ def prune(options: argparse.Namespace) -> int:
 
 def rebase(options: argparse.Namespace) -> int:
     """Make a step stand alone."""
-    with _store(options.store) as store:
+    with _store(options.store, options.threads) as store:
         step = _known_step(store, options.step)
         with store.open_alone(step) as file:
             before, was_delta = file.n_bytes, file.parent is not None
@@ -209,15 +212,15 @@ def rebase(options: argparse.Namespace) -> int:
 
 def export_step(options: argparse.Namespace) -> int:
     """Write a step as a file."""
-    with _store(options.store) as store, store.open(options.step) as file:
+    with _store(options.store, options.threads) as store, store.open(options.step) as file:
         return export.write(options, file, f"step-{_known_step(store, options.step)}")
 
 
-def _store(path: str) -> Store:
-    """An existing store. Raises MissingStep if there is none."""
+def _store(path: str, threads: int | None = None) -> Store:
+    """An existing store, to be decoded with so many threads. Raises MissingStep if there is none."""
     from tricomp.store import Store
 
-    store = Store(path)
+    store = Store(path, threads=threads)
     if not store.steps():
         raise MissingStep(f"there are no checkpoints in {path}. Check the path.")
     return store
