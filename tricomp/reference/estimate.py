@@ -1,7 +1,7 @@
 """What choices cost: the planner's sample, and estimates of bits. Imports numpy, dtypes, plan and the stages.
 
-The hard thing: an estimate must count what a choice costs besides its symbols (tables, vectors, patches, states), or
-small leaves suffer.
+The hard thing: every backend must come to the same plan. So sums and logarithms are integers (in 1/65,536 bit), and
+what is left, few additions and divisions of doubles, is done in the order written here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tricomp.dtypes import DType, Words
-from tricomp.job import Scales, Side, Tables
+from tricomp.job import Side, Tables
 from tricomp.plan import Plan, Spec
 from tricomp.reference.entropy import normalise
 from tricomp.reference.lanes import ROW
@@ -23,30 +23,83 @@ from tricomp.reference.side import vector_step
 Array = np.ndarray[Any, Any]
 
 SAMPLE_ROWS = 1024  # most rows of 128 words in a sample
-LEAST_SAMPLE_ROWS = 256  # a frame of no more rows is its own sample; between them a quarter of the rows is taken
+LEAST_SAMPLE_ROWS = 256  # a frame of no more rows is its own sample; beyond, an eighth of the rows is taken
+THIN_ROWS = 128  # the search looks at 128 to 255 rows of the sample
 BLOCK_COLUMNS = 256  # the split of frames without two dimensions: a scale for every 256 words
-FIT_COLUMNS = 128  # most columns that a row's scale or factor is measured on
-FIT_ROWS = 512  # most rows that a column's is measured on
 BLOCK_WORDS = 1 << 22  # of a leaf that are measured at a time
 STATE_BITS = 1024 + 192  # of one stream, with its part of the directory
+PROB_BITS = 11
+LEARNING = 0.72  # bits that a frequency costs in the words it was not counted on: 1 / (2 ln 2)
+SIMPLE_SYMBOLS = 64  # one context of so many symbols is decoded fastest
+SIMPLER_BITS = 0.02  # what anything slower must save to be taken
+DOUBLE_BITS = 0.005  # and for each doubling of the table entries
+ONE = 65536.0  # the unit of prices
+
+
+def _logarithms() -> Array:
+    """int64[4096]: log2(1 + i / 4096) in 1/65,536, by squaring: 16 bits, each rounded down."""
+    squares = np.arange(4096, 8192, dtype=np.uint64) << np.uint64(18)
+    logs = np.zeros(4096, np.int64)
+    for _ in range(16):
+        squares = squares * squares >> np.uint64(30)
+        bit = squares >> np.uint64(31)
+        squares = squares >> bit
+        logs = logs << 1 | bit.astype(np.int64)
+    return logs
+
+
+_LOGARITHMS = _logarithms()
+
+
+def logarithm(numbers: Array) -> Array:
+    """log2 of whole numbers in 1/65,536 bit, from their 13 highest bits; 0 for 0. numbers: int64[...] < 2^40."""
+    numbers = np.maximum(numbers, 1)
+    power = np.zeros(numbers.shape, np.int64)
+    for step in (32, 16, 8, 4, 2, 1):
+        power += (numbers >> (power + step) > 0) * step
+    return power << 16 | _LOGARITHMS[(numbers << 12 >> power) & 4095]
+
+
+PRICES = (PROB_BITS << 16) - logarithm(np.arange((1 << PROB_BITS) + 1))  # of a symbol, by its frequency
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A candidate: bits per word on the sample, all side information included, and what to encode with."""
+    """A candidate: bits per word, all side information included, and what completes its plan from the whole sample."""
 
     bits: float
-    plan: Plan
-    side: Side
+    finish: Callable[[], tuple[Plan, Side]]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Rows of 128 words spread over a frame. firsts: position of each row; words, reference: uint[n_rows, 128]."""
+    """Rows of 128 words spread over a frame. firsts: position of each row; words, reference: uint[n_rows, 128].
+
+    n_words: of the frame. n_sampled: of the whole sample, of which this may be a thin part.
+    """
 
     firsts: Array
     words: Words
     reference: Words | None
+    n_words: int
+    n_sampled: int
+
+    def thin(self) -> Sample:
+        """The part on which choices are weighed."""
+        return self.every(max(len(self.firsts) // THIN_ROWS, 1))
+
+    def counted(self, n_contexts: int) -> Sample:
+        """The part on which tables are counted: one table needs less than several."""
+        return self.every(2) if n_contexts == 1 and self.n_sampled < self.n_words else self
+
+    def every(self, step: int) -> Sample:
+        """The first of every `step` rows."""
+        reference = None if self.reference is None else self.reference[::step]
+        return Sample(self.firsts[::step], self.words[::step], reference, self.n_words, self.n_sampled)
+
+    @property
+    def positions(self) -> Array:
+        return self.firsts[:, None] + np.arange(self.words.shape[1])
 
 
 def sample_of(words: Words, reference: Words | None) -> Sample:
@@ -62,15 +115,16 @@ def sample_of(words: Words, reference: Words | None) -> Sample:
         if len(words) > n_rows * ROW > 0:
             firsts = np.append(firsts, len(words) - ROW)
         places = firsts[:, None] + np.arange(width)
-        return Sample(firsts, words[places], None if reference is None else reference[places])
-    n_sampled = min(max(n_rows // 4, LEAST_SAMPLE_ROWS), SAMPLE_ROWS)
+        old = None if reference is None else reference[places]
+        return Sample(firsts, words[places], old, len(words), places.size)
+    n_sampled = min(max(n_rows // 8, LEAST_SAMPLE_ROWS), SAMPLE_ROWS)
     numbers = np.arange(n_sampled)
     starts = numbers * n_rows // n_sampled
     gaps = (numbers + 1) * n_rows // n_sampled - starts
     chosen = starts + (numbers * 0x9E3779B1 >> 7) % gaps
     whole = words[: n_rows * ROW].reshape(-1, ROW)
     cut = None if reference is None else reference[: n_rows * ROW].reshape(-1, ROW)[chosen]
-    return Sample(chosen * ROW, whole[chosen], cut)
+    return Sample(chosen * ROW, whole[chosen], cut, len(words), n_sampled * ROW)
 
 
 def in_blocks(n: int, width: int, measure: Callable[[slice], Array]) -> Array:
@@ -95,17 +149,9 @@ def splits(shape: Sequence[int] | None, n_words: int) -> list[tuple[int, bool]]:
 
 
 def entropy_bits(counts: Array) -> float:
-    """Total bits of the counted symbols under their own frequencies, contexts along the first axes."""
-    counts = counts.astype(np.float64)
-    totals = counts.sum(axis=-1)
-    logs = np.log2(np.where(counts > 0, counts, 1))
-    return float((totals * np.log2(np.where(totals > 0, totals, 1))).sum() - (counts * logs).sum())
-
-
-def table_bits(counts: Array) -> float:
-    """Bits of the frequency tables of the side section, roughly."""
-    n_present = np.count_nonzero(counts)
-    return 4.0 * counts.size + 4.5 * n_present
+    """Bits of all that was counted, under its own frequencies. counts: int64[n]."""
+    total = int(counts.sum())
+    return (total * int(logarithm(np.array(total))) - int((counts * logarithm(counts)).sum())) / ONE
 
 
 def vector_bits(values: Array | None) -> float:
@@ -116,7 +162,7 @@ def vector_bits(values: Array | None) -> float:
     width = int(numbers.max()).bit_length()
     packed = float(width * len(values))
     if width <= 8 and packed > 4096:
-        packed = min(packed, entropy_bits(np.bincount(numbers)) + STATE_BITS + 1500)
+        packed = min(packed, entropy_bits(np.bincount(numbers)) + (STATE_BITS + 1500))
     return 80 + packed
 
 
@@ -125,30 +171,77 @@ def patch_bits(dtype: DType, share: float) -> float:
     return share * (16 + dtype.word_bits)
 
 
-def symbol_cost(counts: Array, extra_bits: float, plan: Plan, spec: Spec) -> tuple[float, int, Array]:
-    """Bits per word of the counted symbols in the tier asked for, an index's width or 0, and what to make tables of.
+def symbol_cost(counts: Array, n_outside: int, extra_bits: float, plan: Plan, sample: Sample, spec: Spec) -> float:
+    """Bits per word of the counted symbols in the tier asked for, with their tables, patches, and `extra_bits` a frame.
 
-    counts: int64[n_contexts, n_symbols] over the sample. extra_bits: what the choice costs the frame besides. The last
-    result is the counts for rANS, the dictionary's symbols for an index.
+    counts: int64[n_contexts, n_symbols] over a sample. n_outside: words of it that are patched.
     """
-    n_sampled = int(counts.sum())
+    n_words, n_sampled = float(sample.n_words), float(sample.n_sampled)
+    n_counted = float(int(counts.sum()) + n_outside)
+    if spec.tier != "dense":
+        width, n_missed = index_of(counts, plan)
+        share = float(n_outside + n_missed) / n_counted
+        return width + patch_bits(plan.dtype, share) + (extra_bits + float(8 << width)) / n_words
+    freqs = np.stack([normalise(row, PROB_BITS) for row in counts])
+    price = int((counts * PRICES[freqs]).sum())
+    n_present, n_once = int(np.count_nonzero(counts)), int(np.count_nonzero(counts == 1))
+    log_sizes = (logarithm(freqs) >> 16).sum()
+    fixed = float(4 * counts.size + int(log_sizes) + STATE_BITS * max(plan.n_chunks, 1)) + extra_bits
+    bits = price / (ONE * n_counted) + fixed / n_words
+    # What was counted once tells how much there is that was not counted at all.
+    fresh = 1.0 / n_sampled - 1.0 / n_words
+    bits += patch_bits(plan.dtype, float(n_outside) / n_counted + n_once * fresh)
+    bits += LEARNING * n_present * (fresh + (1.0 / n_counted - 1.0 / n_words))
+    if counts.shape[0] > 1 or counts.shape[1] > SIMPLE_SYMBOLS:
+        bits += SIMPLER_BITS + DOUBLE_BITS * ((counts.size - 1) // SIMPLE_SYMBOLS).bit_length()
+    return bits
+
+
+def index_of(counts: Array, plan: Plan) -> tuple[int, int]:
+    """The width of an index of the counted symbols, and how many words the dictionary then lacks."""
+    total = counts.sum(axis=0)
+    n_all = int(total.sum())
+    ordered = -np.sort(-total)
+    covered = np.cumsum(ordered)
+    missed = [n_all - int(covered[min(1 << width, len(ordered)) - 1]) for width in range(1, 9)]
+    costs = [width * n_all + missed[width - 1] * (16 + plan.dtype.word_bits) for width in range(1, 9)]
+    best = costs.index(min(costs))
+    return best + 1, missed[best]
+
+
+def smoothed(counts: Array, plan: Plan) -> Array:
+    """Counts of a sample, four to one, and one for what it lacks in contexts where that is cheaper than patches.
+
+    A symbol that the sample lacks, but has others on both sides or next to it, may be met in the frame. What is counted
+    once tells how often: in n_once words of n. A frequency costs 1.44 / 2^11 bits in every word of its context.
+    """
+    counts = counts * 4
+    for row in counts:
+        used = np.flatnonzero(row)
+        if len(used):
+            part = row[max(int(used[0]) - 1, 0) : int(used[-1]) + 2]
+            n_once, n_lacking = int(np.count_nonzero(part == 4)), int(np.count_nonzero(part == 0))
+            if n_once * (16 + plan.dtype.word_bits) << PROB_BITS + 6 > 23 * n_lacking * int(part.sum()):
+                part[part == 0] = 1
+    return counts
+
+
+def with_symbols(plan: Plan, counts: Array, sample: Sample, spec: Spec, **changes: Any) -> tuple[Plan, Side]:
+    """The plan with its entropy stage and other changes filled in, and the tables or the dictionary of the counts.
+
+    counts: int64[n_contexts, n_symbols] over `sample`.
+    """
+    plan = replace(plan, n_contexts=counts.shape[0], n_symbols=counts.shape[1], **changes)
     if spec.tier == "dense":
-        fixed = table_bits(counts) + extra_bits + STATE_BITS * max(plan.n_chunks, 1)
-        return entropy_bits(counts) / n_sampled + fixed / plan.n_words, 0, counts
+        if sample.words.size < sample.n_words:
+            counts = smoothed(counts, plan)
+        freqs = np.stack([normalise(row, PROB_BITS) for row in counts])
+        return replace(plan, entropy="rans"), Side(Tables(freqs, PROB_BITS))
+    width, _ = index_of(counts, plan)
     total = counts.sum(axis=0)
     order = np.argsort(-total, kind="stable")
-    covered = np.cumsum(total[order]) / n_sampled
-    costs = {
-        width: width + patch_bits(plan.dtype, 1 - covered[min(1 << width, len(order)) - 1]) for width in range(1, 9)
-    }
-    width = min(costs, key=lambda width: costs[width])
     dictionary = np.sort(order[: min(1 << width, max(int(np.count_nonzero(total)), 1))])
-    return costs[width] + (8 * len(dictionary) + extra_bits) / plan.n_words, width, dictionary
-
-
-def with_entropy(plan: Plan, index_bits: int, **changes: Any) -> Plan:
-    """The plan with its entropy stage and other changes filled in."""
-    return replace(plan, entropy="index" if index_bits else "rans", index_bits=index_bits, **changes)
+    return replace(plan, entropy="index", index_bits=width), Side(dictionary=dictionary.astype(np.uint8))
 
 
 def densest(counts: Array, widest: int) -> tuple[int, int]:
@@ -165,12 +258,3 @@ def densest(counts: Array, widest: int) -> tuple[int, int]:
         first = int(np.argmax(sums[widest:] - sums[:-widest]))
         last = first + widest
     return first, last
-
-
-def side_of(plan: Plan, tables: Array, scales: Scales, palette: Words | None = None) -> Side:
-    """The Side of a completed plan. tables: what `symbol_cost` gave, counts for rANS or a dictionary."""
-    palette = np.zeros(0, plan.dtype.word_dtype) if palette is None else palette
-    if plan.entropy == "index":
-        return Side(dictionary=tables.astype(np.uint8), scales=scales, palette=palette)
-    freqs = np.stack([normalise(row, plan.prob_bits) for row in tables])
-    return Side(Tables(freqs, plan.prob_bits), scales=scales, palette=palette)

@@ -13,16 +13,16 @@ from dataclasses import replace
 import numpy as np
 
 from tricomp.dtypes import DType, Words
-from tricomp.job import EncodeJob, Scales, Side
+from tricomp.job import EncodeJob, Side
 from tricomp.plan import MAX_SYMBOLS, Plan, Spec
 from tricomp.reference.bits import count_unequal, is_constant, is_equal
-from tricomp.reference.estimate import Choice, Sample, patch_bits, sample_of, side_of, symbol_cost, with_entropy
+from tricomp.reference.estimate import SIMPLER_BITS, Choice, Sample, patch_bits, sample_of, symbol_cost, with_symbols
 from tricomp.reference.planner_delta import delta_choice, scaled_delta_choice
 from tricomp.reference.planner_full import full_choice
 
 HOPELESS_BITS = 1.5  # a delta that costs so much more than no reference is not tried with scales
-THIN_ROWS = 16  # every 16th row of the sample tells whether few distinct words are to be expected
-SIMPLER_BITS = 0.02  # what a slower prediction must save to be taken
+FEW_ROWS = 16  # rows of the thin sample that tell whether few distinct words are to be expected
+NEAR_BITS = 0.5  # a sparse frame that seems to cost so much more than another is not counted
 
 
 def plan_frame(
@@ -39,22 +39,27 @@ def plan_frame(
     if exact is not None:
         return exact
     sample = sample_of(words, reference)
-    choices = [Choice(float(dtype.word_bits), blank, Side())]
-    choices += _sparse(words, reference, sample, blank)
-    choices += _palette(sample, blank, spec)
+    best = Choice(dtype.word_bits - SIMPLER_BITS, lambda: (blank, Side()))
+    best = _better(best, _palette(sample, blank, spec))
+    delta = None if reference is None else delta_choice(reference, sample, blank, spec)
     if dtype.is_float:
-        choices.append(full_choice(words, sample, blank, shape, spec))
+        rival = best.bits if delta is None else min(best.bits, delta.bits)
+        best = _better(best, full_choice(words, sample, blank, shape, spec, rival))
     else:
-        choices.append(delta_choice(None, sample, blank, spec))
-    if reference is not None:
-        without = min(choice.bits for choice in choices)
-        plain = delta_choice(reference, sample, blank, spec)
-        choices.append(plain)
-        if dtype.is_float and plain.bits < without + HOPELESS_BITS:
-            scaled = scaled_delta_choice(words, reference, sample, blank, shape, spec)
-            choices.append(replace(scaled, bits=scaled.bits + SIMPLER_BITS))
-    best = min(choices, key=lambda choice: choice.bits)
-    return EncodeJob(best.plan, best.side, words, reference if best.plan.reference == "parent" else None)
+        best = _better(best, delta_choice(None, sample, blank, spec))
+    if reference is not None and delta is not None:
+        is_hopeless = not dtype.is_float or delta.bits >= best.bits + HOPELESS_BITS
+        best = _better(best, delta)
+        if not is_hopeless:
+            best = _better(best, scaled_delta_choice(words, reference, sample, blank, shape, spec))
+    for sparse in _sparse(words, reference, sample, blank, best.bits):
+        best = _better(best, sparse)
+    plan, side = best.finish()
+    return EncodeJob(plan, side, words, reference if plan.reference == "parent" else None)
+
+
+def _better(one: Choice, other: Choice | None) -> Choice:
+    return one if other is None or one.bits <= other.bits else other
 
 
 def _exact(words: Words, reference: Words | None, blank: Plan) -> EncodeJob | None:
@@ -66,32 +71,47 @@ def _exact(words: Words, reference: Words | None, blank: Plan) -> EncodeJob | No
     return None
 
 
-def _sparse(words: Words, reference: Words | None, sample: Sample, blank: Plan) -> list[Choice]:
-    """Few words differ from the reference, or from the commonest word."""
-    overhead = 192 / min(len(words), 1 << blank.chunk_log2)
-    values, counts = np.unique(sample.words[::THIN_ROWS], return_counts=True)
-    commonest = values[np.argmax(counts)]
+def _few(sample: Sample) -> Words:
+    """Some rows of the thin sample, joined."""
+    words = sample.thin().words
+    return words[:: max(len(words) // FEW_ROWS, 1)].reshape(-1)
+
+
+def _sparse(words: Words, reference: Words | None, sample: Sample, blank: Plan, rival: float) -> list[Choice]:
+    """Few words differ from the reference, or from the commonest word. Counted only where it seems worth it."""
+    overhead = 192.0 / min(len(words), 1 << blank.chunk_log2)
+    thin = sample.thin()
+    values, counts = np.unique(_few(sample), return_counts=True)
+    commonest = int(values[np.argmax(counts)])
     choices = []
-    if counts.max() > 0.5 * counts.sum():
-        share = count_unequal(words, int(commonest)) / len(words)
-        plan = replace(blank, predict="sparse", word=int(commonest))
-        choices.append(Choice(patch_bits(plan.dtype, share) + overhead, plan, Side()))
-    if reference is not None and np.count_nonzero(sample.words != sample.reference) < 0.5 * sample.words.size:
-        share = count_unequal(words, reference) / len(words)
-        plan = replace(blank, predict="sparse", reference="parent")
-        choices.append(Choice(patch_bits(plan.dtype, share) + overhead, plan, Side()))
+
+    def weigh(n_unequal: int, others: Words | int, plan: Plan) -> None:
+        share = n_unequal / float(thin.words.size)
+        if patch_bits(plan.dtype, share) + overhead < rival + NEAR_BITS:
+            share = count_unequal(words, others) / float(len(words))
+            choices.append(Choice(patch_bits(plan.dtype, share) + overhead, lambda: (plan, Side())))
+
+    if int(counts.max()) * 2 > int(counts.sum()):
+        n_unequal = int(np.count_nonzero(thin.words != commonest))
+        weigh(n_unequal, commonest, replace(blank, predict="sparse", word=commonest))
+    if reference is not None:
+        n_unequal = int(np.count_nonzero(thin.words != thin.reference))
+        weigh(n_unequal, reference, replace(blank, predict="sparse", reference="parent"))
     return choices
 
 
-def _palette(sample: Sample, blank: Plan, spec: Spec) -> list[Choice]:
+def _palette(sample: Sample, blank: Plan, spec: Spec) -> Choice | None:
     """At most 256 distinct words."""
-    if len(np.unique(sample.words[::THIN_ROWS])) > MAX_SYMBOLS:
-        return []
+    if len(np.unique(_few(sample))) > MAX_SYMBOLS:
+        return None
     words, counts = np.unique(sample.words, return_counts=True)
     if len(words) > MAX_SYMBOLS or len(words) > max(sample.words.size // 4, 2):
-        return []
+        return None
     plan = replace(blank, predict="palette", n_symbols=len(words))
-    palette_bits = len(words) * blank.dtype.word_bits
-    bits, index_bits, tables = symbol_cost(counts[None], palette_bits, plan, spec)
-    plan = with_entropy(plan, index_bits)
-    return [Choice(bits, plan, side_of(plan, tables, Scales(), words))]
+    bits = symbol_cost(counts[None], 0, float(len(words) * blank.dtype.word_bits), plan, sample, spec)
+
+    def finish() -> tuple[Plan, Side]:
+        done, side = with_symbols(plan, counts[None], sample, spec)
+        return done, replace(side, palette=words)
+
+    return Choice(bits, finish)

@@ -1,4 +1,4 @@
-"""The planner of `delta` and `scaled delta`: k, the sign's place, contexts, and factors.
+"""The planner of `delta` and `scaled delta`: the sign's place, contexts, k, and factors.
 
 Imports numpy, dtypes, plan and the stages. The hard thing: the factor that codes best is no mean. The ratio of two
 second moments is skewed, and words that took no gradient have decayed by exactly the same factor: it must be met to
@@ -7,52 +7,71 @@ the last bit.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from tricomp.dtypes import DType, Words
-from tricomp.job import Scales
+from tricomp.job import Scales, Side
 from tricomp.plan import MAX_SYMBOLS, MAX_TABLE_ENTRIES, Plan, Spec
 from tricomp.reference.bits import bit_length, exponent, magnitude, trailing_zeros
 from tricomp.reference.estimate import (
-    FIT_COLUMNS,
-    FIT_ROWS,
+    SIMPLER_BITS,
     STATE_BITS,
     Choice,
     Sample,
     densest,
     entropy_bits,
     in_blocks,
-    patch_bits,
-    side_of,
     splits,
     symbol_cost,
     vector_bits,
-    with_entropy,
+    with_symbols,
 )
 from tricomp.reference.lanes import ROW
 from tricomp.reference.predict import FACTOR_BITS, difference, factors, scale_words, size_codes
 
 Array = np.ndarray[Any, Any]
 
-FIT_WORDS = 1 << 17  # most words that a vector of factors is measured on, if that leaves 16 a row or column
-MOST_EXPONENTS = 48  # that contexts are chosen among
 DELTA_K_MOST = 3  # most bits below the leading one that a delta's symbol may hold
-SHIFT_ROWS = 64  # rows of the sample on which the common factor of a scaled delta is searched
+EXPONENTS = 16  # of the prediction that contexts are made of, the last one at TOP_PERCENT of the words
+TOP_PERCENT = 97
+WINDOWS = ((8, 0), (8, 1), (4, 1), (4, 0))  # contexts, and log2 of the exponents in one
+PROBE_ROWS, PROBE_COLUMNS = 64, 16
+DECAY_BITS = 0.05  # what a factor must save where numbers have signs
+RATIO_LOW, RATIO_HIGH = 0.26, 3.9
+FIT_COLUMNS, FIT_ROWS, FIT_WORDS = 64, 512, 1 << 16
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """bits: per word, remainders included. window: contexts, first exponent, log2 of the exponents in a context."""
+
+    bits: float
+    plan: Plan
+    n_contexts: int
+    context_base: int
+    context_shift: int
 
 
 def delta_choice(reference: Words | None, sample: Sample, blank: Plan, spec: Spec) -> Choice:
     """`delta` from the reference, or from zero for integers."""
     plan = replace(blank, predict="delta", reference="none" if reference is None else "parent", remainder="stack")
-    predicted = np.zeros_like(sample.words) if reference is None else sample.reference
+    thin = sample.thin()
+    predicted = np.zeros_like(thin.words) if reference is None else thin.reference
     assert predicted is not None
-    bits, plan, tables = _best_delta(sample.words, predicted, plan, 0.0, spec)
-    shift_bits, plan = _delta_shifts(sample.words, predicted, plan)
-    return Choice(bits - shift_bits, plan, side_of(plan, tables, Scales()))
+    fit = _best_delta(thin, predicted, plan, 0.0, spec)
+    shift_bits, plan = _delta_shifts(thin.words, predicted, fit.plan)
+
+    def finish() -> tuple[Plan, Side]:
+        counted = sample.counted(fit.n_contexts)
+        predicted = np.zeros_like(counted.words) if reference is None else counted.reference
+        assert predicted is not None
+        return _finished(fit, plan, counted, predicted, Scales(), spec)
+
+    return Choice(fit.bits - shift_bits, finish)
 
 
 def _delta_shifts(words: Words, predicted: Words, plan: Plan) -> tuple[float, Plan]:
@@ -60,180 +79,188 @@ def _delta_shifts(words: Words, predicted: Words, plan: Plan) -> tuple[float, Pl
     if words.shape[1] < ROW or plan.dtype.word_bits == 8:
         return 0.0, plan
     size, _ = difference(words, predicted, plan.dtype)
-    n_low = np.maximum(bit_length(size).astype(np.int64) - 1 - plan.mantissa_bits, 0)
+    length = bit_length(size).astype(np.int64)
     one = size.dtype.type(1)
-    low = size & ((one << n_low.astype(size.dtype)) - one)
+    low = np.where(size > 0, size ^ one << np.maximum(length - 1, 0).astype(size.dtype), size)
     shifts = trailing_zeros(np.bitwise_or.reduce(low, axis=1)).astype(np.int64)
     # No word saves more bits than its remainder has: one that did not change saves none.
-    saved = float(np.minimum(n_low, shifts[:, None]).mean()) - 8 / ROW
+    n_low = np.maximum(length - 1 - plan.mantissa_bits, 0)
+    saved = int(np.minimum(n_low, shifts[:, None]).sum()) / float(words.size) - 8.0 / ROW
     if saved < 0.5:
         return 0.0, plan
     return saved * 0.9, replace(plan, has_block_shifts=True)
 
 
-def _best_delta(words: Words, predicted: Words, plan: Plan, side_bits: float, spec: Spec) -> tuple[float, Plan, Array]:
-    """The best k, place of the sign, and window of contexts. Bits include the remainders."""
-    counts, low = _delta_counts(words, predicted, plan.dtype)
+def _best_delta(thin: Sample, predicted: Words, plan: Plan, side_bits: float, spec: Spec) -> _Fit:
+    """The best place of the sign, then the best contexts, then the best k."""
+    exponents = exponent(predicted, plan.dtype)
+    ordered = np.bincount(exponents.reshape(-1))
+    end = int(np.searchsorted(np.cumsum(ordered), exponents.size * TOP_PERCENT // 100)) + 1
+    counts = count_codes(thin.words, predicted, DELTA_K_MOST, EXPONENTS, end - EXPONENTS, 0, plan.dtype)
     is_dense = spec.tier == "dense"
-    best: tuple[float, Plan, Array] | None = None
-    common = _usual_contexts(counts) if is_dense else [(1, 0, 0)]
-    for k in range(DELTA_K_MOST + 1) if is_dense else (0,):
-        for has_sign in (True, False) if is_dense else (True,):
-            candidate = replace(plan, mantissa_bits=k, has_sign=has_sign)
-            choice = _delta_choice(counts, low, candidate, common, side_bits, spec)
-            if best is None or choice[0] < best[0]:
-                best = choice
-    assert best is not None
+
+    def fit(k: int, has_sign: bool, n_contexts: int, shift: int) -> _Fit:
+        start = EXPONENTS - (n_contexts << shift)
+        places = np.clip(np.arange(EXPONENTS) - start >> shift, 0, n_contexts - 1)
+        merged = np.zeros((n_contexts, *counts.shape[1:]), np.int64)
+        np.add.at(merged, places, counts)
+        merged = merged.reshape(n_contexts, -1, 1 << (DELTA_K_MOST - k), 2).sum(axis=2)
+        candidate = replace(plan, mantissa_bits=k, has_sign=has_sign)
+        table, first, n_missed = _window(merged, has_sign)
+        bits = symbol_cost(table, n_missed, side_bits, candidate, thin, spec)
+        low_bits = int((table.sum(axis=0)[1:] * _low_bits(first, table.shape[1] - 1, candidate)).sum())
+        bits += float(low_bits) / float(thin.words.size)
+        base = end - EXPONENTS + start
+        return _Fit(bits, candidate, n_contexts, base if n_contexts > 1 else 0, shift)
+
+    best = fit(1 if is_dense else 0, True, 1, 0)
     if is_dense:
-        refined = _delta_choice(counts, low, best[1], _context_windows(len(counts)), side_bits, spec)
-        best = min(best, refined, key=lambda choice: choice[0])
-    stack = STATE_BITS * plan.n_chunks / plan.n_words
-    return best[0] + stack, best[1], best[2]
+        best = min(best, fit(1, False, 1, 0), key=lambda one: one.bits)
+        for window in WINDOWS:
+            best = min(best, fit(1, best.plan.has_sign, *window), key=lambda one: one.bits)
+        for k in (0, 2, 3):
+            best = min(best, fit(k, best.plan.has_sign, best.n_contexts, best.context_shift), key=lambda one: one.bits)
+        if best.plan.mantissa_bits > 1:  # eight contexts may lack the room for so many symbols
+            for window in WINDOWS:
+                best = min(best, fit(best.plan.mantissa_bits, best.plan.has_sign, *window), key=lambda one: one.bits)
+    return replace(best, bits=best.bits + STATE_BITS * plan.n_chunks / float(plan.n_words))
 
 
-def _delta_counts(words: Words, predicted: Words, dtype: DType) -> tuple[Array, int]:
-    """Counts by exponent of the prediction, size code at the finest k, and sign; and the first row's exponent.
-
-    Returns int64[n_exponents, 66 << k, 2]. Exponents far from those of most words count with the nearest ones.
-    """
+def count_codes(words: Words, predicted: Words, k: int, n_contexts: int, base: int, shift: int, dtype: DType) -> Array:
+    """Counts by context, size code at k, and sign: int64[n_contexts, (W + 1) << k, 2]."""
     size, sign = difference(words.reshape(-1), predicted.reshape(-1), dtype)
-    codes = size_codes(size, DELTA_K_MOST).astype(np.int64)
-    context = exponent(predicted.reshape(-1), dtype).astype(np.int64)
-    share = np.cumsum(np.bincount(context)) / len(context)
-    high = int(np.searchsorted(share, 0.999)) + 3
-    low = max(int(np.searchsorted(share, 0, side="right")), high - MOST_EXPONENTS + 1)
-    n_rows, n_codes = min(high, int(context.max())) - low + 1, 66 << DELTA_K_MOST
-    context = np.clip(context, low, low + n_rows - 1)
-    places = ((context - low) * n_codes + codes) * 2 + sign.astype(np.int64)
-    return np.bincount(places, minlength=n_rows * n_codes * 2).reshape(n_rows, n_codes, 2), low
+    codes = size_codes(size, k).astype(np.int64)
+    place = np.clip(exponent(predicted.reshape(-1), dtype).astype(np.int64) - base >> shift, 0, n_contexts - 1)
+    n_codes = (dtype.word_bits + 1) << k
+    places = (place * n_codes + codes) * 2 + sign.astype(np.int64)
+    return np.bincount(places, minlength=n_contexts * n_codes * 2).reshape(n_contexts, n_codes, 2)
 
 
-def _delta_choice(
-    counts: Array, low: int, plan: Plan, windows: list[tuple[int, int, int]], side_bits: float, spec: Spec
-) -> tuple[float, Plan, Array]:
-    """The best of some context windows at one k and place of the sign."""
-    k, n_rows = plan.mantissa_bits, len(counts)
-    by_code = counts.reshape(n_rows, -1, 1 << (DELTA_K_MOST - k), 2).sum(axis=2)
-    length = np.arange(by_code.shape[1]) >> k
-    n_low = np.maximum(length - 1 - k, 0) + (length > 0) * plan.has_sign
-    n_zeros = by_code[:, 0].sum(axis=1)
-    symbols = by_code.sum(axis=2) if plan.has_sign else by_code.reshape(n_rows, -1)
-    symbols[:, : 1 if plan.has_sign else 2] = 0
-    per_symbol = symbols.sum(axis=0)
-    low_bits = per_symbol * (n_low if plan.has_sign else np.repeat(n_low, 2))
-    n_sampled = int(counts.sum())
-    best: tuple[float, int, Array] = (math.inf, 0, symbols)
-    changes: dict[str, int] = {}
-    for n_contexts, start, shift in windows:
-        first, last = densest(per_symbol, min(MAX_SYMBOLS, MAX_TABLE_ENTRIES // n_contexts) - 1)
-        first = max(first, 1)
-        inside = per_symbol[first:last]
-        share = 1 - (int(inside.sum()) + int(n_zeros.sum())) / n_sampled
-        place = np.clip((np.arange(n_rows) - start) >> shift, 0, n_contexts - 1)
-        table = np.zeros((n_contexts, last - first + 1), np.int64)
-        np.add.at(table[:, 0], place, n_zeros)
-        np.add.at(table[:, 1:], place, symbols[:, first:last])
-        bits, index_bits, tables = symbol_cost(table, side_bits, plan, spec)
-        bits += float(low_bits[first:last].sum()) / n_sampled + patch_bits(plan.dtype, share)
-        if bits < best[0]:
-            best = bits, index_bits, tables
-            changes = {"base": first - 1, "n_symbols": last - first + 1, "n_contexts": n_contexts}
-            if n_contexts > 1:
-                changes |= {"context_base": low + start, "context_shift": shift}
-    blank = replace(plan, context_base=0, context_shift=0)
-    return best[0], with_entropy(blank, best[1], **changes), best[2]
+def _window(counts: Array, has_sign: bool) -> tuple[Array, int, int]:
+    """Fit the counted codes into a window of symbols: its table, its first code, and how many words lie outside.
+
+    counts: int64[n_contexts, n_codes, 2]. Symbol 0: no difference.
+    """
+    n_contexts = len(counts)
+    symbols = counts.sum(axis=2) if has_sign else counts.reshape(n_contexts, -1).copy()
+    symbols[:, : 1 if has_sign else 2] = 0
+    total = symbols.sum(axis=0)
+    first, last = densest(total, min(MAX_SYMBOLS, MAX_TABLE_ENTRIES // n_contexts) - 1)
+    first = max(first, 1)
+    table = np.zeros((n_contexts, last - first + 1), np.int64)
+    table[:, 0] = counts[:, 0].sum(axis=1)
+    table[:, 1:] = symbols[:, first:last]
+    return table, first, int(total.sum()) - int(total[first:last].sum())
 
 
-def _usual_contexts(counts: Array) -> list[tuple[int, int, int]]:
-    """No contexts, and eight that end at the exponents where 99.9 % of the words lie below."""
-    by_row = counts.sum(axis=(1, 2))
-    end = int(np.searchsorted(np.cumsum(by_row), 0.999 * by_row.sum())) + 1
-    return [(1, 0, 0), (8, max(end - 8, 0), 0)]
+def _low_bits(first: int, n: int, plan: Plan) -> Array:
+    """Bits of the remainder of n symbols from code `first` on."""
+    codes = np.arange(first, first + n)
+    length = (codes if plan.has_sign else codes >> 1) >> plan.mantissa_bits
+    return np.maximum(length - 1 - plan.mantissa_bits, 0) + plan.has_sign
 
 
-def _context_windows(n_rows: int) -> list[tuple[int, int, int]]:
-    """(contexts, first row, shift): windows that end near the top exponents, where most words are."""
-    windows = [(1, 0, 0)]
-    for n_contexts in (4, 8):
-        for shift in (0, 1, 2):
-            span = n_contexts << shift
-            windows += [(n_contexts, max(end - span, 0), shift) for end in range(max(n_rows - 6, 1), n_rows + 1)]
-    return list(dict.fromkeys(windows))
+def _finished(fit: _Fit, plan: Plan, sample: Sample, predicted: Words, scales: Scales, spec: Spec) -> tuple[Plan, Side]:
+    """The plan and side, with tables counted on all of a sample. predicted: of its words."""
+    contexts = fit.n_contexts, fit.context_base, fit.context_shift
+    counts = count_codes(sample.words, predicted, plan.mantissa_bits, *contexts, plan.dtype)
+    table, first, _ = _window(counts, plan.has_sign)
+    changes = {"context_base": fit.context_base, "context_shift": fit.context_shift} if fit.n_contexts > 1 else {}
+    plan, side = with_symbols(plan, table, sample, spec, base=first - 1, **changes)
+    return plan, replace(side, scales=scales)
 
 
 def scaled_delta_choice(
     words: Words, reference: Words, sample: Sample, blank: Plan, shape: Sequence[int] | None, spec: Spec
-) -> Choice:
-    """`scaled delta` with one factor for all, and with the best split's factors of rows and columns besides."""
-    assert sample.reference is not None
+) -> Choice | None:
+    """`scaled delta` with one factor for all, or with the best split's factors of rows and columns besides."""
+    thin = sample.thin()
+    assert thin.reference is not None
     plan = replace(blank, predict="scaled_delta", reference="parent", remainder="stack", n_columns=len(words))
-    thin = slice(None, None, max(len(sample.firsts) // SHIFT_ROWS, 1))
-    new, old = sample.words[thin], sample.reference[thin]
-    one = np.full(1, 1 << FACTOR_BITS, np.uint16)
-    common, fewest = _best_factor(new, old, np.ones(1), plan, 13)
-    best = replace(plan, factor=common), Scales(one, None)
-    positions = sample.firsts[:, None] + np.arange(sample.words.shape[1])
+    probe = slice(None, None, max(len(thin.firsts) // PROBE_ROWS, 1)), slice(None, PROBE_COLUMNS)
+    new, old = thin.words[probe], thin.reference[probe]
+    flat = np.full(new.shape, 1 << FACTOR_BITS, np.uint64)
     # Numbers of both signs change by what is added to them, not by what they are multiplied with, decay aside.
-    has_signs = np.count_nonzero(new >> (blank.dtype.word_bits - 1)) > 1e-3 * new.size
+    n_negative = int(np.count_nonzero(new >> (blank.dtype.word_bits - 1)))
+    has_signs = n_negative * 1000 > new.size
+    common, fewest, plain = _best_factor(new, old, flat, plan.dtype, 8 if has_signs else 12, spec)
+    if has_signs and fewest > plain - DECAY_BITS:
+        return None
+    best = replace(plan, factor=common), Scales(np.full(1, 1 << FACTOR_BITS, np.uint16), None)
+    positions = thin.positions[probe]
     for n_columns, has_column_scale in [] if has_signs else splits(shape, len(words)):
         scales = fit_factors(words, reference, common, blank.dtype, n_columns, has_column_scale)
         split = replace(plan, n_columns=n_columns, has_column_scale=has_column_scale)
-        places = positions[thin]
-        spread = scales.rows[places // n_columns] / (1 << FACTOR_BITS)
-        if scales.columns is not None:
-            spread = spread * scales.columns[places % n_columns] / (1 << FACTOR_BITS)
-        factor, bits = _best_factor(new, old, spread, split, 8)
-        bits += (vector_bits(scales.rows) + vector_bits(scales.columns)) / plan.n_words
+        spread = spread_factors(scales, n_columns, positions)
+        factor, bits, _ = _best_factor(new, old, spread, split.dtype, 8, spec)
+        bits += (vector_bits(scales.rows) + vector_bits(scales.columns)) / len(words)
         if bits < fewest:
             fewest = bits
             best = replace(split, factor=factor), scales
     plan, scales = best
-    rows = scales.rows[positions // plan.n_columns]
-    columns = None if scales.columns is None else scales.columns[positions % plan.n_columns]
-    predicted = scale_words(sample.reference, factors(plan.factor, rows, columns), plan.dtype)
     side_bits = vector_bits(scales.rows) + vector_bits(scales.columns)
-    bits, plan, tables = _best_delta(sample.words, predicted, plan, side_bits, spec)
-    return Choice(bits, plan, side_of(plan, tables, scales))
+    fit = _best_delta(thin, _scaled(thin, plan, scales), plan, side_bits, spec)
+
+    def finish() -> tuple[Plan, Side]:
+        counted = sample.counted(fit.n_contexts)
+        return _finished(fit, fit.plan, counted, _scaled(counted, plan, scales), scales, spec)
+
+    return Choice(fit.bits + SIMPLER_BITS, finish)
+
+
+def spread_factors(scales: Scales, n_columns: int, positions: Array) -> Array:
+    """Factors of row and column at some positions, one = 2^15; uint64[...]."""
+    spread = scales.rows.astype(np.uint64)[positions // n_columns]
+    if scales.columns is not None:
+        spread = spread * scales.columns.astype(np.uint64)[positions % n_columns] >> np.uint64(FACTOR_BITS)
+    return spread
+
+
+def _scaled(sample: Sample, plan: Plan, scales: Scales) -> Words:
+    assert sample.reference is not None
+    rows = scales.rows[sample.positions // plan.n_columns]
+    columns = None if scales.columns is None else scales.columns[sample.positions % plan.n_columns]
+    return scale_words(sample.reference, factors(plan.factor, rows, columns), plan.dtype)
 
 
 def _ratios(new: Words, old: Words, dtype: DType) -> Array:
-    """new / old as float64[...]; NaN where one of them is zero or special, or the signs differ."""
+    """new / old as float32[...], of 24-bit significands; 0 where one is zero or special, or the signs differ."""
     m = dtype.mantissa_bits
-    largest = np.uint64((1 << dtype.exponent_bits) - 1)
+    largest = (1 << dtype.exponent_bits) - 1
     sizes, fields = [], []
     for words in (new, old):
-        body = magnitude(words, dtype).astype(np.uint64)
-        fields.append(body >> np.uint64(m))
-        sizes.append((body & np.uint64((1 << m) - 1) | np.uint64(1 << m)).astype(np.float64))
+        body = magnitude(words, dtype)
+        field = (body >> m).astype(np.int32)
+        size = body & body.dtype.type((1 << m) - 1)
+        size = (size >> (m - 23)) if m > 23 else size.astype(np.uint32) << (23 - m)
+        sizes.append((size.astype(np.uint32) | np.uint32(1 << 23)).astype(np.float32))
+        fields.append(field)
     is_normal = (fields[0] > 0) & (fields[1] > 0) & (fields[0] < largest) & (fields[1] < largest)
     is_normal &= (new ^ old) >> (dtype.word_bits - 1) == 0
-    octaves = np.clip(fields[0].astype(np.int64) - fields[1].astype(np.int64), -64, 64)
-    return np.where(is_normal, np.ldexp(sizes[0] / sizes[1], octaves), np.nan)
+    octaves = np.clip(fields[0] - fields[1], -30, 30)
+    return np.where(is_normal, np.ldexp(sizes[0] / sizes[1], octaves), np.float32(0))
 
 
-def _best_factor(new: Words, old: Words, spread: Array, plan: Plan, n_tried: int) -> tuple[int, float]:
-    """The common factor with which the sampled words cost least, and that cost in bits per word.
-
-    spread: the row and column factors of each word as float64. The n_tried candidates are one, and quantiles of what
-    remains: the mode of a skewed ratio is not its mean, and words that all decayed alike are met to the last bit.
-    """
-    ratios = _ratios(new, old, plan.dtype) / spread
-    known = ratios[np.isfinite(ratios) & (ratios > 0.26) & (ratios < 3.9)]
-    rows = (np.broadcast_to(spread, new.shape) * (1 << FACTOR_BITS)).astype(np.uint64)
-    best = (1 << 30, math.inf)
-    for ratio in (
-        (1.0, *np.quantile(known, np.linspace(0.04, 0.96, n_tried - 1), method="nearest")) if len(known) else (1.0,)
-    ):
-        # A power of the decay is a float32 number: the nearest one is met more often than any other.
-        common = round(float(np.float32(ratio)) * (1 << 30))
-        predicted = scale_words(old, factors(common, rows, None), plan.dtype)
-        counts, _ = _delta_counts(new, predicted, plan.dtype)
-        by_sign = counts.reshape(len(counts), -1, 1 << DELTA_K_MOST, 2).sum(axis=2)
-        by_length = by_sign.sum(axis=(0, 2))
-        low_bits = float((by_length * np.maximum(np.arange(len(by_length)) - 1, 0)).sum())
-        bits = (entropy_bits(by_sign.reshape(len(counts), -1)) + low_bits) / new.size
-        best = min(best, (common, bits), key=lambda pair: pair[1])
-    return best
+def _best_factor(
+    new: Words, old: Words, spread: Array, dtype: DType, n_tried: int, spec: Spec
+) -> tuple[int, float, float]:
+    """The common factor with which the probed words cost least; that cost, and that of the factor one, in bits."""
+    ratios = _ratios(new, old, dtype) * (np.float32(1 << FACTOR_BITS) / spread.astype(np.float32))
+    known = np.sort(ratios[(ratios > np.float32(RATIO_LOW)) & (ratios < np.float32(RATIO_HIGH))])
+    tried = [known[len(known) * (2 * i + 1) // (2 * n_tried)] for i in range(n_tried)] if len(known) else []
+    # A power of the decay is a float32 number: the nearest one is met more often than any other.
+    candidates = [1 << 30, *(int(float(ratio) * (1 << 30)) for ratio in tried)]
+    rows = np.minimum(spread, np.uint64((1 << 16) - 1)).astype(np.uint16)
+    costs = []
+    for common in candidates:
+        size, sign = difference(new, scale_words(old, factors(common, rows, None), dtype), dtype)
+        length = bit_length(size).astype(np.int64)
+        counts = np.bincount((length * 2 + sign.astype(np.int64)).reshape(-1))
+        low_bits = int(np.maximum(length - 1, 0).sum())
+        symbol_bits = entropy_bits(counts) if spec.tier == "dense" else 0.0  # an index costs the same for all
+        costs.append((symbol_bits + low_bits) / float(new.size))
+    best = costs.index(min(costs))
+    return candidates[best], costs[best], costs[0]
 
 
 def fit_factors(
@@ -243,39 +270,48 @@ def fit_factors(
     n_whole = len(words) // n_columns
     grid = words[: n_whole * n_columns].reshape(n_whole, n_columns)
     old = reference[: n_whole * n_columns].reshape(n_whole, n_columns)
-    whole = common / (1 << 30)
+    unit = np.float32(1 << FACTOR_BITS) / (np.float32(common) / np.float32(1 << 30))
+
+    def quotients(new: Words, ref: Words, unit: Any) -> Array:
+        """Ratios as factors, one = 2^15, at most 2^16 - 1; 0 where there is none."""
+        rounded = _ratios(new, ref, dtype) * unit + np.float32(0.5)
+        return np.minimum(rounded, np.float32(65535)).astype(np.uint16)
+
     step = -(-n_columns // min(max(FIT_WORDS // max(n_whole, 1), 16), FIT_COLUMNS))
     new, ref = grid[:, ::step], old[:, ::step]
-    rows = in_blocks(n_whole, new.shape[1], lambda part: _medians(_ratios(new[part], ref[part], dtype) / whole, 1))
+    rows = in_blocks(n_whole, new.shape[1], lambda part: _medians(quotients(new[part], ref[part], unit), 1))
     if n_whole * n_columns < len(words):
-        tail = _ratios(words[None, n_whole * n_columns :], reference[None, n_whole * n_columns :], dtype) / whole
-        rows = np.append(rows, _medians(tail, 1))
+        tail = slice(n_whole * n_columns, None, step)
+        rows = np.append(rows, _medians(quotients(words[None, tail], reference[None, tail], unit), 1))
     row_factors = _factor(rows)
     if not has_column_scale:
         return Scales(row_factors, None)
     step = -(-n_whole // min(max(FIT_WORDS // n_columns, 16), FIT_ROWS))
     few, few_old = grid[::step], old[::step]
-    spread = row_factors[:n_whole][::step, None] / (1 << FACTOR_BITS)
+    units = unit * (np.float32(1 << FACTOR_BITS) / row_factors[:n_whole][::step, None].astype(np.float32))
 
     def middles(part: slice) -> Array:
-        return _medians(_ratios(few[:, part], few_old[:, part], dtype) / whole / spread, 0)
+        return _medians(quotients(few[:, part], few_old[:, part], units), 0)
 
     return Scales(row_factors, _factor(in_blocks(n_columns, len(few), middles)))
 
 
 def _medians(values: Array, axis: int) -> Array:
-    """Median along an axis of what is not NaN, the lower one of two; 1 where nothing is left."""
+    """Median along an axis of what is not zero, the lower one of two; one = 2^15 where nothing is left. int64[...]"""
+    n = values.shape[axis]
     ordered = np.sort(values, axis=axis)
-    counts = np.count_nonzero(~np.isnan(values), axis=axis, keepdims=True)
-    middle = np.take_along_axis(ordered, np.maximum(counts - 1, 0) // 2, axis=axis)
-    return np.where(counts > 0, middle, 1.0).squeeze(axis)
+    counts = np.count_nonzero(values, axis=axis, keepdims=True)
+    places = np.minimum(n - counts + np.maximum(counts - 1, 0) // 2, n - 1)
+    middle = np.take_along_axis(ordered, places, axis)
+    return np.where(counts > 0, middle, 1 << FACTOR_BITS).squeeze(axis).astype(np.int64)
 
 
 def _factor(ratios: Array) -> Array:
-    """Ratios as fixed-point factors, on a step of at most 255 values about one, so that their vector stays small."""
-    away = np.clip(ratios, 0.01, 1.99) - 1
-    near = away[np.abs(away) < 0.5]
-    reach = float(np.abs(near).max()) if len(near) else 0.5
-    step = max(int(2 * reach * (1 << FACTOR_BITS)) // 255, 1)
-    steps = np.round(away * (1 << FACTOR_BITS) / step)
-    return np.clip((1 << FACTOR_BITS) + steps * step, 1, (1 << 16) - 1).astype(np.uint16)
+    """Factors on a step of at most 255 values about one, so that their vector stays small."""
+    one = 1 << FACTOR_BITS
+    away = np.clip(ratios, 328, 65208) - one
+    near = np.abs(away[np.abs(away) < one // 2])
+    reach = int(near.max()) if len(near) else one // 2
+    step = max(2 * reach // 255, 1)
+    steps = (2 * away + step) // (2 * step)
+    return np.clip(one + steps * step, 1, (1 << 16) - 1).astype(np.uint16)

@@ -1,7 +1,7 @@
 """The planner of `full`: its row and column scales, k, phases, and how its remainders are packed.
 
-Imports numpy, dtypes, plan and the stages. The hard thing: k, phases and split are chosen together, from one histogram
-of the sample for each split.
+Imports numpy, dtypes, plan and the stages. The hard thing: scales are dear to measure, so a small lattice tells first
+which split is worth it; then k and phases are chosen together, from one histogram of a thin sample.
 """
 
 from __future__ import annotations
@@ -13,213 +13,295 @@ from typing import Any
 import numpy as np
 
 from tricomp.dtypes import DType, Words
-from tricomp.job import Scales, Tables
+from tricomp.job import Scales, Side, Tables
 from tricomp.plan import MAX_MANTISSA_BITS, MAX_PHASE_BITS, MAX_SYMBOLS, MAX_TABLE_ENTRIES, Plan, Spec
 from tricomp.reference.bits import magnitude, trailing_zeros
 from tricomp.reference.entropy import normalise
 from tricomp.reference.estimate import (
-    FIT_COLUMNS,
-    FIT_ROWS,
+    LEARNING,
+    PROB_BITS,
+    SIMPLER_BITS,
     STATE_BITS,
     Choice,
     Sample,
     densest,
     entropy_bits,
     in_blocks,
-    patch_bits,
-    side_of,
     splits,
     symbol_cost,
-    table_bits,
     vector_bits,
-    with_entropy,
+    with_symbols,
 )
 from tricomp.reference.lanes import ROW
 
 Array = np.ndarray[Any, Any]
 
+RUN = 4  # columns of a lattice stand in runs of so many
+LATTICE_RUNS = 16  # runs a row of the lattice that tells whether a split is worth it
+LATTICE_WORDS = 4096
+FIT_RUNS = 32  # runs that a row's scale is measured on
+FIT_ROWS = 256  # most rows that a column's is measured on
+PLANE_ROWS = 32  # of the sample, to twice as many, on which byte planes are weighed
+PLANE_BITS = 0.03  # what coding a byte plane must save
+SCALE_BITS = 5  # of one scale of a vector, roughly
+NEAR_GAIN = 0.1  # splits that promise nearly as much as the best are all measured
+HOPELESS_BITS = 4.0  # what no scales have been seen to save
 
-def full_choice(words: Words, sample: Sample, blank: Plan, shape: Sequence[int] | None, spec: Spec) -> Choice:
-    """`full` without a scale model and with each split, at the best k and phases."""
+
+def full_choice(
+    words: Words, sample: Sample, blank: Plan, shape: Sequence[int] | None, spec: Spec, rival: float
+) -> Choice:
+    """`full` without a scale model or with the most promising split, at the best k and phases.
+
+    rival: bits per word that another prediction costs; scales that cannot come below it are not tried.
+    """
     dtype = blank.dtype
-    is_zero = sample.words == 0
-    has_sign = bool(np.count_nonzero(sample.words >> (dtype.word_bits - 1)) > 1e-3 * sample.words.size)
-    blank = replace(blank, predict="full", has_sign=has_sign)
-    k_most = min(MAX_MANTISSA_BITS, dtype.mantissa_bits)
-    high = (magnitude(sample.words, dtype) >> (dtype.mantissa_bits - k_most)).astype(np.int32)
-    best = _best_full(high, None, is_zero, k_most, 0.0, blank, spec)
+    thin = sample.thin()
+    n_negative = int(np.count_nonzero(thin.words >> (dtype.word_bits - 1)))
+    blank = replace(blank, predict="full", has_sign=n_negative * 1000 > thin.words.size)
+    best = _best_full(thin, None, 0.0, blank, spec)
     scales = Scales()
-    for n_columns, has_column_scale in splits(shape, len(words)):
-        fitted = fit_scales(words, dtype, n_columns, has_column_scale)
-        level = _sampled_levels(fitted, n_columns, sample.firsts, sample.words.shape[1])
-        side_bits = vector_bits(fitted.rows) + vector_bits(fitted.columns)
-        plan = replace(blank, n_columns=n_columns, has_column_scale=has_column_scale)
-        scaled = _best_full(high, level, is_zero, k_most, side_bits, plan, spec)
-        if scaled[0] < best[0]:
-            best, scales = scaled, fitted
-    bits, plan, tables = best
-    packed_bits, plan, plane_tables = _packing(words, sample, plan, is_zero, spec)
-    side = side_of(plan, tables, scales)
-    return Choice(bits + packed_bits, plan, replace(side, plane_tables=plane_tables))
+    rest = float(blank.remainder_bits + blank.mantissa_bits)
+    if best.bits + rest < rival + HOPELESS_BITS:
+        least = max(SIMPLER_BITS, best.bits + rest - rival)
+        gains = [(split_gain(words, dtype, *split), *split) for split in splits(shape, len(words))]
+        first = max((gain for gain, *_ in gains), default=0.0)
+        for gain, n_columns, has_column_scale in gains:
+            if gain <= least or gain < first - NEAR_GAIN:
+                continue
+            fitted = fit_scales(words, dtype, n_columns, has_column_scale)
+            plan = replace(blank, n_columns=n_columns, has_column_scale=has_column_scale)
+            side_bits = vector_bits(fitted.rows) + vector_bits(fitted.columns)
+            scaled = _best_full(thin, levels(fitted, plan.n_columns, thin.positions), side_bits, plan, spec)
+            if scaled.bits < best.bits:
+                best, scales = scaled, fitted
+    packed_bits, plan = _packing(words, thin, best.plan, spec)
+    return Choice(best.bits + packed_bits, lambda: _finished(plan, sample, scales, best.phase_bits, spec))
 
 
 @dataclass(frozen=True)
-class _Window:
-    """A window of symbols: their bits per word, the width of an index or 0, counts or dictionary, its place."""
+class _Fit:
+    """k and phases of one split. bits: per word of the symbols, less k, so that every k compares."""
 
     bits: float
-    index_bits: int
-    tables: Array
-    base: int
-    n_symbols: int
+    plan: Plan
+    phase_bits: int
 
 
-def _best_full(
-    high: Array, level: Array | None, is_zero: Array, k_most: int, side_bits: float, plan: Plan, spec: Spec
-) -> tuple[float, Plan, Array]:
-    """The best k and phases for one split. Bits are those of the symbols less k, so that every k compares."""
-    finest = high if level is None else high - ((level >> 3) << k_most)
-    phase = np.zeros(high.shape, np.int32) if level is None else level & 7
-    phase_most = 0 if level is None or spec.tier == "fast" else MAX_PHASE_BITS
-    low, width = int(finest.min()), int(finest.max()) - int(finest.min()) + 1
-    places = (phase * width + (finest - low))[~is_zero]
-    grid = np.bincount(places, minlength=8 * width).reshape(8, width)
-    zeros = np.bincount(phase[is_zero], minlength=8)
-    best: tuple[float, int, int, _Window] | None = None
+def _best_full(thin: Sample, level: Array | None, side_bits: float, plan: Plan, spec: Spec) -> _Fit:
+    """The best k and phases for one split. level: L of the thin sample's words, int32, or None."""
+    k_most = min(MAX_MANTISSA_BITS, plan.dtype.mantissa_bits)
+    grid, zeros, low, n_outside = count_highs(thin.words, level, k_most, plan)
+    has_phases = level is not None and spec.tier == "dense"
+    best: _Fit | None = None
     for k in range(k_most + 1):
-        coarse, base = _coarsen(grid, low, k_most - k)
-        for phase_bits in range(phase_most + 1):
-            merged = coarse.reshape(1 << phase_bits, 8 >> phase_bits, -1).sum(axis=1)
-            merged_zeros = zeros.reshape(1 << phase_bits, 8 >> phase_bits).sum(axis=1)
-            window = _window(merged, base, merged_zeros, side_bits, plan, spec)
-            if best is None or window.bits - k < best[0]:
-                best = window.bits - k, k, 1 << phase_bits, window
+        coarse = _coarsen(grid, low, k_most - k)
+        for phase_bits in (0, MAX_PHASE_BITS - 1, MAX_PHASE_BITS) if has_phases else (0,):
+            candidate = replace(plan, mantissa_bits=k)
+            table, _, n_missed = _window(_merged(coarse, phase_bits), _merged(zeros, phase_bits))
+            bits = symbol_cost(table, n_outside + n_missed, side_bits, candidate, thin, spec) - k
+            if best is None or bits < best.bits:
+                best = _Fit(bits, candidate, phase_bits)
     assert best is not None
-    bits, k, n_contexts, window = best
-    changes = {"mantissa_bits": k, "n_contexts": n_contexts, "base": window.base, "n_symbols": window.n_symbols}
-    return bits, with_entropy(plan, window.index_bits, **changes), window.tables
+    return best
 
 
-def _coarsen(grid: Array, low: int, drop: int) -> tuple[Array, int]:
-    """Counts with the lowest `drop` bits of the symbol merged, and the symbol of the first column."""
-    base = low >> drop
-    places = ((low + np.arange(grid.shape[1])) >> drop) - base
-    out = np.zeros((8, int(places[-1]) + 1), np.int64)
-    for row, counts in zip(out, grid, strict=True):
-        np.add.at(row, places, counts)
-    return out, base
+def count_highs(words: Words, level: Array | None, k: int, plan: Plan) -> tuple[Array, Array, int, int]:
+    """Counts of the high parts at k, relative to their levels, by phase: int64[8, n]; of zeros by phase; the first
+    high part; and how many words lie outside the densest octaves, where no window would reach.
+    """
+    dtype = plan.dtype
+    is_zero = words == 0
+    high = (magnitude(words, dtype) >> (dtype.mantissa_bits - k)).astype(np.int32)
+    phase = np.zeros(high.shape, np.int32)
+    if level is not None:
+        high, phase = high - ((level >> 3) << k), level & 7
+    zeros = np.bincount(phase[is_zero], minlength=8)
+    high, phase = high[~is_zero], phase[~is_zero]
+    if not len(high):
+        return np.zeros((8, 1 << k), np.int64), zeros, 0, 0
+    octave = int(high.min()) >> k
+    octaves = np.bincount((high >> k) - octave)
+    first, last = densest(octaves, MAX_SYMBOLS - 1)
+    low, width = octave + first << k, last - first << k
+    inside = (high >= low) & (high < low + width)
+    counts = np.bincount(phase[inside] * width + (high[inside] - low), minlength=8 * width).reshape(8, width)
+    return counts, zeros, low, len(high) - int(np.count_nonzero(inside))
 
 
-def _window(counts: Array, base: int, zeros: Array, side_bits: float, plan: Plan, spec: Spec) -> _Window:
-    """Fit the counted values into a window of symbols; what falls outside is patched. Symbol 0: the zero word.
+def _coarsen(grid: Array, low: int, drop: int) -> Array:
+    """Counts with the lowest `drop` bits of the symbol merged. low: a multiple of whole octaves."""
+    assert low >> drop << drop == low
+    return grid.reshape(8, -1, 1 << drop).sum(axis=2)
 
-    counts: int64[n_contexts, n_values] of the words that are not zero. zeros: int64[n_contexts].
+
+def _merged(counts: Array, phase_bits: int) -> Array:
+    """Counts of 8 phases merged into fewer."""
+    return counts.reshape(1 << phase_bits, 8 >> phase_bits, *counts.shape[1:]).sum(axis=1)
+
+
+def _window(counts: Array, zeros: Array) -> tuple[Array, int, int]:
+    """Fit the counted values into a window of symbols: its table, its first value, and how many words lie outside.
+
+    counts: int64[n_contexts, n_values] of the words that are not zero. zeros: int64[n_contexts], of symbol 0.
     """
     n_contexts = len(counts)
     total = counts.sum(axis=0)
     first, last = densest(total, min(MAX_SYMBOLS, MAX_TABLE_ENTRIES // n_contexts) - 1)
     table = np.zeros((n_contexts, last - first + 1), np.int64)
     table[:, 1:] = counts[:, first:last]
-    n_zeros = int(zeros.sum())
-    n_sampled = int(total.sum()) + n_zeros
-    share = 1 - (int(table.sum()) + n_zeros) / n_sampled
     # Where there are zeros, a phase without one in the sample may meet one yet.
-    table[:, 0] = np.maximum(zeros, min(n_zeros, 1))
-    bits, index_bits, tables = symbol_cost(table, side_bits, plan, spec)
-    return _Window(bits + patch_bits(plan.dtype, share), index_bits, tables, base + first, last - first + 1)
+    table[:, 0] = np.maximum(zeros, min(int(zeros.sum()), 1))
+    return table, first, int(total.sum()) - int(total[first:last].sum())
 
 
-def _octaves(words: Words, dtype: DType) -> Array:
+def _finished(plan: Plan, sample: Sample, scales: Scales, phase_bits: int, spec: Spec) -> tuple[Plan, Side]:
+    """The plan and side, with tables counted on as much of the sample as they need."""
+    counted = sample.counted(1 << phase_bits)
+    level = levels(scales, plan.n_columns, counted.positions) if plan.is_scaled else None
+    counts, zeros, low, _ = count_highs(counted.words, level, plan.mantissa_bits, plan)
+    table, first, _ = _window(_merged(counts, phase_bits), _merged(zeros, phase_bits))
+    plan, side = with_symbols(plan, table, counted, spec, base=low + first)
+    plane_tables = {}
+    for plane, width in enumerate(plan.plane_widths):
+        if plan.coded_planes >> plane & 1:
+            # One count for all, so that a byte which the sample missed can still be coded.
+            counts = np.bincount(plane_octets(sample.words, plan, plane), minlength=1 << width)
+            plane_tables[plane] = Tables(normalise(counts * 4 + 1, PROB_BITS)[None], PROB_BITS)
+    return plan, replace(side, scales=scales, plane_tables=plane_tables)
+
+
+def octaves_of(words: Words, dtype: DType) -> Array:
     """Magnitude in eighths of an octave, as the scale model counts them; int32[...]."""
     if dtype.mantissa_bits >= 3:
         return (magnitude(words, dtype) >> (dtype.mantissa_bits - 3)).astype(np.int32)
     return magnitude(words, dtype).astype(np.int32) << (3 - dtype.mantissa_bits)
 
 
-def _means(values: Array, is_counted: Array, axis: int) -> Array:
-    """Mean of the counted values along an axis, rounded down; -1 where nothing counts. Integers only."""
-    sums = np.where(is_counted, values, 0).sum(axis=axis, dtype=np.int64)
-    counts = np.count_nonzero(is_counted, axis=axis)
-    return np.where(counts > 0, (2 * sums + counts) // np.maximum(2 * counts, 1), -1)
+def _mean(sums: Array, counts: Array, unknown: int) -> Array:
+    """Rounded means; `unknown` where nothing was counted. Integers only."""
+    return np.where(counts > 0, (2 * sums + counts) // np.maximum(2 * counts, 1), unknown)
+
+
+def _runs(n_columns: int, n_runs: int) -> Array:
+    """Columns of a lattice: all, or short runs at even distances."""
+    if n_columns <= n_runs * RUN:
+        return np.arange(n_columns)
+    starts = np.arange(n_runs) * (n_columns - RUN) // (n_runs - 1)
+    return (starts[:, None] + np.arange(RUN)).reshape(-1)
+
+
+def split_gain(words: Words, dtype: DType, n_columns: int, has_column_scale: bool) -> float:
+    """Bits per word that scales of a split would save, by the magnitudes' entropy on a small lattice."""
+    columns = _runs(n_columns, LATTICE_RUNS)
+    n_whole = len(words) // n_columns
+    n_rows = min(n_whole, LATTICE_WORDS // len(columns))
+    rows = np.arange(n_rows) * n_whole // n_rows
+    lattice = words[: n_whole * n_columns].reshape(n_whole, n_columns)[rows[:, None], columns]
+    is_counted = lattice != 0
+    octaves = np.where(is_counted, octaves_of(lattice, dtype), 0).astype(np.int64)
+    by_row = _mean(octaves.sum(axis=1), np.count_nonzero(is_counted, axis=1), 0)
+    offsets = np.where(is_counted, octaves - by_row[:, None], 0)
+    # Scales fit the words that they are made of better than others.
+    unseen = 1.0 / len(columns) - 1.0 / n_columns
+    if has_column_scale:
+        by_column = _mean(offsets.sum(axis=0), np.count_nonzero(is_counted, axis=0), 0)
+        offsets = offsets - by_column
+        unseen += 1.0 / n_rows - 1.0 / n_whole
+    before, after = octaves[is_counted], offsets[is_counted]
+    if not len(before):
+        return 0.0
+    saved = entropy_bits(np.bincount(before)) - entropy_bits(np.bincount(after - after.min()))
+    n_vector = -(-len(words) // n_columns) + (n_columns if has_column_scale else 0)
+    return saved / lattice.size - LEARNING * unseen - float(SCALE_BITS * n_vector) / len(words)
 
 
 def fit_scales(words: Words, dtype: DType, n_columns: int, has_column_scale: bool) -> Scales:
     """Row and column scales of a frame, in eighths of an octave: means over the nonzero words of a lattice."""
     n_whole = len(words) // n_columns
     grid = words[: n_whole * n_columns].reshape(n_whole, n_columns)
-    step = -(-n_columns // FIT_COLUMNS)
-    thin = grid[:, ::step]
-    rows = in_blocks(n_whole, thin.shape[1], lambda part: _means(_octaves(thin[part], dtype), thin[part] != 0, 1))
+    some = _runs(n_columns, FIT_RUNS)
+
+    def means(part: Words) -> Array:
+        octaves = np.where(part != 0, octaves_of(part, dtype), 0)
+        return _mean(octaves.sum(axis=1, dtype=np.int64), np.count_nonzero(part, axis=1), -1)
+
+    rows = in_blocks(n_whole, len(some), lambda part: means(grid[part][:, some]))
     if n_whole * n_columns < len(words):
-        tail = words[None, n_whole * n_columns :]
-        rows = np.append(rows, _means(_octaves(tail, dtype), tail != 0, 1))
-    known = rows[rows >= 0]
-    typical = int(np.median(known)) if len(known) else 0
-    rows = np.where(rows < 0, typical, rows)
+        tail = words[n_whole * n_columns :]
+        rows = np.append(rows, means(tail[None, some[some < len(tail)]]))
+    known = np.sort(rows[rows >= 0])
+    rows = np.where(rows < 0, known[(len(known) - 1) // 2] if len(known) else 0, rows)
     if not has_column_scale:
         return Scales(rows.astype(np.int16), None)
-    few = grid[:: -(-n_whole // FIT_ROWS)]
-    levels = rows[:n_whole][:: -(-n_whole // FIT_ROWS), None]
+    step = -(-n_whole // FIT_ROWS)
+    few = grid[::step]
+    level = rows[:n_whole][::step, None]
 
     def offsets(part: slice) -> Array:
-        some = few[:, part]
-        sums = np.where(some != 0, _octaves(some, dtype) - levels, 0).sum(axis=0, dtype=np.int64)
-        counts = np.count_nonzero(some, axis=0)
-        return np.where(counts > 0, (2 * sums + counts) // np.maximum(2 * counts, 1), 0)
+        is_counted = few[:, part] != 0
+        sums = np.where(is_counted, octaves_of(few[:, part], dtype) - level, 0).sum(axis=0, dtype=np.int64)
+        return _mean(sums, np.count_nonzero(is_counted, axis=0), 0)
 
-    columns = in_blocks(n_columns, len(few), offsets)
-    return Scales(rows.astype(np.int16), columns.astype(np.int16))
+    return Scales(rows.astype(np.int16), in_blocks(n_columns, len(few), offsets).astype(np.int16))
 
 
-def _sampled_levels(scales: Scales, n_columns: int, firsts: Array, width: int) -> Array:
-    """L = R + C at the sampled positions, int32[n_rows, width]."""
-    positions = firsts[:, None] + np.arange(width)
+def levels(scales: Scales, n_columns: int, positions: Array) -> Array:
+    """L = R + C at some positions of a frame, int32[...]."""
     level = scales.rows.astype(np.int32)[positions // n_columns]
     if scales.columns is not None:
         level = level + scales.columns.astype(np.int32)[positions % n_columns]
     return level
 
 
-def _packing(
-    words: Words, sample: Sample, plan: Plan, is_zero: Array, spec: Spec
-) -> tuple[float, Plan, dict[int, Tables]]:
+def plane_octets(words: Words, plan: Plan, plane: int) -> Array:
+    """The octets of one byte plane; uint8[n]."""
+    n_low = plan.dtype.mantissa_bits - plan.mantissa_bits
+    low = words & words.dtype.type((1 << n_low) - 1)
+    if plan.has_sign:
+        low = low | (words >> (plan.dtype.word_bits - 1)) << n_low
+    octets = (low >> (plan.shift + 8 * plane)).astype(np.uint8) & np.uint8((1 << plan.plane_widths[plane]) - 1)
+    return octets.reshape(-1)
+
+
+def _plane_bits(plan: Plan, thin: Sample, plane: int) -> float:
+    """Bits per word of a byte plane, as rANS would code it."""
+    some = thin.words[:: max(len(thin.firsts) // PLANE_ROWS, 1)]
+    counts = np.bincount(plane_octets(some, plan, plane))
+    n_present = float(np.count_nonzero(counts))
+    fixed = float(8 * (1 << plan.plane_widths[plane]) + STATE_BITS * plan.n_chunks) / plan.n_words
+    return (entropy_bits(counts) + LEARNING * n_present) / some.size + fixed
+
+
+def _packing(words: Words, thin: Sample, plan: Plan, spec: Spec) -> tuple[float, Plan]:
     """Byte planes or a stack for the remainders of `full`, by bits per word. Adds k back: the caller took it off."""
-    dtype = plan.dtype
     n_bits = plan.remainder_bits
-    k = plan.mantissa_bits
+    k = float(plan.mantissa_bits)
     if n_bits == 0:
-        return float(k), plan, {}
-    n_low = dtype.mantissa_bits - k
+        return k, plan
+    n_low = plan.dtype.mantissa_bits - plan.mantissa_bits
     low_mask = words.dtype.type((1 << n_low) - 1)
-    by_row = np.bitwise_or.reduce(sample.words & low_mask, axis=1)
+    by_row = np.bitwise_or.reduce(thin.words & low_mask, axis=1)
     shift = min(int(trailing_zeros(np.bitwise_or.reduce(by_row)[None])[0]), n_low)
     if shift:  # what the sample suggests must hold for every word
         joined = np.bitwise_or.reduce(words) & low_mask
         shift = min(int(trailing_zeros(joined[None])[0]), n_low)
-    # Planes.
-    low = sample.words & low_mask
-    if plan.has_sign:
-        low = low | (sample.words >> (dtype.word_bits - 1)) << n_low
     planes = replace(plan, remainder="planes", shift=shift)
     plane_bits = 0.0
-    plane_tables: dict[int, Tables] = {}
-    states = STATE_BITS * plan.n_chunks / plan.n_words
     for plane, width in enumerate(planes.plane_widths):
-        octets = (low >> (shift + 8 * plane)).astype(np.uint8) & np.uint8((1 << width) - 1)
-        counts = np.bincount(octets.reshape(-1), minlength=1 << width)
-        entropy = entropy_bits(counts[None]) / octets.size + table_bits(counts) / plan.n_words + states
-        if spec.tier == "dense" and entropy < width - 0.03:
-            # One count for all, so that a byte which the sample missed can still be coded.
-            plane_tables[plane] = Tables(normalise(counts * 4 + 1, plan.prob_bits)[None], plan.prob_bits)
-            entropy += 0.01
+        coded = _plane_bits(planes, thin, plane) + PLANE_BITS if spec.tier == "dense" else float(width)
+        plane_bits += min(coded, float(width))
+        if coded < width:
             planes = replace(planes, coded_planes=planes.coded_planes | 1 << plane)
-        plane_bits += min(entropy, width) if plane in plane_tables else width
     # Stack.
-    saved = float(np.minimum(trailing_zeros(by_row), n_low).mean())
-    zero_share = np.count_nonzero(is_zero) / is_zero.size
-    has_block_shifts = saved - 8 / ROW > 0.02
-    stack_bits = (1 - zero_share) * (n_bits - (saved if has_block_shifts else 0)) + states
-    stack_bits += 8 / ROW if has_block_shifts else 0
-    if stack_bits < plane_bits - 0.01:
-        return stack_bits + k, replace(plan, remainder="stack", has_block_shifts=has_block_shifts), {}
-    return plane_bits + k, planes, plane_tables
+    n_rows = float(len(by_row))
+    n_saved = int(np.minimum(trailing_zeros(by_row), n_low).sum())
+    n_zeros = int(np.count_nonzero(thin.words == 0))
+    has_block_shifts = n_saved / n_rows - 8.0 / ROW > SIMPLER_BITS
+    width_bits = n_bits - n_saved / n_rows if has_block_shifts else float(n_bits)
+    stack_bits = (1.0 - n_zeros / float(thin.words.size)) * width_bits
+    stack_bits += STATE_BITS * plan.n_chunks / float(plan.n_words)
+    stack_bits += 8.0 / ROW if has_block_shifts else 0.0
+    if stack_bits < plane_bits - SIMPLER_BITS:
+        return stack_bits + k, replace(plan, remainder="stack", has_block_shifts=has_block_shifts)
+    return plane_bits + k, planes
