@@ -90,7 +90,8 @@ class Sample:
 
     def counted(self, n_contexts: int) -> Sample:
         """The part on which tables are counted: one table needs less than several."""
-        return self.every(2) if n_contexts == 1 and self.n_sampled < self.n_words else self
+        is_ample = n_contexts == 1 and len(self.firsts) >= 2 * LEAST_SAMPLE_ROWS
+        return self.every(2) if is_ample else self
 
     def every(self, step: int) -> Sample:
         """The first of every `step` rows."""
