@@ -228,39 +228,58 @@ inline void decode_by_ranks(const Tables& tables, RansDecoder* const* chunks, ui
     });
 }
 
-// Keeps the compiler from putting scalar numbers together in registers, which is slower than to store them one by one.
-template <class Unit>
-INLINE Unit scalar(Unit number) {
-    asm("" : "+r"(number));
-    return number;
-}
-
 // Several contexts: tables are too large for registers, so every lane's slot is looked up in memory, one by one: a gather
 // instruction takes longer.
 
-struct SlotLookup {
-    alignas(64) uint16_t indices[LANES];
-    alignas(64) uint32_t entries[LANES];
-
-    INLINE void run(const uint32_t* slots) {
-#pragma GCC unroll 32
-        for (size_t lane = 0; lane < LANES; ++lane) entries[lane] = scalar(slots[indices[lane]]);
-    }
+struct Pairs {  // numbers of 32 bits, of even and of odd lanes
+    __m512i even, odd;
 };
 
-// One block of rows. Two chunks are looked up while the other two go on, because what a look-up stored cannot be loaded
-// as one register for a while.
+// Of two registers of 32-bit numbers: the low halves, as 32 words in the order of lanes.
+INLINE __m512i low_halves(const Pairs& numbers) {
+    return _mm512_mask_blend_epi16(0xAAAAAAAA, numbers.even, _mm512_slli_epi32(numbers.odd, 16));
+}
+
+INLINE __m128i look_up_four(const uint32_t* slots, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    __m128i four = _mm_cvtsi32_si128(static_cast<int>(slots[a]));
+    four = _mm_insert_epi32(four, static_cast<int>(slots[b]), 1);
+    four = _mm_insert_epi32(four, static_cast<int>(slots[c]), 2);
+    return _mm_insert_epi32(four, static_cast<int>(slots[d]), 3);
+}
+
+INLINE __m512i joined(const __m128i* parts) {
+    const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(parts[0]), parts[1], 1);
+    const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(parts[2]), parts[3], 1);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+
+// Two indices are loaded at a time, because a processor keeps count of few loads.
+INLINE Pairs look_up(const uint32_t* slots, const uint32_t (&pairs)[LANES / 2]) {
+    __m128i even[4], odd[4];
+    for_each<4>(EACH(i) {
+        uint32_t two[4];
+        for_each<4>(EACH(j) {
+            two[j] = pairs[4 * i + j];
+            asm("" : "+r"(two[j]));  // or they would be loaded again as halves
+        });
+        even[i] = look_up_four(slots, two[0] & 0xFFFF, two[1] & 0xFFFF, two[2] & 0xFFFF, two[3] & 0xFFFF);
+        odd[i] = look_up_four(slots, two[0] >> 16, two[1] >> 16, two[2] >> 16, two[3] >> 16);
+    });
+    return {joined(even), joined(odd)};
+}
+
+// One block of rows.
 template <size_t N_CHUNKS>
 inline void decode_block_by_slots(const Tables& tables, RansDecoder* const* chunks, const uint8_t* const* contexts,
                                   uint8_t* const* symbols, size_t n_rows) {
-    constexpr size_t AHEAD = N_CHUNKS / 2;
     const __m512i mask = _mm512_set1_epi16(static_cast<int16_t>((1u << tables.prob_bits) - 1));
     const __m512i shift = _mm512_set1_epi16(static_cast<int16_t>(tables.prob_bits));
     const __m128i shift_count = _mm_cvtsi32_si128(static_cast<int>(tables.prob_bits));
     const uint32_t* slots = tables.slots;
-    // Where the table of every position's context begins; then, its symbol. One step more than there are is looked up.
+    // Where the table of every position's context begins; then, its symbol. One more is read than there are.
     alignas(64) uint16_t steps[N_CHUNKS][TILE_ROWS * STEPS + 1][LANES];
-    SlotLookup lookups[N_CHUNKS];
+    // Of the next step: other chunks' work lies between a store and the loads from it.
+    alignas(64) uint32_t indices[N_CHUNKS][LANES / 2];
     Halves states[N_CHUNKS];
     size_t at[N_CHUNKS];
     for_each<N_CHUNKS>(EACH(c) {
@@ -273,21 +292,24 @@ inline void decode_block_by_slots(const Tables& tables, RansDecoder* const* chun
                 store_512(steps[c][STEPS * row + step], _mm512_sll_epi16(values[step].all, shift_count));
         }
         store_512(steps[c][STEPS * n_rows], _mm512_setzero_si512());
-        store_512(lookups[c].indices, _mm512_add_epi16(_mm512_and_si512(states[c].low, mask), load_512(steps[c][0])));
-        if (c < AHEAD) lookups[c].run(slots);
+        store_512(indices[c], _mm512_add_epi16(_mm512_and_si512(states[c].low, mask), load_512(steps[c][0])));
     });
+    asm("" : "+m"(indices));  // or the compiler takes registers apart instead of loading
     for (size_t step = 0; step < STEPS * n_rows; ++step) {
         for_each<N_CHUNKS>(EACH(c) {
-            lookups[(c + AHEAD) % N_CHUNKS].run(slots);
-            const Halves entries = load_states(lookups[c].entries);
-            const __m512i offsets = _mm512_and_si512(entries.low, _mm512_set1_epi16(0xFFF));
-            states[c] = advanced(states[c], _mm512_srli_epi16(entries.high, 4), offsets, shift, shift_count);
+            const Pairs found = look_up(slots, indices[c]);
+            const __m512i offsets = _mm512_and_si512(low_halves(found), _mm512_set1_epi16(0xFFF));
+            const __m512i freqs = _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(found.even, 20),
+                                                          _mm512_srli_epi32(found.odd, 4));
+            store_512(steps[c][step], _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(found.even, 12),
+                                                              _mm512_slli_epi32(found.odd, 4)));
+            states[c] = advanced(states[c], freqs, offsets, shift, shift_count);
             const size_t clamped = at[c] < chunks[c]->n_words ? at[c] : chunks[c]->n_words;
             at[c] += renormalise(states[c], chunks[c]->words + 2 * clamped);
             const __m512i firsts = load_512(steps[c][step + 1]);
-            store_512(lookups[c].indices, _mm512_add_epi16(_mm512_and_si512(states[c].low, mask), firsts));
-            store_512(steps[c][step], _mm512_shldi_epi16(entries.high, entries.low, 4));
+            store_512(indices[c], _mm512_add_epi16(_mm512_and_si512(states[c].low, mask), firsts));
         });
+        asm("" : "+m"(indices));
     }
     for_each<N_CHUNKS>(EACH(c) {
         store_states(states[c], chunks[c]->states);
@@ -318,18 +340,9 @@ inline void decode_by_slots(const Tables& tables, RansDecoder* const* chunks, co
 
 // Encoding. States are two registers, of even and of odd lanes: multiplication takes every second number of 32 bits.
 
-struct Pairs {
-    __m512i even, odd;
-};
-
 // The high 32 bits of 64-bit numbers: of `even` in the even places, of `odd` in the odd ones.
 INLINE __m512i high_words(__m512i even, __m512i odd) {
     return _mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_DDBB);
-}
-
-// Of two registers of 32-bit numbers: the low halves, as 32 words in the order of lanes.
-INLINE __m512i low_halves(const Pairs& numbers) {
-    return _mm512_mask_blend_epi16(0xAAAAAAAA, numbers.even, _mm512_slli_epi32(numbers.odd, 16));
 }
 
 // The divisors of one step: of lanes 4 i, 4 i + 1, 4 i + 2, 4 i + 3.
