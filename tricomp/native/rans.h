@@ -109,7 +109,7 @@ INLINE void store_states(const Halves& states, uint32_t* out) {
     store_512(out + 16, pick_16(states.low, states.high, INTERLEAVE_16[1]));
 }
 
-// A table of 64 N numbers.
+// A table of 64 N numbers; N is 1 or 2.
 template <size_t N>
 struct Table16 {
     __m512i part[2 * N];
@@ -122,13 +122,8 @@ struct Table16 {
         __m512i found[N];
         for (size_t i = 0; i < N; ++i) found[i] = _mm512_permutex2var_epi16(part[2 * i], indices, part[2 * i + 1]);
         if constexpr (N == 1) return found[0];
-        const __mmask32 is_odd = _mm512_test_epi16_mask(indices, _mm512_set1_epi16(64));
-        if constexpr (N == 2) return _mm512_mask_blend_epi16(is_odd, found[0], found[1]);
-        if constexpr (N == 4) {
-            const __mmask32 is_late = _mm512_test_epi16_mask(indices, _mm512_set1_epi16(128));
-            return _mm512_mask_blend_epi16(is_late, _mm512_mask_blend_epi16(is_odd, found[0], found[1]),
-                                           _mm512_mask_blend_epi16(is_odd, found[2], found[3]));
-        }
+        const __mmask32 is_late = _mm512_test_epi16_mask(indices, _mm512_set1_epi16(64));
+        return _mm512_mask_blend_epi16(is_late, found[0], found[N - 1]);
     }
 };
 
@@ -157,15 +152,7 @@ struct RankLookup {
 
     // Bytes: from ranks to symbols.
     INLINE __m512i symbols_of(__m512i ranks) const {
-        if constexpr (N == 1) return _mm512_permutex2var_epi8(symbols[0], ranks, symbols[0]);
-        if constexpr (N >= 2) {
-            const __m512i early = _mm512_permutex2var_epi8(symbols[0], ranks, symbols[1]);
-            if constexpr (N == 2) return early;
-            if constexpr (N == 4) {
-                const __m512i late = _mm512_permutex2var_epi8(symbols[2], ranks, symbols[3]);
-                return _mm512_mask_blend_epi8(_mm512_movepi8_mask(ranks), early, late);
-            }
-        }
+        return _mm512_permutex2var_epi8(symbols[0], ranks, symbols[N - 1]);
     }
 };
 
@@ -285,7 +272,8 @@ inline void decode_block_by_slots(const Tables& tables, RansDecoder* const* chun
     for_each<N_CHUNKS>(EACH(c) {
         states[c] = load_states(chunks[c]->states);
         at[c] = chunks[c]->at;
-        for (size_t row = 0; row < n_rows; ++row) {
+        if (!contexts) std::memset(steps[c], 0, sizeof steps[c]);
+        for (size_t row = 0; contexts && row < n_rows; ++row) {
             Lanes16 values[STEPS];
             load_row(contexts[c] + ROW * row, values);
             for (size_t step = 0; step < STEPS; ++step)
@@ -327,14 +315,14 @@ template <size_t N_CHUNKS>
 inline void decode_by_slots(const Tables& tables, RansDecoder* const* chunks, const uint8_t* const* contexts,
                             uint8_t* const* symbols, size_t n_rows) {
     for (size_t row = 0; row < n_rows; row += TILE_ROWS) {
-        const uint8_t* block_contexts[N_CHUNKS];
+        const uint8_t* block_contexts[N_CHUNKS] = {};
         uint8_t* block_symbols[N_CHUNKS];
         for (size_t c = 0; c < N_CHUNKS; ++c) {
-            block_contexts[c] = contexts[c] + ROW * row;
+            if (contexts) block_contexts[c] = contexts[c] + ROW * row;
             block_symbols[c] = symbols[c] + ROW * row;
         }
         const size_t n = n_rows - row < TILE_ROWS ? n_rows - row : TILE_ROWS;
-        decode_block_by_slots<N_CHUNKS>(tables, chunks, block_contexts, block_symbols, n);
+        decode_block_by_slots<N_CHUNKS>(tables, chunks, contexts ? block_contexts : nullptr, block_symbols, n);
     }
 }
 
@@ -442,8 +430,7 @@ template <size_t N_CHUNKS>
 inline void decode_chunks_by_ranks(const Tables& tables, RansDecoder* const* chunks, uint8_t* const* symbols, size_t n_rows) {
     const uint32_t n_ranks = tables.fast->ranks.n_ranks;
     if (n_ranks <= 64) return decode_by_ranks<N_CHUNKS, 1>(tables, chunks, symbols, n_rows);
-    if (n_ranks <= 128) return decode_by_ranks<N_CHUNKS, 2>(tables, chunks, symbols, n_rows);
-    return decode_by_ranks<N_CHUNKS, 4>(tables, chunks, symbols, n_rows);
+    return decode_by_ranks<N_CHUNKS, 2>(tables, chunks, symbols, n_rows);
 }
 
 #endif
@@ -462,17 +449,18 @@ inline void rans_encode(const Tables& tables, RansEncoder& encoder, const uint16
 inline void rans_decode(const Tables& tables, RansDecoder* const* chunks, size_t n_chunks, const uint8_t* const* contexts,
                         uint8_t* const* symbols, size_t n_rows) {
 #if TRICOMP_HAS_AVX512
-    if (!contexts && tables.fast && tables.fast->ranks.n_ranks) {
+    if (!contexts && tables.fast && tables.fast->ranks.n_ranks && tables.fast->ranks.n_ranks <= 128) {
         if (n_chunks & 4) decode_chunks_by_ranks<4>(tables, chunks, symbols, n_rows);
         if (n_chunks & 2) decode_chunks_by_ranks<2>(tables, chunks, symbols, n_rows);
         if (n_chunks & 1) decode_chunks_by_ranks<1>(tables, chunks + (n_chunks & 2), symbols + (n_chunks & 2), n_rows);
         return;
     }
-    if (contexts) {
+    {
         const size_t rest = n_chunks & 2;
         if (n_chunks & 4) decode_by_slots<4>(tables, chunks, contexts, symbols, n_rows);
         if (n_chunks & 2) decode_by_slots<2>(tables, chunks, contexts, symbols, n_rows);
-        if (n_chunks & 1) decode_by_slots<1>(tables, chunks + rest, contexts + rest, symbols + rest, n_rows);
+        if (n_chunks & 1)
+            decode_by_slots<1>(tables, chunks + rest, contexts ? contexts + rest : nullptr, symbols + rest, n_rows);
         return;
     }
 #endif
