@@ -23,6 +23,7 @@ static inline void derive_size(Model& model, uint32_t s) {
     const uint32_t up = length > k + 1 ? length - 1 - k : 0, down = length < k + 1 ? k + 1 - length : 0;
     model.tops[s] = lead << up >> down;
     model.n_low[s] = uint8_t(up);
+    model.leads[s] = uint8_t(lead >> down | uint32_t(model.is_negative[s]) << 7);
 }
 
 // Fill in what is derived. The plan's numbers, the tables' frequencies and the dictionary must be there.
@@ -31,6 +32,7 @@ static inline void derive(Model& model) {
     std::memset(model.tops, 0, sizeof model.tops);
     std::memset(model.n_low, 0, sizeof model.n_low);
     std::memset(model.is_negative, 0, sizeof model.is_negative);
+    std::memset(model.leads, 0, sizeof model.leads);
     std::memset(model.stand_ins, 0, sizeof model.stand_ins);
     std::memset(model.places, 0, sizeof model.places);
     std::memset(model.missing, 0, sizeof model.missing);

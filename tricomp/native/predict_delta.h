@@ -75,10 +75,11 @@ void split_delta_words(const Model& model, const Word* words, size_t n, Tile<Wor
     constexpr uint32_t LANE_BITS = BITS<Lane>;
     const OrderOf<Word, Lane> order(model.kind);
     const uint32_t k = model.k, down = LANE_BITS - 1 - k;
-    const Vec one = all<Lane>(1), ones = all<Lane>(Lane(~Lane(0))), lead_bits = all<Lane>(Lane(k + 1));
+    const Vec one = all<Lane>(1), ones = all<Lane>(Lane(~Lane(0))), most_low = all<Lane>(Lane(LANE_BITS - 1 - k));
     // One less than the symbol is the place, so that one comparison checks both ends; that of 0 is far from any.
-    const Vec before = all<Lane>(Lane((HAS_SIGN ? 1u << k : 2u << k) + uint32_t(model.base) + 1));
-    const Vec n_places = all<Lane>(Lane(model.n_symbols - 1)), bits = all<Lane>(Lane(LANE_BITS));
+    const Lane most = Lane(Lane(LANE_BITS - 1) << k), before_first = Lane(Lane(model.base) + 1);
+    const Vec before = all<Lane>(Lane(before_first - (HAS_SIGN ? most : 2 * most)));
+    const Vec n_places = all<Lane>(Lane(model.n_symbols - 1));
     const uint8_t* contexts = model.n_contexts > 1 ? tile.contexts : nullptr;
     for (size_t i = 0; i < n; i += BLOCK) {
         Vec symbols[Vec::A_BLOCK], remainders[Vec::A_BLOCK], lengths[Vec::A_BLOCK];
@@ -88,12 +89,12 @@ void split_delta_words(const Model& model, const Word* words, size_t n, Tile<Wor
             const Vec word = order.ordered(load_signed<Lane>(words + at));
             const Vec change = wrap<Word>(word - load_signed<Lane>(tile.predicted + at));
             const Mask<Lane> is_below = is_negative(change);
-            const Vec size = absolute(change), length = bit_length(size);
-            Vec code = (length << k) + (shift_up(size, bits - length) >> down);  // the leading one adds 1 << k
+            const Vec size = absolute(change), zeros = leading_zeros(size);
+            Vec code = (shift_up(size, zeros) >> down) - (zeros << k);  // less LANE_BITS << k, and 1 << k
             if (!HAS_SIGN) code = subtract_where(is_below, code + code, ones);
             const Vec place = code - before;
             const Mask<Lane> is_some = has_common(size, size), fits = is_less(place, n_places);
-            const Vec n_low = excess(length, lead_bits), above = shift_up(ones, n_low);
+            const Vec n_low = excess(most_low, zeros), above = shift_up(ones, n_low);
             const Vec remainder = size & ~above;
             symbols[j] = keep(fits, place + one);
             remainders[j] = HAS_SIGN ? subtract_where(is_below, remainder, above) : remainder;  // adds 1 << n_low
@@ -111,24 +112,20 @@ template <class Word, bool HAS_SIGN>
 void merge_delta_words(const Model& model, size_t n, const Tile<Word>& tile, Word* words) {
     typedef ShiftingLane<Word> Lane;
     typedef Vector<Lane> Vec;
-    constexpr uint32_t LANE_BITS = BITS<Lane>;
     const OrderOf<Word, Lane> order(model.kind);
-    const uint32_t k = model.k;
-    const Vec base = all<Lane>(Lane(model.base)), below = all<Lane>(Lane((1u << k) - 1)), one = all<Lane>(1);
-    const Vec lead_bits = all<Lane>(Lane(k + 1)), ones = all<Lane>(Lane(~Lane(0)));
-    const Vec bits = all<Lane>(Lane(LANE_BITS)), most = all<Lane>(Lane(BITS<Word>));
+    const Vec ones = all<Lane>(Lane(~Lane(0))), negative = all<Lane>(0x80);
+    alignas(64) uint8_t leads[TILE], n_lows[TILE];
+    look_up(model.leads, model.n_symbols, tile.symbols, n, leads);
+    look_up(model.n_low, model.n_symbols, tile.symbols, n, n_lows);
     for (size_t i = 0; i < n; i += BLOCK) {
         Vec out[Vec::A_BLOCK];
         for (size_t j = 0; j < Vec::A_BLOCK; j++) {
             const size_t at = i + j * Vec::N;
-            const Vec symbol = load<Lane>(tile.symbols + at), remainder = load<Lane>(tile.remainders + at);
-            const Vec given = symbol + base, code = HAS_SIGN ? given : given >> 1;
-            const Vec length = smaller(code >> k, most), above = shift_up(ones, excess(length, lead_bits));
-            const Vec lead = ((code & below) | Vec{(below + one).raw}) << (LANE_BITS - 1 - k);
-            const Vec top = shift_down(lead, bits - length);
-            const Vec size = keep(has_common(symbol, symbol), choose_bits(above, top, remainder));
-            const Mask<Lane> is_below = HAS_SIGN ? has_common(remainder, above) : has_common(given, one);
-            const Vec predicted = load_signed<Lane>(tile.predicted + at);
+            const Vec given = load<Lane>(leads + at), n_low = load<Lane>(n_lows + at);
+            const Vec remainder = load<Lane>(tile.remainders + at), predicted = load_signed<Lane>(tile.predicted + at);
+            const Vec above = shift_up(ones, n_low), lead = HAS_SIGN ? given : given & ~negative;
+            const Mask<Lane> is_below = HAS_SIGN ? has_common(remainder, above) : has_common(given, negative);
+            const Vec size = choose_bits(above, shift_up(lead, n_low), remainder);
             out[j] = order.unordered(wrap<Word>(subtract_where(is_below, predicted + size, size + size)));
         }
         store_words(out, words + i);

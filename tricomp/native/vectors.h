@@ -48,6 +48,17 @@ struct Vector {
     friend INLINE Vector operator>>(Vector a, uint32_t n) { return {a.raw >> n}; }
 };
 
+// The compiler would copy several vectors at a time through general registers.
+template <class Lane>
+INLINE void store(Vector<Lane> a, void* out) {
+    typedef typename Vector<Lane>::Raw Anywhere __attribute__((aligned(1), may_alias));
+    *static_cast<Anywhere*>(out) = a.raw;
+}
+template <class Lane>
+INLINE void store_same(const Vector<Lane>* a, Lane* out) {
+    for (size_t j = 0; j < Vector<Lane>::A_BLOCK; j++) store(a[j], out + j * Vector<Lane>::N);
+}
+
 template <class Lane>
 INLINE Vector<Lane> all(Lane x) {
     return {typename Vector<Lane>::Raw{} + x};
@@ -194,8 +205,9 @@ template <class Lane>
 INLINE Vector<uint16_t> halves(const Vector<Lane>* a) {  // the low 16 bits of a block's lanes
     if constexpr (sizeof(Lane) == 2) return a[0];
     if constexpr (sizeof(Lane) == 4) {
-        const __m256i low = _mm512_cvtepi32_epi16(zmm(a[0])), high = _mm512_cvtepi32_epi16(zmm(a[1]));
-        return vector_of<uint16_t>(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+        const __m512i even = _mm512_slli_epi16(_mm512_cvtepu8_epi16(_mm256_setr_epi8(
+            0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31)), 1);
+        return vector_of<uint16_t>(_mm512_permutex2var_epi16(zmm(a[0]), even, zmm(a[1])));
     }
     if constexpr (sizeof(Lane) == 8) {
         const __m256i low = _mm512_cvtepi64_epi32(zmm(a[0])), next = _mm512_cvtepi64_epi32(zmm(a[1]));
@@ -209,13 +221,13 @@ INLINE Vector<uint16_t> halves(const Vector<Lane>* a) {  // the low 16 bits of a
 template <class Lane>
 INLINE void store_block(const Vector<Lane>* a, uint16_t* out) {
     const Vector<uint16_t> low = halves(a);
-    std::memcpy(out, &low, sizeof low);
+    store(low, out);
 }
 INLINE void store_block(const Vector<uint64_t>* a, uint32_t* out) {
     for (size_t j = 0; j < 4; j++) _mm256_storeu_si256((__m256i*)out + j, _mm512_cvtepi64_epi32(zmm(a[j])));
 }
-INLINE void store_block(const Vector<uint32_t>* a, uint32_t* out) { std::memcpy(out, a, BLOCK * sizeof *out); }
-INLINE void store_block(const Vector<uint64_t>* a, uint64_t* out) { std::memcpy(out, a, BLOCK * sizeof *out); }
+INLINE void store_block(const Vector<uint32_t>* a, uint32_t* out) { store_same(a, out); }
+INLINE void store_block(const Vector<uint64_t>* a, uint64_t* out) { store_same(a, out); }
 
 #else  // AVX2 or portable
 
@@ -363,21 +375,21 @@ INLINE void store_block(const Vector<uint32_t>* a, uint8_t* out) {
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     _mm256_storeu_si256((__m256i*)out, _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order));
 }
-INLINE void store_block(const Vector<uint16_t>* a, uint16_t* out) { std::memcpy(out, a, BLOCK * sizeof *out); }
+INLINE void store_block(const Vector<uint16_t>* a, uint16_t* out) { store_same(a, out); }
 INLINE void store_block(const Vector<uint32_t>* a, uint16_t* out) {
     for (size_t j = 0; j < 2; j++) {
         const __m256i both = _mm256_packus_epi32(__m256i(a[2 * j].raw), __m256i(a[2 * j + 1].raw));
         _mm256_storeu_si256((__m256i*)out + j, _mm256_permute4x64_epi64(both, 0xD8));
     }
 }
-INLINE void store_block(const Vector<uint32_t>* a, uint32_t* out) { std::memcpy(out, a, BLOCK * sizeof *out); }
+INLINE void store_block(const Vector<uint32_t>* a, uint32_t* out) { store_same(a, out); }
 template <class Word>
 INLINE void store_block(const Vector<uint64_t>* a, Word* out) {
     Vector<uint32_t> low[4];
     for (size_t j = 0; j < 4; j++) low[j] = low_lanes(a[2 * j], a[2 * j + 1]);
     store_block(low, out);
 }
-INLINE void store_block(const Vector<uint64_t>* a, uint64_t* out) { std::memcpy(out, a, BLOCK * sizeof *out); }
+INLINE void store_block(const Vector<uint64_t>* a, uint64_t* out) { store_same(a, out); }
 #else
 template <class Lane, class Word>
 INLINE void store_block(const Vector<Lane>* a, Word* out) {
@@ -475,7 +487,7 @@ INLINE void store_rows(const Vector<Lane>* symbols, const uint8_t* contexts, uin
     for (size_t j = 0; contexts && j < BLOCK; j += Halves::N) {
         Halves row = load<uint16_t>(out + j);
         row.raw += load<uint16_t>(contexts + j).raw * uint16_t(n_symbols);
-        std::memcpy(out + j, &row, sizeof row);
+        store(row, out + j);
     }
 }
 
