@@ -1,7 +1,7 @@
 """Builds of the extension for the tests: a wheel, sanitized modules, a program for another machine. Imports no tricomp.
 
-Each has a folder of its own under build/, kept from run to run, so that only what has changed is compiled again; the
-folder of an editable install, build/Release, is not among them. The hard thing: two runs of the tests may want the same.
+Each has a folder of its own under build/, kept from run to run, so that only what has changed is compiled again. The
+folder of an editable install, build/Release, is not among them. The hard thing: two test runs may want the same one.
 """
 
 from __future__ import annotations
