@@ -94,7 +94,7 @@ void split_delta_words(const Model& model, const Word* words, size_t n, Tile<Wor
             if (!HAS_SIGN) code = subtract_where(is_below, code + code, ones);
             const Vec place = code - before;
             const Mask<Lane> is_some = has_common(size, size), fits = is_less(place, n_places);
-            const Vec n_low = excess(most_low, zeros), above = shift_up(ones, n_low);
+            const Vec n_low = excess(most_low, zeros), above = ones_from(n_low);
             const Vec remainder = size & ~above;
             symbols[j] = keep(fits, place + one);
             remainders[j] = HAS_SIGN ? subtract_where(is_below, remainder, above) : remainder;  // adds 1 << n_low
@@ -113,7 +113,7 @@ void merge_delta_words(const Model& model, size_t n, const Tile<Word>& tile, Wor
     typedef ShiftingLane<Word> Lane;
     typedef Vector<Lane> Vec;
     const OrderOf<Word, Lane> order(model.kind);
-    const Vec ones = all<Lane>(Lane(~Lane(0))), negative = all<Lane>(0x80);
+    const Vec negative = all<Lane>(0x80);
     alignas(64) uint8_t leads[TILE], n_lows[TILE];
     look_up(model.leads, model.n_symbols, tile.symbols, n, leads);
     look_up(model.n_low, model.n_symbols, tile.symbols, n, n_lows);
@@ -123,7 +123,7 @@ void merge_delta_words(const Model& model, size_t n, const Tile<Word>& tile, Wor
             const size_t at = i + j * Vec::N;
             const Vec given = load<Lane>(leads + at), n_low = load<Lane>(n_lows + at);
             const Vec remainder = load<Lane>(tile.remainders + at), predicted = load_signed<Lane>(tile.predicted + at);
-            const Vec above = shift_up(ones, n_low), lead = HAS_SIGN ? given : given & ~negative;
+            const Vec above = ones_from(n_low), lead = HAS_SIGN ? given : given & ~negative;
             const Mask<Lane> is_below = HAS_SIGN ? has_common(remainder, above) : has_common(given, negative);
             const Vec size = choose_bits(above, shift_up(lead, n_low), remainder);
             out[j] = order.unordered(wrap<Word>(subtract_where(is_below, predicted + size, size + size)));

@@ -14,11 +14,10 @@
 TRICOMP_BEGIN
 
 constexpr size_t BLOCK = 32;  // words
-#if TRICOMP_HAS_AVX512
-constexpr size_t VECTOR_BYTES = 64;
+constexpr size_t VECTOR_BYTES = TRICOMP_HAS_AVX512 ? 64 : TRICOMP_HAS_AVX2 ? 32 : 16;
+#if TRICOMP_HAS_AVX2
 typedef uint16_t NarrowLane;  // the narrowest with shifts by a count a lane
 #else
-constexpr size_t VECTOR_BYTES = TRICOMP_HAS_AVX2 ? 32 : 16;
 typedef uint32_t NarrowLane;
 #endif
 
@@ -155,11 +154,10 @@ INLINE Vector<Lane> shift_up(Vector<Lane> a, Vector<Lane> n) {
     if constexpr (sizeof(Lane) == 4) return vector_of<Lane>(_mm512_sllv_epi32(zmm(a), zmm(n)));
     if constexpr (sizeof(Lane) == 8) return vector_of<Lane>(_mm512_sllv_epi64(zmm(a), zmm(n)));
 }
+// All bits from bit n on; n below the lane's bits.
 template <class Lane>
-INLINE Vector<Lane> shift_down(Vector<Lane> a, Vector<Lane> n) {
-    if constexpr (sizeof(Lane) == 2) return vector_of<Lane>(_mm512_srlv_epi16(zmm(a), zmm(n)));
-    if constexpr (sizeof(Lane) == 4) return vector_of<Lane>(_mm512_srlv_epi32(zmm(a), zmm(n)));
-    if constexpr (sizeof(Lane) == 8) return vector_of<Lane>(_mm512_srlv_epi64(zmm(a), zmm(n)));
+INLINE Vector<Lane> ones_from(Vector<Lane> n) {
+    return shift_up(all<Lane>(Lane(~Lane(0))), n);
 }
 // The bits of a where mask has ones, of b elsewhere.
 template <class Lane>
@@ -273,6 +271,7 @@ INLINE Vector<Lane> sign_fill(Vector<Lane> a) {
 template <class Lane>
 INLINE Vector<Lane> absolute(Vector<Lane> a) {
 #if TRICOMP_HAS_AVX2
+    if constexpr (sizeof(Lane) == 2) return {typename Vector<Lane>::Raw(_mm256_abs_epi16(__m256i(a.raw)))};
     if constexpr (sizeof(Lane) == 4) return {typename Vector<Lane>::Raw(_mm256_abs_epi32(__m256i(a.raw)))};
 #endif
     const Vector<Lane> fill = sign_fill(a);
@@ -296,25 +295,33 @@ INLINE Vector<Lane> excess(Vector<Lane> a, Vector<Lane> b) {
 #endif
     return {a.raw < b.raw ? typename Vector<Lane>::Raw{} : a.raw - b.raw};
 }
+#if TRICOMP_HAS_AVX2
+// 1 << n in lanes of 16 bits, 0 for 16: a shuffle finds the one in the low byte, or in the high byte 8 counts on.
+INLINE Vector<uint16_t> power_of_2(Vector<uint16_t> n) {
+    const __m256i bit = _mm256_setr_epi8(1, 2, 4, 8, 16, 32, 64, -128, 0, 0, 0, 0, 0, 0, 0, 0,
+                                         1, 2, 4, 8, 16, 32, 64, -128, 0, 0, 0, 0, 0, 0, 0, 0);
+    const Vector<uint16_t>::Raw both = n.raw * 0x0101 + 0x0870;  // 16 reaches the top bit of the low byte, which gives 0
+    return {Vector<uint16_t>::Raw(_mm256_shuffle_epi8(bit, __m256i(both)))};
+}
+#endif
 template <class Lane>
 INLINE Vector<Lane> shift_up(Vector<Lane> a, Vector<Lane> n) {
 #if TRICOMP_HAS_AVX2
-    if constexpr (sizeof(Lane) == 4) return {typename Vector<Lane>::Raw(_mm256_sllv_epi32(__m256i(a.raw), __m256i(n.raw)))};
-    return {typename Vector<Lane>::Raw(_mm256_sllv_epi64(__m256i(a.raw), __m256i(n.raw)))};
+    typedef typename Vector<Lane>::Raw Raw;
+    if constexpr (sizeof(Lane) == 2) return {a.raw * power_of_2(n).raw};
+    if constexpr (sizeof(Lane) == 4) return {Raw(_mm256_sllv_epi32(__m256i(a.raw), __m256i(n.raw)))};
+    if constexpr (sizeof(Lane) == 8) return {Raw(_mm256_sllv_epi64(__m256i(a.raw), __m256i(n.raw)))};
 #else
     const Vector<Lane> bits = all<Lane>(BITS<Lane>);
     return {(a.raw << (n.raw & (BITS<Lane> - 1))) & typename Vector<Lane>::Raw(is_less(n, bits).raw)};
 #endif
 }
 template <class Lane>
-INLINE Vector<Lane> shift_down(Vector<Lane> a, Vector<Lane> n) {
+INLINE Vector<Lane> ones_from(Vector<Lane> n) {
 #if TRICOMP_HAS_AVX2
-    if constexpr (sizeof(Lane) == 4) return {typename Vector<Lane>::Raw(_mm256_srlv_epi32(__m256i(a.raw), __m256i(n.raw)))};
-    return {typename Vector<Lane>::Raw(_mm256_srlv_epi64(__m256i(a.raw), __m256i(n.raw)))};
-#else
-    const Vector<Lane> bits = all<Lane>(BITS<Lane>);
-    return {(a.raw >> (n.raw & (BITS<Lane> - 1))) & typename Vector<Lane>::Raw(is_less(n, bits).raw)};
+    if constexpr (sizeof(Lane) == 2) return {-power_of_2(n).raw};
 #endif
+    return shift_up(all<Lane>(Lane(~Lane(0))), n);
 }
 template <class Lane>
 INLINE Vector<Lane> choose_bits(Vector<Lane> mask, Vector<Lane> a, Vector<Lane> b) {
@@ -331,10 +338,29 @@ INLINE Vector<uint64_t> product(Vector<uint64_t> a, Vector<uint64_t> b) {
     return {(a.raw & 0xFFFFFFFF) * (b.raw & 0xFFFFFFFF)};
 #endif
 }
+#if TRICOMP_HAS_AVX2
+// By shuffles: of the high and the low half of each byte, then of the high and the low byte. 16: there is no one.
+INLINE Vector<uint16_t> leading_zeros(Vector<uint16_t> a) {
+    typedef Vector<uint16_t>::Raw Raw;
+    const __m256i high_zeros = _mm256_setr_epi8(16, 3, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0,
+                                                16, 3, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+    const __m256i low_zeros = _mm256_setr_epi8(16, 7, 6, 6, 5, 5, 5, 5, 4, 4, 4, 4, 4, 4, 4, 4,
+                                               16, 7, 6, 6, 5, 5, 5, 5, 4, 4, 4, 4, 4, 4, 4, 4);
+    const Vector<uint16_t> half = all<uint16_t>(0x0F0F), low = a & half, high = (a >> 4) & half;
+    const __m256i bytes = _mm256_min_epu8(_mm256_shuffle_epi8(high_zeros, __m256i(high.raw)),
+                                          _mm256_shuffle_epi8(low_zeros, __m256i(low.raw)));
+    const Vector<uint16_t> zeros = {Raw(bytes)};
+    const Vector<uint16_t> below = (zeros & all<uint16_t>(0xFF)) + all<uint16_t>(8);
+    return smaller(smaller(zeros >> 8, below), all<uint16_t>(16));
+}
+#endif
 // There is no instruction for it, so the exponent of a float tells. It is exact: with the bit below the leading one
 // cleared no rounding can carry, and 32 bits fit a double.
 template <class Lane>
 INLINE Vector<Lane> bit_length(Vector<Lane> a) {
+#if TRICOMP_HAS_AVX2
+    if constexpr (sizeof(Lane) == 2) return all<Lane>(16) - leading_zeros(a);
+#endif
     if constexpr (sizeof(Lane) == 4) {
         typedef float Floats __attribute__((vector_size(VECTOR_BYTES)));
         typedef typename Vector<Lane>::SignedRaw Signed;
@@ -343,7 +369,7 @@ INLINE Vector<Lane> bit_length(Vector<Lane> a) {
         // From 2^31 on the float is negative, and the field so large that the minimum tells.
         return smaller(excess(field, all<Lane>(126)), all<Lane>(32));
     }
-    else {
+    if constexpr (sizeof(Lane) == 8) {
         typedef double Doubles __attribute__((vector_size(VECTOR_BYTES)));
         typedef typename Vector<Lane>::Raw Raw;
         const Raw magic = all<Lane>(uint64_t(1075) << 52).raw, high = a.raw >> 32;  // 2^52
