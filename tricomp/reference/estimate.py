@@ -26,6 +26,7 @@ SAMPLE_ROWS = 1024  # most rows of 128 words in a sample
 LEAST_SAMPLE_ROWS = 256  # a frame of no more rows is its own sample; beyond, an eighth of the rows is taken
 THIN_ROWS = 128  # the search looks at 128 to 255 rows of the sample
 BLOCK_COLUMNS = 256  # the split of frames without two dimensions: a scale for every 256 words
+RUN = 4  # columns of a lattice stand in runs of so many
 BLOCK_WORDS = 1 << 22  # of a leaf that are measured at a time
 STATE_BITS = 1024 + 192  # of one stream, with its part of the directory
 PROB_BITS = 11
@@ -147,6 +148,14 @@ def splits(shape: Sequence[int] | None, n_words: int) -> list[tuple[int, bool]]:
     if n_words >= 4 * BLOCK_COLUMNS:
         cuts.append((BLOCK_COLUMNS, False))
     return cuts
+
+
+def lattice_columns(n_columns: int, nruns: int) -> Array:
+    """Columns of a lattice: all, or short runs at even distances."""
+    if n_columns <= nruns * RUN:
+        return np.arange(n_columns)
+    starts = np.arange(nruns) * (n_columns - RUN) // (nruns - 1)
+    return (starts[:, None] + np.arange(RUN)).reshape(-1)
 
 
 def entropy_bits(counts: Array) -> float:

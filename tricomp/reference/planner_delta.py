@@ -18,6 +18,7 @@ from tricomp.job import Scales, Side
 from tricomp.plan import MAX_SYMBOLS, MAX_TABLE_ENTRIES, Plan, Spec
 from tricomp.reference.bits import bit_length, exponent, magnitude, trailing_zeros
 from tricomp.reference.estimate import (
+    RUN,
     SIMPLER_BITS,
     STATE_BITS,
     Choice,
@@ -25,6 +26,7 @@ from tricomp.reference.estimate import (
     densest,
     entropy_bits,
     in_blocks,
+    lattice_columns,
     splits,
     symbol_cost,
     vector_bits,
@@ -277,11 +279,12 @@ def fit_factors(
         rounded = _ratios(new, ref, dtype) * unit + np.float32(0.5)
         return np.minimum(rounded, np.float32(65535)).astype(np.uint16)
 
-    step = -(-n_columns // min(max(FIT_WORDS // max(n_whole, 1), 16), FIT_COLUMNS))
-    new, ref = grid[:, ::step], old[:, ::step]
-    rows = in_blocks(n_whole, new.shape[1], lambda part: _medians(quotients(new[part], ref[part], unit), 1))
+    some = lattice_columns(n_columns, min(max(FIT_WORDS // n_whole, 16), FIT_COLUMNS) // RUN)
+    rows = in_blocks(
+        n_whole, len(some), lambda part: _medians(quotients(grid[part][:, some], old[part][:, some], unit), 1)
+    )
     if n_whole * n_columns < len(words):
-        tail = slice(n_whole * n_columns, None, step)
+        tail = n_whole * n_columns + some[some < len(words) - n_whole * n_columns]
         rows = np.append(rows, _medians(quotients(words[None, tail], reference[None, tail], unit), 1))
     row_factors = _factor(rows)
     if not has_column_scale:

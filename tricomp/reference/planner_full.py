@@ -27,6 +27,7 @@ from tricomp.reference.estimate import (
     densest,
     entropy_bits,
     in_blocks,
+    lattice_columns,
     splits,
     symbol_cost,
     vector_bits,
@@ -36,7 +37,6 @@ from tricomp.reference.lanes import ROW
 
 Array = np.ndarray[Any, Any]
 
-RUN = 4  # columns of a lattice stand in runs of so many
 LATTICE_RUNS = 16  # runs a row of the lattice that tells whether a split is worth it
 LATTICE_WORDS = 4096
 FIT_RUNS = 32  # runs that a row's scale is measured on
@@ -183,17 +183,9 @@ def _mean(sums: Array, counts: Array, unknown: int) -> Array:
     return np.where(counts > 0, (2 * sums + counts) // np.maximum(2 * counts, 1), unknown)
 
 
-def _runs(n_columns: int, n_runs: int) -> Array:
-    """Columns of a lattice: all, or short runs at even distances."""
-    if n_columns <= n_runs * RUN:
-        return np.arange(n_columns)
-    starts = np.arange(n_runs) * (n_columns - RUN) // (n_runs - 1)
-    return (starts[:, None] + np.arange(RUN)).reshape(-1)
-
-
 def split_gain(words: Words, dtype: DType, n_columns: int, has_column_scale: bool) -> float:
     """Bits per word that scales of a split would save, by the magnitudes' entropy on a small lattice."""
-    columns = _runs(n_columns, LATTICE_RUNS)
+    columns = lattice_columns(n_columns, LATTICE_RUNS)
     n_whole = len(words) // n_columns
     n_rows = min(n_whole, LATTICE_WORDS // len(columns))
     rows = np.arange(n_rows) * n_whole // n_rows
@@ -220,7 +212,7 @@ def fit_scales(words: Words, dtype: DType, n_columns: int, has_column_scale: boo
     """Row and column scales of a frame, in eighths of an octave: means over the nonzero words of a lattice."""
     n_whole = len(words) // n_columns
     grid = words[: n_whole * n_columns].reshape(n_whole, n_columns)
-    some = _runs(n_columns, FIT_RUNS)
+    some = lattice_columns(n_columns, FIT_RUNS)
 
     def means(part: Words) -> Array:
         octaves = np.where(part != 0, octaves_of(part, dtype), 0)
