@@ -60,7 +60,7 @@ void split_tile(const Model& model, const Word* words, size_t n, Tile<Word>& til
 template <class Word>
 void measure_tile(const Model& model, size_t n, Tile<Word>& tile) {
     const size_t n_padded = whole_rows(n);
-    look_up(model.lengths, model.n_symbols, tile.symbols, n_padded, tile.lengths);
+    look_up_whole(model.lengths, model.n_symbols, tile.symbols, n_padded, tile.lengths);
     std::memset(tile.lengths + n, 0, n_padded - n);
 }
 

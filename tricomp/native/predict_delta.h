@@ -115,8 +115,8 @@ void merge_delta_words(const Model& model, size_t n, const Tile<Word>& tile, Wor
     const OrderOf<Word, Lane> order(model.kind);
     const Vec negative = all<Lane>(0x80);
     alignas(64) uint8_t leads[TILE], n_lows[TILE];
-    look_up(model.leads, model.n_symbols, tile.symbols, n, leads);
-    look_up(model.n_low, model.n_symbols, tile.symbols, n, n_lows);
+    look_up_whole(model.leads, model.n_symbols, tile.symbols, n, leads);
+    look_up_whole(model.n_low, model.n_symbols, tile.symbols, n, n_lows);
     for (size_t i = 0; i < n; i += BLOCK) {
         Vec out[Vec::A_BLOCK];
         for (size_t j = 0; j < Vec::A_BLOCK; j++) {

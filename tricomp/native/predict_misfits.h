@@ -43,11 +43,9 @@ INLINE __m256i look_up_parts(const __m256i* parts, size_t n_parts, __m256i index
 }
 #endif
 
-// out[i] = values[symbols[i]]. values: n_symbols bytes, at most 256; whatever the symbols are, nothing else is read. n: a
+// out[i] = table[symbols[i]], symbols below n_symbols. table: 256 bytes; whatever the symbols are, nothing else is read. n: a
 // multiple of 128. out may be symbols.
-INLINE void look_up(const uint8_t* values, size_t n_symbols, const uint8_t* symbols, size_t n, uint8_t* out) {
-    alignas(64) uint8_t table[256] = {};
-    std::memcpy(table, values, n_symbols);
+INLINE void look_up_whole(const uint8_t* table, size_t n_symbols, const uint8_t* symbols, size_t n, uint8_t* out) {
 #if TRICOMP_HAS_AVX512
     __m512i parts[4];
     for (size_t i = 0; i < 4; i++) parts[i] = _mm512_loadu_si512(table + 64 * i);
@@ -70,8 +68,16 @@ INLINE void look_up(const uint8_t* values, size_t n_symbols, const uint8_t* symb
         _mm256_storeu_si256((__m256i*)(out + i), look_up_parts(parts, n_parts, symbol));
     }
 #else
+    (void)n_symbols;
     for (size_t i = 0; i < n; i++) out[i] = table[symbols[i]];
 #endif
+}
+
+// The same in a table of n_symbols bytes, at most 256.
+INLINE void look_up(const uint8_t* values, size_t n_symbols, const uint8_t* symbols, size_t n, uint8_t* out) {
+    alignas(64) uint8_t table[256] = {};
+    std::memcpy(table, values, n_symbols);
+    look_up_whole(table, n_symbols, symbols, n, out);
 }
 
 // Rows that the tables or the dictionary lack. n: a multiple of 128.
@@ -186,7 +192,7 @@ void mend_misfits(const Model& model, size_t n, Tile<Word>& tile, Misfits& misfi
     }
     if (model.entropy == INDEX) {
         for (size_t i = 0; i < n_padded; i++) tile.symbols[i] = uint8_t(tile.rows[i]);
-        look_up(model.places, model.n_symbols, tile.symbols, n_padded, tile.symbols);
+        look_up_whole(model.places, model.n_symbols, tile.symbols, n_padded, tile.symbols);
         std::memset(tile.symbols + n, 0, n_padded - n);
     }
     for (size_t i = n; i < n_padded; i++) tile.rows[i] = model.stand_ins[0];
