@@ -17,10 +17,12 @@ TRICOMP_BEGIN
 // Encodes rows of 128 positions, the last first. rows: context * n_symbols + symbol, in position order, of frequency
 // above 0. Up to SLACK bytes below the words may be overwritten.
 inline void rans_encode(const Tables& tables, RansEncoder& encoder, const uint16_t* rows, size_t n_rows) {
+    if (!tables.fast) return encode_rows_slowly(tables, encoder, rows, n_rows);
 #if TRICOMP_HAS_AVX2
-    if (tables.fast) return encode_by_divisors(tables, encoder, rows, n_rows);
+    encode_by_divisors(tables, encoder, rows, n_rows);
+#else
+    encode_rows_plainly(tables, encoder, rows, n_rows);
 #endif
-    for (size_t row = n_rows; row-- > 0;) encode_row_plainly(tables, encoder, rows + ROW * row);
 }
 
 // Decodes n_rows rows of 128 positions of each of up to MAX_GROUP chunks. contexts: of every position, each below
@@ -44,8 +46,7 @@ inline void rans_decode(const Tables& tables, RansDecoder* const* chunks, size_t
     return;
 #else
     for (size_t c = 0; c < n_chunks; ++c)
-        for (size_t row = 0; row < n_rows; ++row)
-            decode_row_plainly(tables, *chunks[c], contexts ? contexts[c] + ROW * row : nullptr, symbols[c] + ROW * row);
+        decode_rows_plainly(tables, *chunks[c], contexts ? contexts[c] : nullptr, symbols[c], n_rows);
 #endif
 }
 
