@@ -124,10 +124,34 @@ INLINE uint64_t cast_word(uint64_t word, const Kind& source, const Kind& target)
     return (body ? value : 0) | sign;
 }
 
-// The same from 8 exponent bits to 8 with fewer mantissa bits, which is all that float32 to bfloat16 takes.
+// The same where the target has fewer exponent bits and mantissa bits, in the source's own width: then what is subnormal in
+// the source rounds to 0. A template of numbers, so that it becomes vector code.
+template <class Word, uint32_t E_IN, uint32_t M_IN, uint32_t E_OUT, uint32_t M_OUT>
+INLINE Word narrow_word(Word word) {
+    typedef typename Widths<Word>::Signed Signed;
+    constexpr Word INFINITY_IN = ((Word(1) << E_IN) - 1) << M_IN, INFINITY_OUT = ((Word(1) << E_OUT) - 1) << M_OUT;
+    constexpr Word ONE = Word(1) << M_IN;
+    constexpr Signed REBIAS = Signed((Word(1) << (E_IN - 1)) - (Word(1) << (E_OUT - 1))), CUT = M_IN - M_OUT;
+    const Word body = word & ~TOP_BIT<Word>, fraction = body & (ONE - 1);
+    const Signed field = Signed(body >> M_IN) - REBIAS;
+    // Below the target's normal range more bits are dropped, all if need be.
+    const Signed below = field < 1 ? 1 - field : 0, more = below < Signed(M_OUT + 2) ? below : Signed(M_OUT + 2);
+    const Word whole = field < 1 ? fraction | ONE : body - (Word(REBIAS) << M_IN), drop = Word(CUT + more);
+    const Word rounded = (whole + ((Word(1) << (drop - 1)) - 1) + (whole >> drop & 1)) >> drop;
+    const Word finite = rounded < INFINITY_OUT ? rounded : INFINITY_OUT;
+    const Word nan = INFINITY_OUT | Word(1) << (M_OUT - 1) | fraction >> CUT;
+    return (body > INFINITY_IN ? nan : finite) | (word >> (BITS<Word> - 1)) << (E_OUT + M_OUT);
+}
+
+// The same from 8 exponent bits to 8 with fewer mantissa bits, which is all that float32 to bfloat16 takes; and back.
 INLINE uint16_t bfloat16_of_float32(uint32_t word) {
     const uint32_t rounded = (word + 0x7FFF + (word >> 16 & 1)) >> 16, cut = word >> 16 | 0x40;
     return uint16_t((word & 0x7FFFFFFF) > 0x7F800000 ? cut : rounded);
+}
+
+INLINE uint32_t float32_of_bfloat16(uint16_t word) {
+    const uint32_t same = uint32_t(word) << 16;
+    return (word & 0x7FFF) > 0x7F80 ? same | 0x400000 : same;
 }
 
 constexpr Kind FLOAT64{64, 11, 52, true, true}, FLOAT32{32, 8, 23, true, true}, FLOAT16{16, 5, 10, true, true},
@@ -150,15 +174,15 @@ void cast(const void* words, const Kind& source, size_t first, size_t n, const K
     if (between(FLOAT32, BFLOAT16)) {
         cast_each<uint32_t>(words, first, n, out, [](uint32_t word) { return bfloat16_of_float32(word); });
     } else if (between(FLOAT32, FLOAT16)) {
-        cast_each<uint32_t>(words, first, n, out, [](uint32_t word) { return cast_word(word, FLOAT32, FLOAT16); });
+        cast_each<uint32_t>(words, first, n, out, [](uint32_t word) { return narrow_word<uint32_t, 8, 23, 5, 10>(word); });
     } else if (between(FLOAT64, FLOAT32)) {
-        cast_each<uint64_t>(words, first, n, out, [](uint64_t word) { return cast_word(word, FLOAT64, FLOAT32); });
+        cast_each<uint64_t>(words, first, n, out, [](uint64_t word) { return narrow_word<uint64_t, 11, 52, 8, 23>(word); });
     } else if (between(FLOAT64, FLOAT16)) {
-        cast_each<uint64_t>(words, first, n, out, [](uint64_t word) { return cast_word(word, FLOAT64, FLOAT16); });
+        cast_each<uint64_t>(words, first, n, out, [](uint64_t word) { return narrow_word<uint64_t, 11, 52, 5, 10>(word); });
     } else if (between(FLOAT64, BFLOAT16)) {
-        cast_each<uint64_t>(words, first, n, out, [](uint64_t word) { return cast_word(word, FLOAT64, BFLOAT16); });
+        cast_each<uint64_t>(words, first, n, out, [](uint64_t word) { return narrow_word<uint64_t, 11, 52, 8, 7>(word); });
     } else if (between(BFLOAT16, FLOAT32)) {
-        cast_each<uint16_t>(words, first, n, out, [](uint16_t word) { return cast_word(word, BFLOAT16, FLOAT32); });
+        cast_each<uint16_t>(words, first, n, out, [](uint16_t word) { return float32_of_bfloat16(word); });
     } else if (between(FLOAT16, FLOAT32)) {
         cast_each<uint16_t>(words, first, n, out, [](uint16_t word) { return cast_word(word, FLOAT16, FLOAT32); });
     } else if (source.word_bits == 8) {

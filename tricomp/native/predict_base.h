@@ -1,7 +1,7 @@
 // Sparse and cast: words that are those of a base but for patches. Stage header: no STL.
 //
 // The base is the reference, its words rounded to another dtype, or one word throughout. The hard thing: half of the words
-// may be patches, so positions are listed without a branch a word.
+// may be patches, or none of thousands; both must be fast.
 #pragma once
 
 #include <cstring>
@@ -9,6 +9,8 @@
 #include "bits.h"
 #include "isa.h"
 #include "model.h"
+#include "predict_misfits.h"
+#include "vectors.h"
 
 TRICOMP_BEGIN
 
@@ -34,11 +36,19 @@ void base_patches(const Model& model, const Word* words, const void* reference, 
     } else {
         base_words<Word>(model, reference, first, n, tile.predicted);
     }
-    size_t n_patches = 0;
-    for (size_t i = 0; i < n; i++) {
-        tile.patches[n_patches] = uint16_t(i);
-        n_patches += words[i] != base[i];
+    typedef EvenLane<Word> Lane;
+    typedef Vector<Lane> Vec;
+    size_t n_patches = 0, i = 0;
+    for (; i + BLOCK <= n; i += BLOCK) {
+        uint32_t bits = 0;
+        for (size_t j = 0; j < BLOCK; j += Vec::N) {
+            const Vec change = load<Lane>(words + i + j) ^ load<Lane>(base + i + j);
+            bits |= bits_of(has_common(change, change)) << j;
+        }
+        if (bits) n_patches += append_positions(bits, i, tile.patches + n_patches);
     }
+    for (size_t rest = n - i; rest; rest--, i++)
+        if (words[i] != base[i]) tile.patches[n_patches++] = uint16_t(i);
     tile.n_patches = n_patches;
 }
 

@@ -120,6 +120,20 @@ INLINE void add_missing(const Model& model, const uint16_t* rows, size_t n, Misf
 #endif
 }
 
+// Appends first + i for each of 32 bits i that is set. Returns how many; may write 32 positions whatever the bits are.
+INLINE size_t append_positions(uint32_t bits, size_t first, uint16_t* positions) {
+    const size_t n_bits = size_t(__builtin_popcount(bits));
+#if TRICOMP_HAS_AVX512
+    const __m512i counting = _mm512_cvtepu8_epi16(_mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16,
+        17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31));
+    const __m512i all = _mm512_add_epi16(_mm512_set1_epi16(short(first)), counting);
+    _mm512_storeu_si512(positions, _mm512_maskz_compress_epi16(bits, all));
+#else
+    for (size_t n = 0; bits; bits &= bits - 1) positions[n++] = uint16_t(first + size_t(__builtin_ctz(bits)));
+#endif
+    return n_bits;
+}
+
 // What stands in the place of a patch, by context.
 struct StandIns {
     alignas(64) uint16_t rows[32], lengths[32];
@@ -139,16 +153,12 @@ INLINE size_t mend_bits(const StandIns& stand_ins, const uint8_t* contexts, size
     uint16_t* patches = tile.patches + tile.n_patches;
 #if TRICOMP_HAS_AVX512
     const __m512i rows = _mm512_load_si512(stand_ins.rows), lengths = _mm512_load_si512(stand_ins.lengths);
-    __m512i position = _mm512_add_epi16(_mm512_set1_epi16(short(first)), _mm512_cvtepu8_epi16(_mm256_setr_epi8(
-        0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31)));
     size_t n_patches = 0;
     for (size_t i = first; i < first + 64; i += 32, bits >>= 32) {
         const __mmask32 mask = uint32_t(bits);
         __m512i context = _mm512_setzero_si512();
         if (contexts) context = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(contexts + i)));
-        _mm512_storeu_si512(patches + n_patches, _mm512_maskz_compress_epi16(mask, position));  // 32 words from i on fit
-        n_patches += size_t(__builtin_popcount(mask));
-        position = _mm512_add_epi16(position, _mm512_set1_epi16(32));
+        n_patches += append_positions(mask, i, patches + n_patches);  // there are fewer than i so far: 32 more fit
         _mm512_mask_storeu_epi16(tile.rows + i, mask, _mm512_permutexvar_epi16(context, rows));
         const __m256i length = _mm512_cvtepi16_epi8(_mm512_permutexvar_epi16(context, lengths));
         _mm256_mask_storeu_epi8(tile.lengths + i, mask, length);

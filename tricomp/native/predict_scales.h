@@ -16,10 +16,24 @@ TRICOMP_BEGIN
 template <class Scale, class Out, class Join>
 INLINE void spread_scales(const Scale* rows, const Scale* columns, uint64_t n_columns, uint64_t first, size_t n, Out* out,
                           Join join, Scale none) {
+    constexpr size_t SHORT = 32;
     uint64_t row = first / n_columns, column = first % n_columns;
-    for (size_t i = 0; i < n; row++, column = 0) {
-        const size_t n_here = n_columns - column < n - i ? size_t(n_columns - column) : n - i;
+    size_t i = 0;
+    if (n_columns == 1) {
+        const Scale scale = columns ? columns[0] : none;
+        for (; i < n; i++) out[i] = join(rows[row + i], scale);
+    }
+    Scale pattern[SHORT];
+    for (size_t j = 0; n_columns < SHORT && j < SHORT; j++) pattern[j] = columns && j < n_columns ? columns[j] : none;
+    for (; i < n; row++, column = 0) {
         const Scale scale = rows[row];
+        if (n_columns < SHORT && !column && i + SHORT <= n) {
+            // All of the pattern, so that no count is looked at; the next row overwrites the rest.
+            for (size_t j = 0; j < SHORT; j++) out[i + j] = join(scale, pattern[j]);
+            i += n_columns;
+            continue;
+        }
+        const size_t n_here = n_columns - column < n - i ? size_t(n_columns - column) : n - i;
         if (columns) {
             const Scale* scales = columns + column;
             for (size_t j = 0; j < n_here; j++) out[i + j] = join(scale, scales[j]);
@@ -40,11 +54,13 @@ struct Scaling {
     typedef Vector<uint64_t> Wide;
     const uint32_t m;  // bits of the mantissa
     const Wide common;  // factor
+    const bool can_exceed;  // a factor can be 2^32 or more
     const Vec top, body, one, last_field, limit;
 
     explicit Scaling(const Model& model)
         : m(model.kind.mantissa_bits),
           common(all<uint64_t>(model.factor)),
+          can_exceed(model.factor > 1u << 30),
           top(all<uint32_t>(1u << 31)),
           body(all<uint32_t>(Word(~TOP_BIT<Word>))),
           one(all<uint32_t>(1)),
@@ -55,6 +71,7 @@ struct Scaling {
     INLINE Vec factors(Vec products) const {
         const Wide even = product(wide_of(products), common), odd = product(wide_of(products) >> 32, common);
         const Vec cut = interleave(narrow_of(even >> 30), narrow_of(odd << 2));
+        if (!can_exceed) return cut;
         const Vec high = interleave(narrow_of(even >> 32), narrow_of(odd));
         return select(is_less(high, all<uint32_t>(1u << 30)), cut, all<uint32_t>(~0u));
     }
