@@ -97,6 +97,14 @@ def test_backends_never_import_each_other(backend: str) -> None:
     assert _breaches((backend,), tuple(other for other in BACKENDS if other != backend), deep=True) == []
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backends_import_ground_alone(backend: str) -> None:
+    others = tuple(m for m in MODULES if m not in ("tricomp", *GROUND) and not _is_in(m, backend))
+    assert _breaches((backend,), others) == []
+    named = {name.partition(".")[0] for module in MODULES if _is_in(module, backend) for name in IMPORTS[module]}
+    assert named - set(sys.stdlib_module_names) <= {"tricomp", "numpy", "xxhash"}
+
+
 @pytest.mark.parametrize("module", ["tricomp.storage", "tricomp.chain"])
 def test_storage_and_chain_know_no_codec(module: str) -> None:
     assert module in MODULES

@@ -21,7 +21,7 @@ from tricomp.errors import InvalidArgument, StorageError
 from tricomp.memory import Memory
 from tricomp.progress import OnBytes
 
-AHEAD_BYTES = 16 << 20  # of pieces that wait to be written
+AHEAD_BYTES = 8 << 20  # of pieces that wait to be written
 
 
 class Output(Memory):

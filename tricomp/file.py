@@ -26,7 +26,7 @@ from tricomp.storage import Source
 
 Array = np.ndarray[Any, Any]
 
-PIECE_BYTES = 8 << 20  # decoded at a time, about: enough chunks for the codec to be quick, and few enough for a cache
+PIECE_BYTES = 4 << 20  # decoded at a time, about: enough chunks for the codec to be quick, and few enough for a cache
 _THREAD_WORDS = 1 << 19  # words of a piece that keep one thread busy
 _WORDS_A_CHUNK = 256  # of a piece, for each chunk of its leaf: the directory, read for each piece, is small beside it
 _WHOLE_CHUNKS = 1 << MAX_CHUNK_LOG2
@@ -208,20 +208,30 @@ class File(Mapping[str, Array]):
         words = self._frames.parts(number, [range(run.start * n_each, run.stop * n_each) for run in runs])
         return [from_words(part, leaf.dtype, (len(run),)) for part, run in zip(words, runs, strict=True)]
 
-    def pieces(self, path: str, n_elements: int | None = None) -> Iterator[Array]:
+    def borrowed(self, paths: Sequence[str], room: Reuse) -> dict[str, Array]:
+        """Leaves by path, decoded together, to be looked at and dropped: their memory is not their own, but room's.
+
+        Raises MissingLeaf, and what decoding raises.
+        """
+        numbers = [self._number(path) for path in paths]
+        words = self._frames.decode_all(numbers, room)
+        leaves = [self._contents.leaves[number] for number in numbers]
+        return {leaf.path: from_words(words[n], leaf.dtype, leaf.shape) for n, leaf in zip(numbers, leaves)}
+
+    def pieces(self, path: str, n_elements: int | None = None, room: Reuse | None = None) -> Iterator[Array]:
         """A whole leaf in order, as one-dimensional arrays of about n_elements each: however large, in little memory.
 
         n_elements: None: as many as decode quickly together, see piece_elements. The digest of the leaf is compared at
-        the end: until then what came may be wrong. A piece that nobody holds any more makes room for another one.
+        the end: until then what came may be wrong. room: for the pieces; where nobody holds one any more, others come.
         Raises MissingLeaf, and what decoding raises.
         """
         number = self._number(path)
         leaf = self._contents.leaves[number]
         size = self.piece_elements(path, n_elements) * leaf.dtype.words_per_element
+        room, total = room or Reuse(), 0
         if leaf.n_words <= size:
-            yield self[path].reshape(-1)
+            yield self.borrowed([path], room)[path].reshape(-1)
             return
-        room, total = Reuse(size * leaf.dtype.word_bits // 8), 0
         for start in range(0, leaf.n_words, size):
             part = range(start, min(start + size, leaf.n_words))
             words, added = self._frames.summed(number, part, into=room.array(len(part), leaf.dtype.word_dtype))

@@ -22,6 +22,7 @@ from tricomp.dtypes import Words, from_words
 from tricomp.errors import CorruptFile, CorruptFrame, LimitExceeded, WrongReference
 from tricomp.layout import Leaf
 from tricomp.plan import Plan
+from tricomp.reuse import Reuse
 from tricomp.storage import Source
 
 Array = np.ndarray[Any, Any]
@@ -68,8 +69,11 @@ class Frames:
         is_own = len(entry.leaves) == 1 and words.flags.owndata and words.flags.writeable
         return from_words(words if is_own else words.copy(), leaf.dtype, leaf.shape)
 
-    def decode_all(self, numbers: Iterable[int]) -> dict[int, Words]:
-        """Words of leaves by number, each frame decoded once; those that are siblings of others first."""
+    def decode_all(self, numbers: Iterable[int], room: Reuse | None = None) -> dict[int, Words]:
+        """Words of leaves by number, each frame decoded once; those that are siblings of others first.
+
+        room: for leaves that have a frame of their own.
+        """
         wanted = set(numbers)
         n_bytes = sum(self.contents.leaves[number].n_bytes for number in wanted)
         self.limits.check("max_decoded_bytes", n_bytes, f"{self.name}: leaves to load")
@@ -83,12 +87,14 @@ class Frames:
             batch += entry.leaves
             n_words += self.plan(entry).n_words
             if n_words >= most_words or entry is ordered[-1]:
-                words = self.decode(batch, done)
+                words = self.decode(batch, done, room)
                 done.update((number, words[number]) for number in batch if number in wanted)
                 batch, n_words = [], 0
         return done
 
-    def decode(self, numbers: Sequence[int], done: Mapping[int, Words] | None = None) -> dict[int, Words]:
+    def decode(
+        self, numbers: Sequence[int], done: Mapping[int, Words] | None = None, room: Reuse | None = None
+    ) -> dict[int, Words]:
         """Words of leaves by number, decoded along the chain of files. done: leaves of this file decoded before."""
         if len(numbers) == 1 and (held := self.cache.get(self.frame_of[numbers[0]].leaves[0])) is not None:
             self.cache.move_to_end(self.frame_of[numbers[0]].leaves[0])
@@ -114,7 +120,7 @@ class Frames:
             decoded = dict(known) if frames is self else {}
             for is_sibling in (False, True):
                 batch = [entry for entry in entries if (frames.plan(entry).reference == "sibling") == is_sibling]
-                frames._decode_frames(batch, words, decoded, frames is self)
+                frames._decode_frames(batch, words, decoded, frames is self, room if frames is self else None)
             words = {frames.contents.leaves[n].path: (frames.contents.leaves[n], w) for n, w in decoded.items()}
         return decoded
 
@@ -263,6 +269,7 @@ class Frames:
         above: Mapping[str, tuple[Leaf, Words]],
         decoded: dict[int, Words],
         is_asked: bool,
+        room: Reuse | None,
     ) -> None:
         """Decode frames together and put their leaves' words into decoded. above: leaves of the parent, by path.
 
@@ -275,8 +282,10 @@ class Frames:
                 decoded.update(self.cache[entry.leaves[0]])
             else:
                 waiting.append(entry)
+        into = None if room is None else [self._room(entry, room) for entry in waiting]
         try:
-            found = codec.decode_many([self._stored_frame(entry, above, decoded) for entry in waiting], self.engine)
+            stored = [self._stored_frame(entry, above, decoded) for entry in waiting]
+            found = codec.decode_many(stored, self.engine, into)
         except MemoryError:
             n_bytes = sum(self.contents.leaves[number].n_bytes for entry in waiting for number in entry.leaves)
             raise LimitExceeded(f"{self.name}: no memory to decode {n_bytes} bytes.") from None
@@ -292,6 +301,12 @@ class Frames:
                 self.cache[entry.leaves[0]] = dict(zip(entry.leaves, words, strict=True))
                 if len(self.cache) > _CACHED_FRAMES:
                     self.cache.popitem(last=False)
+
+    def _room(self, entry: Entry, room: Reuse) -> Words:
+        """Where to decode a frame to; one of several leaves stays, so it gets memory of its own."""
+        plan = self.plan(entry)
+        dtype = plan.dtype.word_dtype
+        return room.array(plan.n_words, dtype) if len(entry.leaves) == 1 else np.empty(plan.n_words, dtype)
 
     def _stored_frame(
         self, entry: Entry, above: Mapping[str, tuple[Leaf, Words]], decoded: Mapping[int, Words]

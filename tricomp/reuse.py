@@ -1,8 +1,8 @@
 """Room for pieces that come and go: memory that nobody holds any more is filled again. Imports numpy only.
 
 Fresh memory costs a page fault every 4 KiB, as much as decoding does; so pieces that are written and dropped should
-stand where others stood. The hard thing: a taker may keep a piece, and then it must stay as it is. So room is given
-again only when no array and no view refers to it.
+stand where others stood. The hard thing: a taker may keep a piece, and then it must stay as it is. So memory is given
+again only when no array and no view refers to any of it.
 """
 
 from __future__ import annotations
@@ -13,28 +13,37 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, Any]
+_ALIGN = 64
 
 
 class Reuse:
-    """Arrays of at most n_bytes. most: how many are kept for another use."""
+    """Arrays out of some blocks of n_bytes, or of what the largest array takes. most: blocks that are kept.
 
-    def __init__(self, n_bytes: int, most: int = 4) -> None:
+    For one thread; what it gave may be dropped in any other.
+    """
+
+    def __init__(self, n_bytes: int = 8 << 20, most: int = 6) -> None:
         self._n_bytes, self._most = n_bytes, most
-        self._held: list[Array] = []
+        self._blocks: list[Array] = []
+        self._used: list[int] = []  # bytes of each block that were given since it was free
         self._n_alone = _n_references([np.empty(0)], 0)
 
     def array(self, n: int, dtype: np.dtype[Any]) -> Array:
         """Room for n elements, of any content, that nothing else refers to."""
         n_bytes = n * dtype.itemsize
-        if n_bytes > self._n_bytes or not self._n_alone:
-            return np.empty(n, dtype)
-        for i in range(len(self._held)):
-            if _n_references(self._held, i) == self._n_alone:
-                return self._held[i][:n_bytes].view(dtype)
-        fresh = np.empty(self._n_bytes, np.uint8)
-        if len(self._held) < self._most:
-            self._held.append(fresh)
-        return fresh[:n_bytes].view(dtype)
+        for i, used in enumerate(self._used):
+            if _n_references(self._blocks, i) == self._n_alone:
+                used = 0
+            if used + n_bytes <= self._blocks[i].nbytes:
+                self._used[i] = used + -(-n_bytes // _ALIGN) * _ALIGN
+                return self._blocks[i][used : used + n_bytes].view(dtype)
+        block = np.empty(max(self._n_bytes, n_bytes), np.uint8)
+        if self._n_alone:
+            self._blocks.append(block)
+            self._used.append(-(-n_bytes // _ALIGN) * _ALIGN)
+            if len(self._blocks) > self._most:
+                del self._blocks[0], self._used[0]
+        return block[:n_bytes].view(dtype)
 
 
 def _n_references(arrays: list[Array], i: int) -> int:

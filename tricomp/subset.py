@@ -17,6 +17,7 @@ from tricomp.errors import InvalidArgument, MissingLeaf
 from tricomp.file import Array, File
 from tricomp.layout import Leaf
 from tricomp.plan import Plan
+from tricomp.reuse import Reuse
 
 _KEPT = ("safetensors",)  # metadata that tells nothing of paths
 
@@ -85,8 +86,15 @@ class Subset(File):
     def elements(self, path: str, start: int, stop: int, parent: Array | None = None) -> Array:
         return self._file.elements(self._known(path), start, stop, parent)
 
-    def pieces(self, path: str, n_elements: int | None = None) -> Iterator[Array]:
-        return self._file.pieces(self._known(path), n_elements)
+    def borrowed(self, paths: Sequence[str], room: Reuse) -> dict[str, Array]:
+        found = self._file.borrowed([self._known(path) for path in paths], room)
+        return {path: found[self._known(path)] for path in paths}
+
+    def pieces(self, path: str, n_elements: int | None = None, room: Reuse | None = None) -> Iterator[Array]:
+        return self._file.pieces(self._known(path), n_elements, room)
+
+    def piece_elements(self, path: str, n_elements: int | None = None) -> int:
+        return self._file.piece_elements(self._known(path), n_elements)
 
     def load(self, leaves: Iterable[str] | None = None) -> Any:
         if leaves is None:

@@ -83,29 +83,28 @@ def _native() -> Backend:
     return Backend("native", planner.plan_frames, encode.encode, decode.decode_summed, digest.digest_sums)
 
 
-def _is_there(chosen: str) -> bool:  # TODO: native.is_there
+def _is_there() -> bool:  # TODO: native.is_there
     from importlib.util import find_spec
 
-    is_complete = chosen == "native" or find_spec("tricomp.native.planner") is not None
-    return native.is_there() and hasattr(native.load(), "decode") and is_complete
+    return native.is_there() and find_spec("tricomp.native.planner") is not None
 
 
 @cache
-def _backend(chosen: str, where: str) -> Backend:
-    """The backend of a name, found once. where: who named it, for the message."""
+def _backend(chosen: str) -> Backend:
+    """The backend of a name, looked for once. Raises InvalidArgument, which tells how to build it."""
     if chosen == "reference":
         return _reference()
-    if _is_there(chosen):
-        return _native()
     if chosen == "native":
-        raise InvalidArgument(f"{where}: 'native' is not there: {native.why_not()}")
-    if os.environ.get("TRICOMP_NATIVE") == "require":
-        raise InvalidArgument(f"TRICOMP_NATIVE=require: the native backend is not there: {native.why_not()}")
+        native.load()
+        return _native()
+    if _is_there():
+        return _backend("native")
     _log.warning(
-        "the native backend is not there (%s); the reference backend does the same work, many times slower",
+        "the native backend is not there (%s): the reference backend does the work, many times slower. "
+        "Install tricomp where there is a C++ compiler, or say backend='reference' to be told no more.",
         native.why_not(),
     )
-    return _reference()
+    return _backend("reference")
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ class Engine:
     @property
     def coder(self) -> Backend:
         """The backend's functions."""
-        return _backend(_chosen(self.backend), "backend" if self.backend else ENVIRONMENT)
+        return _backend(_chosen(self.backend))
 
     def plan_frames(self, frames: Sequence[FrameToPlan]) -> list[EncodeJob]:
         """A plan for each frame, see plan_frame."""
@@ -180,7 +179,7 @@ def digest(words: Words) -> int:
 def live() -> dict[str, str]:
     """Backend to what can be said of it: what it runs on, or why it is not there."""
     absent = "none in this version"
-    here = f"{native.isa()}, {cores()} threads" if _is_there("auto") else f"none: {native.why_not()}"
+    here = f"{native.isa()}, {cores()} threads" if _is_there() else f"none: {native.why_not()}"
     return {"native": here, "reference": f"numpy {np.__version__}", "triton": absent}
 
 

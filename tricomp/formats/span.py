@@ -15,11 +15,13 @@ import numpy as np
 from tricomp.bounds import Bytes
 from tricomp.file import PIECE_BYTES
 from tricomp.layout import Leaf
+from tricomp.reuse import Reuse
 
 if TYPE_CHECKING:
     from tricomp.file import File
 
 Array = np.ndarray[Any, Any]
+BATCH_BYTES = 8 << 20  # of small leaves that are decoded together
 
 
 class Leaves:
@@ -94,12 +96,15 @@ def spans_of(leaves: Sequence[Leaf]) -> tuple[Span, ...]:
 def decoded(spans: Sequence[Span], leaves: Leaves, file: File) -> Iterator[tuple[Span, Iterator[Bytes]]]:
     """Each span, and pieces of a few MB of what stands in it, to be taken before the next span is.
 
-    leaves: at least those of the spans. Raises what decoding raises.
+    A piece stays as it is while it is held; what is dropped makes room for others. leaves: at least those of the spans.
+    Raises what decoding raises.
     """
+    room = Reuse()
     for batch in _batches(spans, leaves):
-        small = file.load([span.leaf for span in batch]) if len(batch) > 1 else {}
+        small = file.borrowed([span.leaf for span in batch], room) if len(batch) > 1 else {}
         for span in batch:
-            yield span, _span_bytes(span, leaves[leaves.number(span.leaf)], file, small.get(span.leaf))
+            leaf = leaves[leaves.number(span.leaf)]
+            yield span, _span_bytes(span, leaf, _pieces_in_order(span, leaf, file, small.get(span.leaf), room))
 
 
 def _batches(spans: Sequence[Span], leaves: Leaves) -> Iterator[list[Span]]:
@@ -107,8 +112,8 @@ def _batches(spans: Sequence[Span], leaves: Leaves) -> Iterator[list[Span]]:
     batch: list[Span] = []
     n_bytes = 0
     for span in spans:
-        is_small = leaves[leaves.number(span.leaf)].n_bytes < PIECE_BYTES // 2
-        if batch and (not is_small or n_bytes + span.n_bytes > PIECE_BYTES):
+        is_small = leaves[leaves.number(span.leaf)].n_bytes <= PIECE_BYTES
+        if batch and (not is_small or n_bytes + span.n_bytes > BATCH_BYTES):
             yield batch
             batch, n_bytes = [], 0
         if is_small:
@@ -120,27 +125,31 @@ def _batches(spans: Sequence[Span], leaves: Leaves) -> Iterator[list[Span]]:
         yield batch
 
 
-def _span_bytes(span: Span, leaf: Leaf, file: File, array: Array | None) -> Iterator[Bytes]:
-    """What stands in a span. array: its leaf, if it is decoded already."""
+def _span_bytes(span: Span, leaf: Leaf, pieces: Iterator[Array]) -> Iterator[Bytes]:
+    """What stands in a span. pieces: of its leaf, in the order of the file."""
     word = leaf.dtype.word_dtype
-    size = element_bytes(leaf)
-    for piece in _pieces_in_order(span, leaf, file, array, max(PIECE_BYTES // size, 1)):
+    for piece in pieces:
         words = piece.view(word)
-        yield (words.byteswap() if span.is_swapped else words).view(np.uint8).data
+        del piece
+        octets = (words.byteswap() if span.is_swapped else words).view(np.uint8)
+        del words
+        yield octets.data
+        del octets
 
 
-def _pieces_in_order(span: Span, leaf: Leaf, file: File, array: Array | None, n_elements: int) -> Iterator[Array]:
-    """The elements of a span, one-dimensional, n_elements at most or a few more, in the order of the file."""
+def _pieces_in_order(span: Span, leaf: Leaf, file: File, array: Array | None, room: Reuse) -> Iterator[Array]:
+    """The elements of a span, one-dimensional, some MB at a time. array: its leaf, if it is decoded already."""
     if span.axes is not None and len(span.axes) > 1:
         whole = (file[span.leaf] if array is None else array).transpose(span.axes)
+        n_elements = max(PIECE_BYTES // element_bytes(leaf), 1)
         for start in range(0, whole.size, n_elements):
             yield whole.flat[start : start + n_elements]
     elif span.n_bytes != leaf.n_bytes:
-        size = element_bytes(leaf)
+        size, n_elements = element_bytes(leaf), file.piece_elements(span.leaf)
         first, last = span.start // size, (span.start + span.n_bytes) // size
         for start in range(first, last, n_elements):
             yield file.elements(span.leaf, start, min(start + n_elements, last))
     elif array is not None:
         yield array.reshape(-1)
     else:
-        yield from file.pieces(span.leaf, n_elements)
+        yield from file.pieces(span.leaf, room=room)
