@@ -113,9 +113,13 @@ INLINE void add_missing(const Model& model, const uint16_t* rows, size_t n, Misf
         misfits.bits[i / 64] |= uint64_t(~uint32_t(_mm256_movemask_epi8(is_there))) << i % 64;
     }
 #else
-    for (size_t i = 0; i < n; i++) {
-        const uint32_t row = rows[i];
-        if (model.missing[row / 16] >> row % 16 & 1) misfits.bits[i / 64] |= uint64_t(1) << i % 64;
+    for (size_t i = 0; i < n; i += 64) {
+        uint32_t any = 0;
+        for (size_t j = i; j < i + 64; j++) any |= model.missing[rows[j] / 16] >> rows[j] % 16;
+        for (size_t j = 0; (any & 1) && j < 64; j++) {
+            const uint32_t row = rows[i + j];
+            misfits.bits[i / 64] |= uint64_t(model.missing[row / 16] >> row % 16 & 1) << j;
+        }
     }
 #endif
 }

@@ -11,6 +11,10 @@
 #include "bits.h"
 #include "isa.h"
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 TRICOMP_BEGIN
 
 constexpr size_t BLOCK = 32;  // words
@@ -246,10 +250,13 @@ INLINE uint32_t bits_of(Mask<Lane> mask) {
 #if TRICOMP_HAS_AVX2
     if constexpr (sizeof(Lane) == 4) return uint32_t(_mm256_movemask_ps(__m256(mask.raw)));
     if constexpr (sizeof(Lane) == 8) return uint32_t(_mm256_movemask_pd(__m256d(mask.raw)));
-    const __m256i whole = __m256i(mask.raw);
-    const __m256i bytes = _mm256_packs_epi16(whole, _mm256_setzero_si256());
+    const __m256i bytes = _mm256_packs_epi16(__m256i(mask.raw), _mm256_setzero_si256());
     const uint32_t both = uint32_t(_mm256_movemask_epi8(bytes));
     return (both & 0xFF) | (both >> 8 & 0xFF00);
+#elif defined(__SSE2__)
+    if constexpr (sizeof(Lane) == 4) return uint32_t(_mm_movemask_ps(__m128(mask.raw)));
+    if constexpr (sizeof(Lane) == 8) return uint32_t(_mm_movemask_pd(__m128d(mask.raw)));
+    return uint32_t(_mm_movemask_epi8(_mm_packs_epi16(__m128i(mask.raw), _mm_setzero_si128())));
 #else
     uint32_t bits = 0;
     for (size_t i = 0; i < Vector<Lane>::N; i++) bits |= uint32_t(mask.raw[i] & 1) << i;
@@ -312,6 +319,13 @@ INLINE Vector<Lane> shift_up(Vector<Lane> a, Vector<Lane> n) {
     if constexpr (sizeof(Lane) == 4) return {Raw(_mm256_sllv_epi32(__m256i(a.raw), __m256i(n.raw)))};
     if constexpr (sizeof(Lane) == 8) return {Raw(_mm256_sllv_epi64(__m256i(a.raw), __m256i(n.raw)))};
 #else
+#ifdef __SSE2__
+    if constexpr (sizeof(Lane) == 4) {  // there is no such shift: multiply by a power of two, made as a float
+        typedef typename Vector<Lane>::Raw Raw;
+        const Raw power = Raw(_mm_cvttps_epi32(__m128((n.raw + 127) << 23)));
+        return {a.raw * power & Raw(is_less(n, all<Lane>(32)).raw)};
+    }
+#endif
     const Vector<Lane> bits = all<Lane>(BITS<Lane>);
     return {(a.raw << (n.raw & (BITS<Lane> - 1))) & typename Vector<Lane>::Raw(is_less(n, bits).raw)};
 #endif
@@ -444,6 +458,7 @@ INLINE Vector<Lane> load(const Word* words) {
     if constexpr (RATIO == 4) return {Raw(_mm512_cvtepu16_epi64(__m128i(narrow)))};
     if constexpr (RATIO == 8 && IS_SIGNED) return {Raw(_mm512_cvtepi8_epi64(_mm_loadu_si64(words)))};
     if constexpr (RATIO == 8) return {Raw(_mm512_cvtepu8_epi64(_mm_loadu_si64(words)))};
+    if constexpr (RATIO == 2) return {Raw(__builtin_convertvector(narrow, typename Vector<Lane>::SignedRaw))};
 #elif TRICOMP_HAS_AVX2
     if constexpr (RATIO == 4 && sizeof(Word) == 1 && IS_SIGNED) return {Raw(_mm256_cvtepi8_epi32(_mm_loadu_si64(words)))};
     if constexpr (RATIO == 4 && sizeof(Word) == 1) return {Raw(_mm256_cvtepu8_epi32(_mm_loadu_si64(words)))};
@@ -451,11 +466,25 @@ INLINE Vector<Lane> load(const Word* words) {
     if constexpr (RATIO == 4) return {Raw(_mm256_cvtepu16_epi64(_mm_loadu_si64(words)))};
     if constexpr (RATIO == 8 && IS_SIGNED) return {Raw(_mm256_cvtepi8_epi64(_mm_loadu_si32(words)))};
     if constexpr (RATIO == 8) return {Raw(_mm256_cvtepu8_epi64(_mm_loadu_si32(words)))};
-#endif
+    if constexpr (RATIO == 2) return {Raw(__builtin_convertvector(narrow, typename Vector<Lane>::SignedRaw))};
+#elif defined(__SSE2__)
+    // Words go to the tops of lanes first.
+    uint64_t few = 0;
+    std::memcpy(&few, words, N * sizeof(Word));
+    const __m128i zero = _mm_setzero_si128();
+    __m128i wide = _mm_set_epi64x(0, int64_t(few));
+    if constexpr (sizeof(Word) == 1) wide = _mm_unpacklo_epi8(zero, wide);
+    if constexpr (sizeof(Word) <= 2 && sizeof(Lane) >= 4) wide = _mm_unpacklo_epi16(zero, wide);
+    if constexpr (sizeof(Word) <= 4 && sizeof(Lane) == 8) wide = _mm_unpacklo_epi32(zero, wide);
+    constexpr int SPARE = 8 * int(sizeof(Lane) - sizeof(Word));
+    if constexpr (IS_SIGNED) return {Raw(typename Vector<Lane>::SignedRaw(wide) >> SPARE)};
+    else return {Raw(wide) >> SPARE};
+#else
     if constexpr (RATIO == 2) return {Raw(__builtin_convertvector(narrow, typename Vector<Lane>::SignedRaw))};
     Vector<Lane> wide;
     for (size_t i = 0; i < N; i++) wide.raw[i] = Lane(typename Vector<Lane>::SignedLane(words[i]));
     return wide;
+#endif
 }
 
 template <class Lane, class Word>
