@@ -6,16 +6,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.cases import decayed, moments, stepped, weights
 from tests.test_codec import plans_by_hand
-from tricomp import codec, dtypes
+from tricomp import codec, dtypes, native
 from tricomp.errors import CorruptFrame, TricompError, UnsupportedVersion
 from tricomp.layout import snapshot_of
 from tricomp.plan import Plan, Spec
 from tricomp.reference import decode as decoder
+from tricomp.reference.frame import directory, head_bytes, places
 
 
 def frames():
@@ -169,3 +171,112 @@ def test_contradictions_in_plans_are_found():
             with pytest.raises(CorruptFrame, match="its plan contradicts itself"):
                 Plan.from_wire(replace(complete, **change).to_wire())
     assert dtypes.by_number(2).name == "float32"
+
+
+def forged(frame, rng, n_chunks=1):
+    """Plan and data of a frame with some bytes of some chunks changed, and every checksum made to fit again."""
+    plan = frame.plan
+    data = np.frombuffer(frame.data, np.uint8).copy()
+    n_head = head_bytes(plan)
+    rows = np.frombuffer(data[:n_head].tobytes(), "<u4", plan.n_chunks * (6 + len(plan.plane_widths)), plan.side_bytes)
+    rows = rows.reshape(plan.n_chunks, -1).copy()
+    begins, _ = places(plan, rows)
+    for chunk in rng.choice(plan.n_chunks, min(n_chunks, plan.n_chunks), replace=False):
+        begin, n_bytes = int(begins[chunk]), int(rows[chunk, 2])
+        if rng.integers(4) == 0:  # what the directory tells
+            column = int(rng.integers(3, rows.shape[1]))
+            rows[chunk, column] = rng.choice(
+                [0, 1, 1 << 31, 1 << 28, 2 << 28, rows[chunk, column] + 1, rng.integers(300)]
+            )
+        at = begin + rng.integers(0, n_bytes, rng.integers(1, 5))
+        data[at] = rng.choice([0, 1, 0x7F, 0x80, 0xFF, *rng.integers(0, 256, 5)], len(at))
+        check = xxhash.xxh3_64_intdigest(data[begin : begin + n_bytes].tobytes())
+        rows[chunk, 0], rows[chunk, 1] = check & 0xFFFFFFFF, check >> 32
+        end = begin + n_bytes
+        if rng.integers(8) == 0 and chunk < plan.n_chunks - 1 and end % 16:
+            data[end + rng.integers(-end % 16)] = 1
+    directory = rows.astype("<u4").tobytes()
+    data[plan.side_bytes : plan.side_bytes + len(directory)] = np.frombuffer(directory, np.uint8)
+    return replace(plan, side_check=xxhash.xxh3_64_intdigest(data[:n_head].tobytes())), data.tobytes()
+
+
+def outcome(stored, backend, threads=None):
+    """What decoding gives: words, or class and text of what it raises."""
+    try:
+        return [
+            words.tobytes()
+            for found in codec.decode_many(stored, codec.Engine(threads, backend))
+            for words in found.words
+        ]
+    except TricompError as error:
+        return type(error), str(error)
+
+
+def named(leaves, name):
+    return [replace(leaf, path=name) for leaf in leaves]
+
+
+@pytest.mark.parametrize("i", range(len(FRAMES)))
+def test_a_fault_behind_good_checksums_names_its_chunk(i):
+    """Also where many chunks are decoded together; and the first of several faults is told."""
+    leaves, frame, reference, _ = FRAMES[i]
+    rng = np.random.default_rng(i)
+    texts = set()
+    for _ in range(40):
+        plan, data = forged(frame, rng)
+        sound = codec.StoredFrame(named(leaves, "sound"), frame.plan, frame.data, reference)
+        broken = codec.StoredFrame(named(leaves, "broken"), plan, data, reference)
+        alone = outcome([broken], "reference")
+        together = outcome([sound, broken, sound], "reference")
+        assert together[1:2] == alone if isinstance(alone, list) else together == alone
+        if isinstance(alone, tuple):
+            texts.add(alone[1])
+            later = codec.StoredFrame(named(leaves, "later"), plan, data, reference)
+            assert outcome([broken, later], "reference") == alone
+    if frame.plan.predict != "raw":
+        assert texts
+    for text in texts:
+        assert text.startswith(("chunk ", "frame of 'broken': its chunks end at byte")), text
+        assert "of 'broken': " in text
+
+
+@pytest.mark.skipif(not native.is_there(), reason="needs the native module")
+@pytest.mark.parametrize("i", range(len(FRAMES)))
+def test_both_backends_refuse_alike(i):
+    leaves, frame, reference, _ = FRAMES[i]
+    rng = np.random.default_rng(i)
+    for n_chunks in (1, 2):
+        for _ in range(60):
+            plan, data = forged(frame, rng, n_chunks)
+            stored = [codec.StoredFrame(leaves, plan, data, reference)]
+            expected = outcome(stored, "reference")
+            for threads in (1, 3):
+                assert outcome(stored, "native", threads) == expected
+    for n_bytes in [*range(0, len(frame.data), 1 + len(frame.data) // 50), len(frame.data) - 1]:
+        stored = [codec.StoredFrame(leaves, frame.plan, frame.data[:n_bytes], reference)]
+        assert outcome(stored, "native") == outcome(stored, "reference")
+    for bit in rng.integers(0, 8 * len(frame.data), 60):
+        data = bytearray(frame.data)
+        data[bit >> 3] ^= 1 << (bit & 7)
+        stored = [codec.StoredFrame(leaves, frame.plan, bytes(data), reference)]
+        assert outcome(stored, "native") == outcome(stored, "reference")
+
+
+def test_padding_between_chunks_is_zero():
+    n_tried = 0
+    for leaves, frame, reference, _ in FRAMES:
+        begins, _ = places(frame.plan, directory(frame.plan, frame.data))
+        for chunk, begin in enumerate(begins.tolist()[1:]):
+            if frame.data[begin - 1] == 0 and any(directory(frame.plan, frame.data)[chunk, 2:3] % 16):
+                data = bytearray(frame.data)
+                data[begin - 1] = 1
+                stored = [codec.StoredFrame(leaves, frame.plan, bytes(data), reference)]
+                text = f"chunk {chunk} of 'leaf': the padding after it is not zero. Restore the file from another copy"
+                for backend in ("reference", *(["native"] if native.is_there() else [])):
+                    assert outcome(stored, backend)[1].startswith(text)
+                    part = range(chunk << 10, (chunk + 1) << 10)
+                    with pytest.raises(CorruptFrame, match="the padding after it is not zero"):
+                        parts = None if reference is None else [reference[part.start : part.stop]]
+                        codec.decode_parts(stored[0], [part], parts, codec.Engine(backend=backend))
+                n_tried += 1
+    assert n_tried > 5

@@ -78,6 +78,8 @@ def decode(
     """
     if not isinstance(blob, bytes | bytearray | memoryview):
         raise InvalidArgument(f"decode: expected the bytes that encode gave, got {type(blob).__name__}.")
+    if isinstance(blob, memoryview) and not blob.c_contiguous:
+        raise InvalidArgument("decode: the bytes do not stand in a row in memory. Pass bytes(blob).")
     engine = codec.Engine(threads, backend)
     header, data = _read(memoryview(blob).cast("B"), limits)
     leaf = Leaf("array", by_number(header["dtype"]), tuple(header["shape"]))

@@ -104,6 +104,8 @@ def load(data: Bytes | bytearray, *, threads: int | None = None) -> dict[str, Ar
     """All arrays of a `.tri` file by name, given its bytes. Raises what tricomp.load raises."""
     if not isinstance(data, bytes | bytearray | memoryview):
         raise InvalidArgument(f"load: expected the bytes of a .tri file, got a {type(data).__name__}. See load_file.")
+    if isinstance(data, memoryview) and not data.c_contiguous:
+        raise InvalidArgument("load: the bytes do not stand in a row in memory. Pass bytes(data).")
     with File(HeldFile(memoryview(data), "bytes"), threads=threads) as file:
         names = {path: name for name, path in names_of(file).items()}
         return {names[path]: array for path, array in arrays_of(file, names)}
