@@ -7,7 +7,8 @@
 #include "isa.h"
 #include "rans_plain.h"
 #if TRICOMP_HAS_AVX512
-#include "rans_avx512.h"
+#include "rans_avx512_decode.h"
+#include "rans_avx512_encode.h"
 #elif TRICOMP_HAS_AVX2
 #include "rans_avx2.h"
 #endif
@@ -27,8 +28,8 @@ inline void rans_encode(const Tables& tables, RansEncoder& encoder, const uint16
 
 // Decodes n_rows rows of 128 positions of each of up to MAX_GROUP chunks. contexts: of every position, each below
 // n_contexts; null: one context. Whatever the words are, no more than 64 bytes past them are read.
-inline void rans_decode(const Tables& tables, RansDecoder* const* chunks, size_t n_chunks, const uint8_t* const* contexts,
-                        uint8_t* const* symbols, size_t n_rows) {
+inline void rans_decode(const Tables& tables, RansDecoder* const* chunks, size_t n_chunks,
+                        const uint8_t* const* contexts, uint8_t* const* symbols, size_t n_rows) {
 #if TRICOMP_HAS_AVX512
     if (!contexts && tables.fast && tables.fast->ranks.n_ranks && tables.fast->ranks.n_ranks <= 128) {
         if (n_chunks & 4) decode_chunks_by_ranks<4>(tables, chunks, symbols, n_rows);

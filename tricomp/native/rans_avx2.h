@@ -1,4 +1,4 @@
-// rANS for AVX2: states are four registers of eight lanes, 32 bits each. Stage header, included by rans.h alone: no STL.
+// rANS for AVX2. Stage header, included by rans.h alone: no STL. States are four registers of eight lanes.
 //
 // The hard thing: nothing here packs or spreads lanes under a mask. So the places that lanes go to are looked up by the
 // mask of eight lanes.
@@ -77,6 +77,7 @@ inline void decode_by_slots(const Tables& tables, RansDecoder* const* chunks, co
                             uint8_t* const* symbols, size_t n_rows) {
     const uint32_t* slots = tables.slots;
     const __m256i mask = _mm256_set1_epi32((1 << tables.prob_bits) - 1);
+    const __m256i top_octet = _mm256_set1_epi32(int32_t(0xFF000000));
     const __m128i shift = _mm_cvtsi32_si128(static_cast<int>(tables.prob_bits));
     alignas(32) uint32_t states[N_CHUNKS][LANES];
     alignas(32) uint32_t row_symbols[N_CHUNKS][LANES];  // four octets a lane, which come in from the top
@@ -103,8 +104,9 @@ inline void decode_by_slots(const Tables& tables, RansDecoder* const* chunks, co
             for_each<PARTS>(EACH(part) {
                 const __m256i entries = look_up_lanes(slots, indices[c] + 8 * part);
                 __m256i* row_part = reinterpret_cast<__m256i*>(row_symbols[c] + 8 * part);
-                const __m256i symbol = _mm256_and_si256(_mm256_slli_epi32(entries, 12), _mm256_set1_epi32(int32_t(0xFF000000)));
-                _mm256_store_si256(row_part, _mm256_or_si256(_mm256_srli_epi32(_mm256_load_si256(row_part), 8), symbol));
+                const __m256i symbol = _mm256_and_si256(_mm256_slli_epi32(entries, 12), top_octet);
+                const __m256i others = _mm256_srli_epi32(_mm256_load_si256(row_part), 8);
+                _mm256_store_si256(row_part, _mm256_or_si256(others, symbol));
                 __m256i* state_part = reinterpret_cast<__m256i*>(states[c] + 8 * part);
                 const __m256i quotients = _mm256_srl_epi32(_mm256_load_si256(state_part), shift);
                 const __m256i advanced = _mm256_add_epi32(_mm256_mullo_epi32(_mm256_srli_epi32(entries, 20), quotients),
@@ -139,10 +141,11 @@ struct StepDivisors {
 
     INLINE void load(const uint64_t* divisors, const uint16_t* rows) {
         for_each<PARTS>(EACH(part) {
-            for_each<4>(EACH(i) {  // lane 8 part + 2 i + 16 bits
-                const uint16_t* row = rows + STEPS * (8 * part + 2 * (i % 2) * 2 + i / 2);
+            for_each<4>(EACH(i) {
+                const uint16_t* row = rows + STEPS * (8 * part + 4 * (i % 2) + i / 2);
                 const __m128i low = load_64(divisors + row[0]), high = load_64(divisors + row[2 * STEPS]);
-                _mm_store_si128(reinterpret_cast<__m128i*>(&at[part][i / 2][2 * (i % 2)]), _mm_unpacklo_epi64(low, high));
+                __m128i* two = reinterpret_cast<__m128i*>(&at[part][i / 2][2 * (i % 2)]);
+                _mm_store_si128(two, _mm_unpacklo_epi64(low, high));
             });
         });
     }
@@ -153,7 +156,7 @@ INLINE __m256i high_words(__m256i even, __m256i odd) {
     return _mm256_blend_epi32(_mm256_shuffle_epi32(even, 0xF5), odd, 0xAA);
 }
 
-// One step of eight lanes. words: see RansEncoder. rests: where a divisor has 2^prob_bits - frequency; shift: how far up.
+// One step of eight lanes. even, odd: their divisors; rests: where those have 2^prob_bits - frequency, shift bits up.
 INLINE __m256i encoded(__m256i states, __m256i even, __m256i odd, __m256i rests, __m128i shift, uint8_t*& words) {
     const __m256i others = high_words(even, odd);
     // state >= frequency << (31 - prob_bits)
@@ -191,7 +194,8 @@ inline void encode_by_divisors(const Tables& tables, RansEncoder& encoder, const
         const StepDivisors& now = steps[step % 2];
         for_each<PARTS>(EACH(i) {
             constexpr size_t part = PARTS - 1 - size_t(i);
-            states[part] = encoded(states[part], load_256(now.at[part][0]), load_256(now.at[part][1]), rests, shift, words);
+            const __m256i even = load_256(now.at[part][0]), odd = load_256(now.at[part][1]);
+            states[part] = encoded(states[part], even, odd, rests, shift, words);
         });
     }
     for_each<PARTS>(EACH(part) { store_256(encoder.states + 8 * part, states[part]); });

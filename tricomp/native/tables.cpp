@@ -48,7 +48,8 @@ void build_tables(Tables& tables, uint32_t* entries, uint32_t* slots, FastTables
             entry[symbol] = freq << 16 | start;
             if (fast) fast->divisors[context * tables.n_symbols + symbol] = divisor(freq, start, tables.prob_bits);
             // A frequency of 4096 would not fit above bit 20; prob_bits <= 11 keeps it out.
-            for (uint32_t offset = 0; offset < freq; ++offset) slot[start + offset] = freq << 20 | symbol << 12 | offset;
+            for (uint32_t offset = 0; offset < freq; ++offset)
+                slot[start + offset] = freq << 20 | symbol << 12 | offset;
             start += freq;
             if (freq > most) {
                 most = freq;

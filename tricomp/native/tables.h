@@ -1,8 +1,8 @@
 // Frequency tables in the forms that the rANS coders want. Baseline code: plain C++, includes model.h alone.
 //
 // The hard thing: for one context, everything a decoder looks up must fit vector registers. So its table is cut into
-// buckets of 16 slots: a bucket knows the rank, among the symbols that occur, of the one that owns its first slot, and in
-// which other slots a symbol begins. Counting bits then finds any slot's symbol.
+// buckets of 16 slots: a bucket knows the rank, among the symbols that occur, of the one that owns its first slot, and
+// in which other slots a symbol begins. Counting bits then finds any slot's symbol.
 #pragma once
 
 #include "model.h"
@@ -23,16 +23,16 @@ struct RankTable {
 
 struct FastTables {
     RankTable ranks;  // where there is one context; else n_ranks is 0
-    // For encoders, by context * n_symbols + symbol, from the bottom: 32 bits of reciprocal, 12 of start, 4 of shift; then
-    // 2^prob_bits - frequency, ending below the top bit. state // frequency = (state * reciprocal >> 32) >> shift,
-    // exactly, for every state below 2^31. But for frequency 1, where a reciprocal of 32 bits gives state - 1: its start
-    // is 2^prob_bits - 1 too high, which makes up for it.
+    // For encoders, by context * n_symbols + symbol, from the bottom: 32 bits of reciprocal, 12 of start, 4 of shift;
+    // then 2^prob_bits - frequency, ending below the top bit. state // frequency = (state * reciprocal >> 32) >> shift,
+    // exactly, for every state below 2^31. But for frequency 1, where a reciprocal of 32 bits gives state - 1: its
+    // start is 2^prob_bits - 1 too high, which makes up for it.
     alignas(64) uint64_t divisors[MAX_ENTRIES];
 };
 
-// Fills tables from its freqs, prob_bits, n_symbols and n_contexts. entries: room for n_contexts * n_symbols; slots: for
-// n_contexts << prob_bits, 64-byte aligned; fast: room for one (64-byte aligned), or null: coding is then much slower.
-// Freqs must sum to 2^prob_bits in every context.
+// Fills tables from its freqs, prob_bits, n_symbols and n_contexts. entries: room for n_contexts * n_symbols; slots:
+// for n_contexts << prob_bits, 64-byte aligned; fast: room for one (64-byte aligned), or null: coding is then much
+// slower. Freqs must sum to 2^prob_bits in every context.
 void build_tables(Tables& tables, uint32_t* entries, uint32_t* slots, FastTables* fast = nullptr);
 
 }  // namespace tricomp
