@@ -124,8 +124,8 @@ INLINE uint64_t cast_word(uint64_t word, const Kind& source, const Kind& target)
     return (body ? value : 0) | sign;
 }
 
-// The same where the target has fewer exponent bits and mantissa bits, in the source's own width: then what is subnormal in
-// the source rounds to 0. A template of numbers, so that it becomes vector code.
+// The same where the target has fewer exponent bits and mantissa bits, in the source's own width: then what is
+// subnormal in the source rounds to 0. A template of numbers, so that it becomes vector code.
 template <class Word, uint32_t E_IN, uint32_t M_IN, uint32_t E_OUT, uint32_t M_OUT>
 INLINE Word narrow_word(Word word) {
     typedef typename Widths<Word>::Signed Signed;
@@ -135,7 +135,8 @@ INLINE Word narrow_word(Word word) {
     const Word body = word & ~TOP_BIT<Word>, fraction = body & (ONE - 1);
     const Signed field = Signed(body >> M_IN) - REBIAS;
     // Below the target's normal range more bits are dropped, all if need be.
-    const Signed below = field < 1 ? 1 - field : 0, more = below < Signed(M_OUT + 2) ? below : Signed(M_OUT + 2);
+    constexpr Signed MOST = M_OUT + 2;
+    const Signed below = field < 1 ? 1 - field : 0, more = below < MOST ? below : MOST;
     const Word whole = field < 1 ? fraction | ONE : body - (Word(REBIAS) << M_IN), drop = Word(CUT + more);
     const Word rounded = (whole + ((Word(1) << (drop - 1)) - 1) + (whole >> drop & 1)) >> drop;
     const Word finite = rounded < INFINITY_OUT ? rounded : INFINITY_OUT;
@@ -172,27 +173,25 @@ template <class Word>
 void cast(const void* words, const Kind& source, size_t first, size_t n, const Kind& target, Word* out) {
     const auto between = [=](const Kind& from, const Kind& to) { return is_same(source, from) && is_same(target, to); };
     if (between(FLOAT32, BFLOAT16)) {
-        cast_each<uint32_t>(words, first, n, out, [](uint32_t word) { return bfloat16_of_float32(word); });
+        cast_each<uint32_t>(words, first, n, out, bfloat16_of_float32);
     } else if (between(FLOAT32, FLOAT16)) {
-        cast_each<uint32_t>(words, first, n, out, [](uint32_t word) { return narrow_word<uint32_t, 8, 23, 5, 10>(word); });
+        cast_each<uint32_t>(words, first, n, out, narrow_word<uint32_t, 8, 23, 5, 10>);
     } else if (between(FLOAT64, FLOAT32)) {
-        cast_each<uint64_t>(words, first, n, out, [](uint64_t word) { return narrow_word<uint64_t, 11, 52, 8, 23>(word); });
+        cast_each<uint64_t>(words, first, n, out, narrow_word<uint64_t, 11, 52, 8, 23>);
     } else if (between(FLOAT64, FLOAT16)) {
-        cast_each<uint64_t>(words, first, n, out, [](uint64_t word) { return narrow_word<uint64_t, 11, 52, 5, 10>(word); });
+        cast_each<uint64_t>(words, first, n, out, narrow_word<uint64_t, 11, 52, 5, 10>);
     } else if (between(FLOAT64, BFLOAT16)) {
-        cast_each<uint64_t>(words, first, n, out, [](uint64_t word) { return narrow_word<uint64_t, 11, 52, 8, 7>(word); });
+        cast_each<uint64_t>(words, first, n, out, narrow_word<uint64_t, 11, 52, 8, 7>);
     } else if (between(BFLOAT16, FLOAT32)) {
-        cast_each<uint16_t>(words, first, n, out, [](uint16_t word) { return float32_of_bfloat16(word); });
+        cast_each<uint16_t>(words, first, n, out, float32_of_bfloat16);
     } else if (between(FLOAT16, FLOAT32)) {
         cast_each<uint16_t>(words, first, n, out, [](uint16_t word) { return cast_word(word, FLOAT16, FLOAT32); });
-    } else if (source.word_bits == 8) {
-        cast_each<uint8_t>(words, first, n, out, [=](uint8_t word) { return cast_word(word, source, target); });
-    } else if (source.word_bits == 16) {
-        cast_each<uint16_t>(words, first, n, out, [=](uint16_t word) { return cast_word(word, source, target); });
-    } else if (source.word_bits == 32) {
-        cast_each<uint32_t>(words, first, n, out, [=](uint32_t word) { return cast_word(word, source, target); });
     } else {
-        cast_each<uint64_t>(words, first, n, out, [=](uint64_t word) { return cast_word(word, source, target); });
+        const auto any = [=](uint64_t word) { return cast_word(word, source, target); };
+        if (source.word_bits == 8) return cast_each<uint8_t>(words, first, n, out, any);
+        if (source.word_bits == 16) return cast_each<uint16_t>(words, first, n, out, any);
+        if (source.word_bits == 32) return cast_each<uint32_t>(words, first, n, out, any);
+        cast_each<uint64_t>(words, first, n, out, any);
     }
 }
 
@@ -207,7 +206,8 @@ void round_mantissa(const Kind& kind, uint32_t kept_bits, uint64_t largest, bool
         return;
     }
     const uint32_t n_dropped = kind.mantissa_bits - kept_bits;
-    const Lane mask = (Lane(1) << n_dropped) - 1, limit = Lane(largest), dropped_sign = is_minus_zero_nan ? 0 : ~Lane(0);
+    const Lane mask = (Lane(1) << n_dropped) - 1, limit = Lane(largest);
+    const Lane dropped_sign = is_minus_zero_nan ? 0 : ~Lane(0);
     for (size_t i = 0; i < n; i++) {
         const Lane word = words[i], body = word & Lane(Word(~TOP_BIT<Word>));
         const Lane rounded = (body + (mask >> 1) + (body >> n_dropped & 1)) & ~mask;

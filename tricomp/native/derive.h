@@ -1,6 +1,6 @@
 // What a plan and its side section say of every symbol, worked out once a frame: see the end of Model.
 //
-// Plain C++ of internal linkage: any source may include it, whatever it is compiled for. Mirrors reference predict.sizes
+// Plain C++ of internal linkage: any source may include it, whatever it is compiled for. Mirrors the reference's sizes
 // and symbol_bits. The hard thing: a damaged plan may number symbols that cannot be; their lengths are kept in bounds.
 #pragma once
 
@@ -14,24 +14,19 @@ namespace tricomp {
 static inline void derive_size(Model& model, uint32_t s) {
     const uint32_t k = model.k, width = model.kind.word_bits;
     uint32_t code = s + uint32_t(model.base);  // the base of a delta is not negative
-    if (!model.has_sign) {
-        model.is_negative[s] = code & 1;
-        code >>= 1;
-    }
+    const uint32_t is_negative = model.has_sign ? 0 : code & 1;
+    if (!model.has_sign) code >>= 1;
     const uint32_t length = code >> k < width ? code >> k : width;
-    const uint64_t lead = (code & ((1u << k) - 1)) | 1u << k;
+    const uint32_t lead = (code & ((1u << k) - 1)) | 1u << k;
     const uint32_t up = length > k + 1 ? length - 1 - k : 0, down = length < k + 1 ? k + 1 - length : 0;
-    model.tops[s] = lead << up >> down;
     model.n_low[s] = uint8_t(up);
-    model.leads[s] = uint8_t(lead >> down | uint32_t(model.is_negative[s]) << 7);
+    model.leads[s] = uint8_t(lead >> down | is_negative << 7);
 }
 
 // Fill in what is derived. The plan's numbers, the tables' frequencies and the dictionary must be there.
 static inline void derive(Model& model) {
     std::memset(model.lengths, 0, sizeof model.lengths);
-    std::memset(model.tops, 0, sizeof model.tops);
     std::memset(model.n_low, 0, sizeof model.n_low);
-    std::memset(model.is_negative, 0, sizeof model.is_negative);
     std::memset(model.leads, 0, sizeof model.leads);
     std::memset(model.stand_ins, 0, sizeof model.stand_ins);
     std::memset(model.places, 0, sizeof model.places);

@@ -70,10 +70,8 @@ struct Model {
     const uint16_t* factor_columns = nullptr;
     // Derived from the plan once a frame; see derive.h.
     uint8_t lengths[256] = {};  // bits of the remainder that go with each symbol
-    uint64_t tops[256] = {};  // delta: the leading one and the k bits below, in place
+    uint8_t leads[256] = {};  // delta: the leading one and the k bits below; without has_sign the top bit: d < 0
     uint8_t n_low[256] = {};  // delta: bits below those
-    uint8_t leads[256] = {};  // delta: those bits without what is below; in the top bit whether d < 0, without has_sign
-    uint8_t is_negative[256] = {};  // delta without has_sign
     uint8_t stand_ins[8] = {};  // the symbol that stands in for patches and padding, of each context
     uint8_t places[256] = {};  // index: of each symbol in the dictionary
     uint16_t missing[MAX_ENTRIES / 16] = {};  // a bit a row (context * n_symbols + symbol): it cannot be coded

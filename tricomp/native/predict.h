@@ -1,4 +1,5 @@
-// Words of a tile to symbols, contexts and remainders, and back: for every prediction of format 1. Stage header: no STL.
+// Words of a tile to symbols, contexts and remainders, and back: for every prediction of format 1. Stage header: no
+// STL.
 //
 //     derive(model)                              once a frame (derive.h)
 //     prepare_tile(model, reference, first, n, tile)     what both sides know: predicted or levels, and contexts
@@ -8,12 +9,13 @@
 //     merge_tile(model, n, tile, words)          decoding: words from symbols, remainders, predicted or levels
 //     base_patches, base_words                   sparse and cast: what differs from the base, and the base
 //
-// reference and words point at the tile's own n words (n at most TILE), and exactly those are read or written; `first` is
-// the tile's position in the frame. Contexts are written only where the plan has several. Padding is filled in as
+// reference and words point at the tile's own n words (n at most TILE), and exactly those are read or written; `first`
+// is the tile's position in the frame. Contexts are written only where the plan has several. Padding is filled in as
 // FORMAT.md says.
 //
-// The hard thing: speed for every width and plan. Plans are told apart outside of the loops, by templates; the loops work
-// on whole rows of 128, so that they have no rest; a word that does not fit is flagged by the loop and mended afterwards.
+// The hard thing: speed for every width and plan. Plans are told apart outside of the loops, by templates; the loops
+// work on whole rows of 128, so that they have no rest; a word that does not fit is flagged by the loop and mended
+// afterwards.
 #pragma once
 
 #include <cstring>

@@ -1,7 +1,7 @@
 // Sparse and cast: words that are those of a base but for patches. Stage header: no STL.
 //
-// The base is the reference, its words rounded to another dtype, or one word throughout. The hard thing: half of the words
-// may be patches, or none of thousands; both must be fast.
+// The base is the reference, its words rounded to another dtype, or one word throughout. The hard thing: half of the
+// words may be patches, or none of thousands; both must be fast.
 #pragma once
 
 #include <cstring>

@@ -1,8 +1,8 @@
-// Delta and scaled delta: the bit length of the ordered difference, and k bits below its leading one, are the symbol; the
-// bits below those and the sign are the remainder. Stage header: no STL.
+// Delta and scaled delta: the bit length of the ordered difference, and k bits below its leading one, are the symbol;
+// the bits below those and the sign are the remainder. Stage header: no STL.
 //
-// The hard thing: bit lengths and shifts that differ from word to word, for which instruction sets differ most. Whatever
-// hangs on the symbol is computed from it rather than looked up.
+// The hard thing: bit lengths and shifts that differ from word to word, for which instruction sets differ most.
+// Whatever hangs on the symbol is computed from it rather than looked up.
 #pragma once
 
 #include "bits.h"

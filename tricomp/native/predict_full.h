@@ -1,8 +1,8 @@
 // Full: a float's exponent and the k bits below, less its level, are the symbol; the rest is the remainder.
 // Stage header: no STL.
 //
-// The hard thing: a hostile plan may put base and levels anywhere; places are computed wide enough, or modulo a power of
-// two where FORMAT.md counts low bits only, so that every plan gives what the reference gives.
+// The hard thing: a hostile plan may put base and levels anywhere; places are computed wide enough, or modulo a power
+// of two where FORMAT.md counts low bits only, so that every plan gives what the reference gives.
 #pragma once
 
 #include "bits.h"

@@ -8,6 +8,7 @@
 
 #include "isa.h"
 #include "model.h"
+#include "vectors.h"
 
 TRICOMP_BEGIN
 
@@ -43,8 +44,8 @@ INLINE __m256i look_up_parts(const __m256i* parts, size_t n_parts, __m256i index
 }
 #endif
 
-// out[i] = table[symbols[i]], symbols below n_symbols. table: 256 bytes; whatever the symbols are, nothing else is read. n: a
-// multiple of 128. out may be symbols.
+// out[i] = table[symbols[i]], symbols below n_symbols. table: 256 bytes; whatever the symbols are, nothing else is
+// read. n: a multiple of 128. out may be symbols.
 INLINE void look_up_whole(const uint8_t* table, size_t n_symbols, const uint8_t* symbols, size_t n, uint8_t* out) {
 #if TRICOMP_HAS_AVX512
     __m512i parts[4];
@@ -128,9 +129,7 @@ INLINE void add_missing(const Model& model, const uint16_t* rows, size_t n, Misf
 INLINE size_t append_positions(uint32_t bits, size_t first, uint16_t* positions) {
     const size_t n_bits = size_t(__builtin_popcount(bits));
 #if TRICOMP_HAS_AVX512
-    const __m512i counting = _mm512_cvtepu8_epi16(_mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16,
-        17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31));
-    const __m512i all = _mm512_add_epi16(_mm512_set1_epi16(short(first)), counting);
+    const __m512i all = _mm512_add_epi16(_mm512_set1_epi16(short(first)), counting());
     _mm512_storeu_si512(positions, _mm512_maskz_compress_epi16(bits, all));
 #else
     for (size_t n = 0; bits; bits &= bits - 1) positions[n++] = uint16_t(first + size_t(__builtin_ctz(bits)));

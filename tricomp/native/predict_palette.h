@@ -72,7 +72,7 @@ void split_long(const Model& model, const Word* words, size_t n, Tile<Word>& til
     uint32_t half = 1;
     while (2 * half < model.n_symbols) half *= 2;
     for (size_t i = 0; i < n; i += 8) {
-        const Word* places[8];  // of the last word that is not above this one; eight, because each waits for its last step
+        const Word* places[8];  // of the last word that is not above each; eight, because steps wait for one another
         for (size_t j = 0; j < 8; j++) places[j] = palette;
         for (uint32_t step = half; step; step /= 2)
             for (size_t j = 0; j < 8; j++) places[j] += places[j][step] <= words[i + j] ? step : 0;
@@ -96,6 +96,7 @@ void split_palette(const Model& model, const Word* words, size_t n, Tile<Word>& 
 template <class Word>
 void merge_palette(const Model& model, size_t n, const Tile<Word>& tile, Word* words) {
     const Word* palette = static_cast<const Word*>(model.palette);
+    if constexpr (sizeof(Word) == 1) return look_up(palette, model.n_symbols, tile.symbols, n, words);
     for (size_t i = 0; i < n; i++) words[i] = palette[tile.symbols[i]];
 }
 

@@ -1,8 +1,8 @@
 // Scales and factors: a number for each row and column of the frame, spread over the positions of a tile, and the
 // reference of a scaled delta multiplied by its factors. Stage header: no STL.
 //
-// The hard thing: rows may be shorter than a vector or longer than the frame's tile; positions are walked row by row, with
-// one division a tile.
+// The hard thing: rows may be shorter than a vector or longer than the frame's tile; positions are walked row by row,
+// with one division a tile.
 #pragma once
 
 #include "bits.h"
@@ -14,8 +14,8 @@ TRICOMP_BEGIN
 
 // out[i] = join(rows[p / n_columns], columns[p % n_columns]) for p = first + i; where columns is null, join(.., none).
 template <class Scale, class Out, class Join>
-INLINE void spread_scales(const Scale* rows, const Scale* columns, uint64_t n_columns, uint64_t first, size_t n, Out* out,
-                          Join join, Scale none) {
+INLINE void spread_scales(const Scale* rows, const Scale* columns, uint64_t n_columns, uint64_t first, size_t n,
+                          Out* out, Join join, Scale none) {
     constexpr size_t SHORT = 32;
     uint64_t row = first / n_columns, column = first % n_columns;
     size_t i = 0;
@@ -46,8 +46,8 @@ INLINE void spread_scales(const Scale* rows, const Scale* columns, uint64_t n_co
 
 // Floats of at most 32 bits multiplied by factors (one = 2^30), with integers only: FORMAT.md, "scaled delta".
 //
-// The rounded product is the top of a product of up to 56 bits and the bit below. Both lie in the high half of the product of
-// significand and factor when these are first shifted up as far as 32 bits allow.
+// The rounded product is the top of a product of up to 56 bits and the bit below. Both lie in the high half of the
+// product of significand and factor when these are first shifted up as far as 32 bits allow.
 template <class Word>
 struct Scaling {
     typedef Vector<uint32_t> Vec;

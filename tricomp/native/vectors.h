@@ -1,9 +1,10 @@
 // Vectors of lanes: as many as the instruction set holds at a time, with the few operations that predictions need.
 // Stage header: no STL.
 //
-// Plain arithmetic is the compiler's own vector types; only what these lack, or do badly, is written for each instruction
-// set. Loops work on blocks of 32 words, several vectors each, so that narrow results are stored together. The hard
-// thing: words of 8 or 16 bits may sit in wider lanes, because most sets cannot shift narrow ones by a count a lane.
+// Plain arithmetic is the compiler's own vector types; only what these lack, or do badly, is written for each
+// instruction set. Loops work on blocks of 32 words, several vectors each, so that narrow results are stored together.
+// The hard thing: words of 8 or 16 bits may sit in wider lanes, because not all sets shift narrow ones by a count a
+// lane.
 #pragma once
 
 #include <cstring>
@@ -93,6 +94,11 @@ INLINE __m512i zmm(Vector<Lane> a) {
 template <class Lane>
 INLINE Vector<Lane> vector_of(__m512i a) {
     return {typename Vector<Lane>::Raw(a)};
+}
+
+INLINE __m512i counting() {  // 0 to 31
+    return _mm512_cvtepu8_epi16(_mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19,
+                                                 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31));
 }
 
 template <class Lane>
@@ -207,8 +213,7 @@ template <class Lane>
 INLINE Vector<uint16_t> halves(const Vector<Lane>* a) {  // the low 16 bits of a block's lanes
     if constexpr (sizeof(Lane) == 2) return a[0];
     if constexpr (sizeof(Lane) == 4) {
-        const __m512i even = _mm512_slli_epi16(_mm512_cvtepu8_epi16(_mm256_setr_epi8(
-            0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31)), 1);
+        const __m512i even = _mm512_slli_epi16(counting(), 1);
         return vector_of<uint16_t>(_mm512_permutex2var_epi16(zmm(a[0]), even, zmm(a[1])));
     }
     if constexpr (sizeof(Lane) == 8) {
@@ -307,7 +312,8 @@ INLINE Vector<Lane> excess(Vector<Lane> a, Vector<Lane> b) {
 INLINE Vector<uint16_t> power_of_2(Vector<uint16_t> n) {
     const __m256i bit = _mm256_setr_epi8(1, 2, 4, 8, 16, 32, 64, -128, 0, 0, 0, 0, 0, 0, 0, 0,
                                          1, 2, 4, 8, 16, 32, 64, -128, 0, 0, 0, 0, 0, 0, 0, 0);
-    const Vector<uint16_t>::Raw both = n.raw * 0x0101 + 0x0870;  // 16 reaches the top bit of the low byte, which gives 0
+    // 16 reaches the top bit of the low byte, which gives 0.
+    const Vector<uint16_t>::Raw both = n.raw * 0x0101 + 0x0870;
     return {Vector<uint16_t>::Raw(_mm256_shuffle_epi8(bit, __m256i(both)))};
 }
 #endif
@@ -460,12 +466,15 @@ INLINE Vector<Lane> load(const Word* words) {
     if constexpr (RATIO == 8) return {Raw(_mm512_cvtepu8_epi64(_mm_loadu_si64(words)))};
     if constexpr (RATIO == 2) return {Raw(__builtin_convertvector(narrow, typename Vector<Lane>::SignedRaw))};
 #elif TRICOMP_HAS_AVX2
-    if constexpr (RATIO == 4 && sizeof(Word) == 1 && IS_SIGNED) return {Raw(_mm256_cvtepi8_epi32(_mm_loadu_si64(words)))};
-    if constexpr (RATIO == 4 && sizeof(Word) == 1) return {Raw(_mm256_cvtepu8_epi32(_mm_loadu_si64(words)))};
-    if constexpr (RATIO == 4 && IS_SIGNED) return {Raw(_mm256_cvtepi16_epi64(_mm_loadu_si64(words)))};
-    if constexpr (RATIO == 4) return {Raw(_mm256_cvtepu16_epi64(_mm_loadu_si64(words)))};
-    if constexpr (RATIO == 8 && IS_SIGNED) return {Raw(_mm256_cvtepi8_epi64(_mm_loadu_si32(words)))};
-    if constexpr (RATIO == 8) return {Raw(_mm256_cvtepu8_epi64(_mm_loadu_si32(words)))};
+    uint64_t low = 0;
+    std::memcpy(&low, words, RATIO == 2 ? 8 : N * sizeof(Word));
+    [[maybe_unused]] const __m128i few = _mm_cvtsi64_si128(int64_t(low));
+    if constexpr (RATIO == 4 && sizeof(Word) == 1 && IS_SIGNED) return {Raw(_mm256_cvtepi8_epi32(few))};
+    if constexpr (RATIO == 4 && sizeof(Word) == 1) return {Raw(_mm256_cvtepu8_epi32(few))};
+    if constexpr (RATIO == 4 && IS_SIGNED) return {Raw(_mm256_cvtepi16_epi64(few))};
+    if constexpr (RATIO == 4) return {Raw(_mm256_cvtepu16_epi64(few))};
+    if constexpr (RATIO == 8 && IS_SIGNED) return {Raw(_mm256_cvtepi8_epi64(few))};
+    if constexpr (RATIO == 8) return {Raw(_mm256_cvtepu8_epi64(few))};
     if constexpr (RATIO == 2) return {Raw(__builtin_convertvector(narrow, typename Vector<Lane>::SignedRaw))};
 #elif defined(__SSE2__)
     // Words go to the tops of lanes first.
