@@ -156,16 +156,16 @@ INLINE Pairs look_up_lanes(const uint32_t* slots, const uint32_t (&pairs)[LANES 
     return {joined(even), joined(odd)};
 }
 
-// One block of rows.
 template <size_t N_CHUNKS>
-inline void decode_block_by_slots(const Tables& tables, RansDecoder* const* chunks, const uint8_t* const* contexts,
-                                  uint8_t* const* symbols, size_t n_rows) {
+inline void decode_by_slots(const Tables& tables, RansDecoder* const* chunks, const uint8_t* const* contexts,
+                            uint8_t* const* symbols, size_t n_rows) {
     const __m512i mask = _mm512_set1_epi16(static_cast<int16_t>((1u << tables.prob_bits) - 1));
     const __m512i shift = _mm512_set1_epi16(static_cast<int16_t>(tables.prob_bits));
     const __m128i shift_count = _mm_cvtsi32_si128(static_cast<int>(tables.prob_bits));
     const uint32_t* slots = tables.slots;
-    // Where the table of every position's context begins; then, its symbol. One more is read than there are.
-    alignas(64) uint16_t steps[N_CHUNKS][TILE_ROWS * STEPS + 1][LANES];
+    // Where the table of every position's context begins: of a row, and of the next row's first step.
+    alignas(64) uint16_t firsts[N_CHUNKS][STEPS + 1][LANES] = {};
+    alignas(64) uint16_t found_symbols[N_CHUNKS][STEPS][LANES];
     // Of the next step: other chunks' work lies between a store and the loads from it.
     alignas(64) uint32_t indices[N_CHUNKS][LANES / 2];
     Halves states[N_CHUNKS];
@@ -173,58 +173,52 @@ inline void decode_block_by_slots(const Tables& tables, RansDecoder* const* chun
     for_each<N_CHUNKS>(EACH(c) {
         states[c] = load_states(chunks[c]->states);
         at[c] = chunks[c]->at;
-        if (!contexts) std::memset(steps[c], 0, sizeof steps[c]);
-        for (size_t row = 0; contexts && row < n_rows; ++row) {
-            Lanes16 values[STEPS];
-            load_row(contexts[c] + ROW * row, values);
-            for (size_t step = 0; step < STEPS; ++step)
-                store_512(steps[c][STEPS * row + step], _mm512_sll_epi16(values[step].all, shift_count));
-        }
-        store_512(steps[c][STEPS * n_rows], _mm512_setzero_si512());
-        store_512(indices[c], _mm512_add_epi16(_mm512_and_si512(states[c].low, mask), load_512(steps[c][0])));
+        Lanes16 steps[STEPS] = {};
+        if (contexts) load_row(contexts[c], steps);
+        const __m512i first = _mm512_sll_epi16(steps[0].all, shift_count);
+        store_512(indices[c], _mm512_add_epi16(_mm512_and_si512(states[c].low, mask), first));
     });
     asm("" : "+m"(indices));  // or the compiler takes registers apart instead of loading
-    for (size_t step = 0; step < STEPS * n_rows; ++step) {
+    for (size_t row = 0; row < n_rows; ++row) {
+        if (contexts) {
+            const size_t next_row = row + 1 < n_rows ? row + 1 : row;
+            for_each<N_CHUNKS>(EACH(c) {
+                Lanes16 steps[STEPS], next_steps[STEPS];
+                load_row(contexts[c] + ROW * row, steps);
+                load_row(contexts[c] + ROW * next_row, next_steps);
+                for_each<STEPS>(EACH(k) { store_512(firsts[c][k], _mm512_sll_epi16(steps[k].all, shift_count)); });
+                store_512(firsts[c][STEPS], _mm512_sll_epi16(next_steps[0].all, shift_count));
+            });
+        }
+        for (size_t step = 0; step < STEPS; ++step) {
+            for_each<N_CHUNKS>(EACH(c) {
+                const Pairs found = look_up_lanes(slots, indices[c]);
+                const __m512i offsets = _mm512_and_si512(low_halves(found), _mm512_set1_epi16(0xFFF));
+                const __m512i freqs = _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(found.even, 20),
+                                                              _mm512_srli_epi32(found.odd, 4));
+                store_512(found_symbols[c][step],
+                          _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(found.even, 12),
+                                                  _mm512_slli_epi32(found.odd, 4)));
+                states[c] = advanced(states[c], freqs, offsets, shift, shift_count);
+                const size_t clamped = at[c] < chunks[c]->n_words ? at[c] : chunks[c]->n_words;
+                at[c] += renormalise(states[c], chunks[c]->words + 2 * clamped);
+                const __m512i first = load_512(firsts[c][step + 1]);
+                store_512(indices[c], _mm512_add_epi16(_mm512_and_si512(states[c].low, mask), first));
+            });
+            asm("" : "+m"(indices));
+        }
         for_each<N_CHUNKS>(EACH(c) {
-            const Pairs found = look_up_lanes(slots, indices[c]);
-            const __m512i offsets = _mm512_and_si512(low_halves(found), _mm512_set1_epi16(0xFFF));
-            const __m512i freqs = _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(found.even, 20),
-                                                          _mm512_srli_epi32(found.odd, 4));
-            store_512(steps[c][step], _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(found.even, 12),
-                                                              _mm512_slli_epi32(found.odd, 4)));
-            states[c] = advanced(states[c], freqs, offsets, shift, shift_count);
-            const size_t clamped = at[c] < chunks[c]->n_words ? at[c] : chunks[c]->n_words;
-            at[c] += renormalise(states[c], chunks[c]->words + 2 * clamped);
-            const __m512i firsts = load_512(steps[c][step + 1]);
-            store_512(indices[c], _mm512_add_epi16(_mm512_and_si512(states[c].low, mask), firsts));
+            Lanes16 steps[STEPS];
+            for_each<STEPS>(EACH(k) {
+                steps[k].all = _mm512_and_si512(load_512(found_symbols[c][k]), _mm512_set1_epi16(0xFF));
+            });
+            store_row(steps, symbols[c] + ROW * row);
         });
-        asm("" : "+m"(indices));
     }
     for_each<N_CHUNKS>(EACH(c) {
         store_states(states[c], chunks[c]->states);
         chunks[c]->at = at[c];
-        for (size_t row = 0; row < n_rows; ++row) {
-            Lanes16 values[STEPS];
-            for (size_t step = 0; step < STEPS; ++step)
-                values[step].all = _mm512_and_si512(load_512(steps[c][STEPS * row + step]), _mm512_set1_epi16(0xFF));
-            store_row(values, symbols[c] + ROW * row);
-        }
     });
-}
-
-template <size_t N_CHUNKS>
-inline void decode_by_slots(const Tables& tables, RansDecoder* const* chunks, const uint8_t* const* contexts,
-                            uint8_t* const* symbols, size_t n_rows) {
-    for (size_t row = 0; row < n_rows; row += TILE_ROWS) {
-        const uint8_t* block_contexts[N_CHUNKS] = {};
-        uint8_t* block_symbols[N_CHUNKS];
-        for (size_t c = 0; c < N_CHUNKS; ++c) {
-            if (contexts) block_contexts[c] = contexts[c] + ROW * row;
-            block_symbols[c] = symbols[c] + ROW * row;
-        }
-        const size_t n = n_rows - row < TILE_ROWS ? n_rows - row : TILE_ROWS;
-        decode_block_by_slots<N_CHUNKS>(tables, chunks, contexts ? block_contexts : nullptr, block_symbols, n);
-    }
 }
 
 TRICOMP_END
