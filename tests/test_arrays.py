@@ -6,6 +6,7 @@ Whatever can be an array's memory is taken and gives the bytes that a plain copy
 from __future__ import annotations
 
 import mmap
+import tempfile
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +16,7 @@ import tricomp
 from tests.cases import weights
 from tricomp import codec, native
 from tricomp import numpy as pair
-from tricomp.errors import InvalidArgument
+from tricomp.errors import InvalidArgument, StorageError
 from tricomp.job import DecodeJob
 from tricomp.layout import snapshot_of
 from tricomp.plan import Plan
@@ -90,6 +91,18 @@ def test_any_memory_goes_into_a_file(kind, backend, tmp_path):
     tricomp.save(tmp_path / "plain.tri", tree, backend=backend)
     tricomp.save(tmp_path / "other.tri", {path: kind(array) for path, array in tree.items()}, backend=backend)
     assert (tmp_path / "plain.tri").read_bytes() == (tmp_path / "other.tri").read_bytes()
+
+
+def test_a_large_unaligned_leaf_waits_on_a_disk(monkeypatch, tmp_path):
+    array, step = plain(np.float32), plain(np.float32)
+    step[::7] += 1
+    blobs = tricomp.encode(array), tricomp.encode(step, array)
+    monkeypatch.setattr("tricomp.codec.encoding.MEMORY_BYTES", 1000)
+    monkeypatch.setattr("tricomp.codec.encoding._COPY_BYTES", 777)
+    assert (tricomp.encode(unaligned(array)), tricomp.encode(unaligned(step), mapped(array))) == blobs
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(StorageError, match="none: cannot hold a large leaf while it is encoded: .* set TMPDIR"):
+        tricomp.encode(unaligned(array))
 
 
 def test_an_unaligned_tensor_of_a_file_is_compressed(tmp_path):

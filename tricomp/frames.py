@@ -28,6 +28,7 @@ from tricomp.storage import Source
 Array = np.ndarray[Any, Any]
 _BATCH_WORDS = 8 << 20  # decoded together, so that the codec has enough to do at a time
 _THREAD_WORDS = 1 << 20  # words of a batch that keep one thread busy: batches are larger for many threads
+_ROW_BITS = 8 * 512  # of a row of the digest: parts of a leaf that has no chunks begin at rows
 _CACHED_FRAMES = 128  # of several small leaves each, so at most 128 x 65,536 words
 
 
@@ -126,7 +127,7 @@ class Frames:
 
     def parts(self, number: int, wanted: Sequence[range], parent: Words | None = None) -> list[Words]:
         """Words of a leaf, from the chunks that hold them alone, in this file and down its chain."""
-        return [words for words, _ in self._parts(number, wanted, parent, None)]
+        return [words for words, _ in self._parts(number, wanted, parent, None, is_summed=False)]
 
     def summed(
         self, number: int, part: range, parent: Words | None = None, into: Words | None = None
@@ -135,11 +136,11 @@ class Frames:
 
         into: room for the words, which is used where that saves a copy.
         """
-        (found,) = self._parts(number, [part], parent, into)
+        (found,) = self._parts(number, [part], parent, into, is_summed=True)
         return found
 
     def _parts(
-        self, number: int, wanted: Sequence[range], parent: Words | None, into: Words | None
+        self, number: int, wanted: Sequence[range], parent: Words | None, into: Words | None, is_summed: bool
     ) -> list[tuple[Words, int]]:
         self.limits.check("max_decoded_bytes", sum(map(len, wanted)), f"{self.name}: words to decode")
         steps: list[tuple[Frames, int, Sequence[range], Sequence[range]]] = []  # words asked for; those of their chunks
@@ -152,11 +153,11 @@ class Frames:
             if len(entry.leaves) > 1:
                 whole = frames.decode([number])[number]
                 words, source = [whole[part.start : part.stop].copy() for part in wanted], leaf
-                if not steps:
+                if not steps and is_summed:
                     firsts = [part.start * whole.itemsize for part in wanted]
                     sums = self.engine.digest_sums(list(zip(words, firsts, strict=True)))
                 break
-            size = 1 << plan.chunk_log2 if plan.n_chunks else 1
+            size = 1 << plan.chunk_log2 if plan.n_chunks else _ROW_BITS // plan.dtype.word_bits
             around = [
                 range(part.start // size * size, min(-(-part.stop // size) * size, leaf.n_words)) for part in wanted
             ]

@@ -25,13 +25,14 @@ from tricomp.job import EncodeJob, Side
 from tricomp.layout import Leaf, Snapshot
 from tricomp.plan import Frame, Plan, Spec
 from tricomp.reference.bits import is_equal, round_mantissa
-from tricomp.spool import Spool
+from tricomp.spool import MEMORY_BYTES, Scratch, Spool
 
 _log = logging.getLogger("tricomp")
 
 SMALL_WORDS = 16_384  # leaves below this share frames
 GROUP_WORDS = 65_536  # most words of a shared frame
 BATCH_WORDS = 8 << 20  # words encoded at a time; a larger leaf is a batch of its own
+_COPY_BYTES = 16 << 20  # copied at a time
 THREAD_WORDS = 1 << 19  # words of a batch that keep one thread busy: batches are larger for many threads
 
 
@@ -273,8 +274,20 @@ def _sibling_job(snapshot: Snapshot, frame: FrameToPlan, sibling: int) -> Encode
         sibling=sibling,
         keep_mantissa_bits=kept,
     )
-    return EncodeJob(plan, Side(), words, snapshot.words(sibling), source)
+    return EncodeJob(plan, Side(), words, _joined([snapshot.words(sibling)]), source)
 
 
 def _joined(parts: Sequence[Words]) -> Words:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    """Words one after the other, aligned in memory as backends want them; not copied where that can be."""
+    if len(parts) > 1:
+        return np.concatenate(parts)
+    (words,) = parts
+    if words.flags.aligned:
+        return words
+    if words.nbytes <= MEMORY_BYTES:
+        return words.copy()
+    octets = words.view(np.uint8).data
+    with closing(Scratch("leaf", "a large leaf while it is encoded")) as scratch:
+        for start in range(0, len(octets), _COPY_BYTES):
+            scratch.append(octets[start : start + _COPY_BYTES])
+        return np.frombuffer(scratch.read(0, scratch.n_bytes), words.dtype)

@@ -68,25 +68,16 @@ def _reference() -> Backend:
 
 
 def _native() -> Backend:
-    from tricomp.native import decode, digest, encode
+    from tricomp.native import decode, digest, encode, planner
 
-    try:
-        from tricomp.native import planner
-    except ImportError:  # TODO: until it is written
-        return replace(
-            _reference(),
-            name="native",
-            encode=encode.encode,
-            decode=decode.decode_summed,
-            digest_sums=digest.digest_sums,
-        )
-    return Backend("native", planner.plan_frames, encode.encode, decode.decode_summed, digest.digest_sums)
+    made = Backend("native", planner.plan_frames, encode.encode, decode.decode_summed, digest.digest_sums)
+    if not hasattr(native.load(), "plan_frames"):  # TODO: until it is built
+        made = replace(made, plan_frames=_reference().plan_frames)
+    return made
 
 
 def _is_there() -> bool:  # TODO: native.is_there
-    from importlib.util import find_spec
-
-    return native.is_there() and find_spec("tricomp.native.planner") is not None
+    return native.is_there() and hasattr(native.load(), "plan_frames")
 
 
 @cache
