@@ -35,6 +35,12 @@ struct Layer {
     }
 };
 
+// Ask for memory that will be read soon.
+INLINE void fetch(const void* from, size_t n_bytes) {
+    const char* bytes = static_cast<const char*>(from);
+    for (size_t i = 0; i < n_bytes; i += 64) __builtin_prefetch(bytes + i);
+}
+
 INLINE void begin_rans(RansEncoder& encoder, uint8_t* end) {
     for (size_t lane = 0; lane < LANES; lane++) encoder.states[lane] = LOWEST_STATE;
     encoder.words = end;
@@ -93,6 +99,10 @@ size_t encode_chunk_of(const Model& model, const EncodeChunk& chunk, EncodeScrat
         for (size_t start = (chunk.n_words - 1) / TILE * TILE;; start -= TILE) {
             const size_t n = chunk.n_words - start < TILE ? chunk.n_words - start : TILE;
             const size_t n_tile_rows = (n + ROW - 1) / ROW, first_row = start / ROW;
+            if (start) {  // processors do not foresee that the tile below comes next
+                fetch(words + start - TILE, TILE * sizeof(Word));
+                if (reference) fetch(reference + start - TILE, TILE * sizeof(Word));
+            }
             if (is_symbolic) {
                 prepare_tile<Word>(model, reference ? reference + start : nullptr, chunk.first + start, n, tile);
                 split_tile<Word>(model, words + start, n, tile);
