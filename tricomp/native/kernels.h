@@ -2,6 +2,7 @@
 #pragma once
 
 #include "chunk.h"
+#include "stats_kernels.h"
 
 namespace tricomp {
 
@@ -16,6 +17,8 @@ struct Kernels {
     size_t (*encode_stream)(const Tables&, const uint16_t* rows, size_t n_rows, uint8_t* end, uint8_t* states);
     bool (*decode_stream)(const Tables&, const uint8_t* states, const uint8_t* words, size_t n_words, uint8_t* symbols,
                           size_t n_rows);
+    PriceTables* price_tables;
+    Stats stats[4];  // of words of 8, 16, 32 and 64 bits
 };
 
 extern const Kernels portable_kernels;

@@ -14,6 +14,7 @@
 
 #include "frame.h"
 #include "kernels.h"
+#include "planner_module.h"
 
 namespace tricomp {
 namespace {
@@ -281,6 +282,7 @@ PyMethodDef METHODS[] = {
     {"decode", decode_requests, METH_VARARGS, "Decode requests with so many threads: digest sums, or a fault."},
     {"room_for", room_for, METH_O, "Bytes of output that requests may need."},
     {"encode", encode_requests, METH_VARARGS, "Encode requests into an output: places, directory rows, side sections."},
+    {"plan_frames", plan_frames, METH_VARARGS, "Plan frames with so many threads: numbers, tables and scales of each."},
     {"digest_sums", digest_sums, METH_VARARGS, "Digest sums of parts of leaves."},
     {"xxh3_64", checksum, METH_O, "XXH3 of a buffer, 64 bits, seed 0."},
     {"is_equal", equal, METH_VARARGS, "Whether two buffers hold the same bytes."},

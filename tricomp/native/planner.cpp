@@ -1,0 +1,236 @@
+// The planner; see planner.h. Mirrors reference/planner.py.
+
+#include "planner.h"
+
+#include <algorithm>
+#include <mutex>
+
+#include "planner_parts.h"
+#include "threads.h"
+
+namespace tricomp {
+
+namespace planning {
+namespace {
+
+constexpr double HOPELESS_BITS = 1.5;  // a delta that costs so much more than no reference is not tried with scales
+constexpr size_t FEW_ROWS = 16;  // rows of the thin sample that tell whether few distinct words are to be expected
+constexpr double NEAR_BITS = 0.5;  // a sparse frame that seems to cost so much more than another is not counted
+
+// Constant or copy, if the whole frame is.
+bool is_exact(const Frame& frame, PlanResult& plan) {
+    const PlanRequest& request = frame.request;
+    if (frame.stats.is_constant(request.words, size_t(frame.n_words))) {
+        plan.predict = CONSTANT;
+        plan.word = frame.n_words ? frame.word(0) : 0;
+        return true;
+    }
+    if (request.reference == nullptr) return false;
+    const size_t n_bytes = size_t(frame.n_words) * (frame.word_bits() / 8);
+    if (!frame.kernels.is_equal(static_cast<const uint8_t*>(request.words),
+                                static_cast<const uint8_t*>(request.reference), n_bytes))
+        return false;
+    plan.predict = COPY;
+    plan.has_reference = true;
+    return true;
+}
+
+// The distinct words of rows and how often each occurs; gives up once there are more than MAX_SYMBOLS.
+class Distinct {
+  public:
+    bool add(const Frame& frame, const SampleRows& rows) {
+        for (size_t row = 0; row < rows.n_rows(); row++)
+            for (size_t i = 0; i < rows.width; i++)
+                if (!add(frame.word(rows.first(row) + i))) return false;
+        return true;
+    }
+
+    // Ascending.
+    std::vector<std::pair<uint64_t, uint32_t>> found() const {
+        std::vector<std::pair<uint64_t, uint32_t>> words;
+        for (const auto& place : places_)
+            if (place.second) words.push_back(place);
+        std::sort(words.begin(), words.end());
+        return words;
+    }
+
+  private:
+    static constexpr size_t PLACES = 2048;
+
+    bool add(uint64_t word) {
+        size_t at = size_t(word * 0x9E3779B97F4A7C15u >> 53);
+        while (places_[at].second && places_[at].first != word) at = (at + 1) % PLACES;
+        if (!places_[at].second) {
+            if (n_found_ == MAX_SYMBOLS) return false;
+            n_found_++;
+            places_[at].first = word;
+        }
+        places_[at].second++;
+        return true;
+    }
+
+    std::vector<std::pair<uint64_t, uint32_t>> places_{PLACES};
+    size_t n_found_ = 0;
+};
+
+SampleRows few_rows(const Frame& frame) {
+    SampleRows rows = frame.thin;
+    rows.step *= std::max<size_t>(rows.n_rows() / FEW_ROWS, 1);
+    return rows;
+}
+
+// At most 256 distinct words.
+bool palette_choice(const Frame& frame, Choice& choice) {
+    Distinct few, whole;
+    if (!few.add(frame, few_rows(frame)) || !whole.add(frame, frame.sample)) return false;
+    const auto words = whole.found();
+    if (words.size() > std::max<size_t>(frame.n_sampled / 4, 2)) return false;
+    Table table;
+    table.n_symbols = words.size();
+    for (const auto& word : words) table.counts.push_back(word.second);
+    choice.bits = symbol_cost(frame, table.counts.data(), 1, table.n_symbols, 0, double(words.size() * frame.word_bits()));
+    choice.finish = [&frame, table, words](PlanResult& plan) {
+        plan.predict = PALETTE;
+        for (const auto& word : words) plan.palette.push_back(word.first);
+        give_symbols(frame, table, frame.n_sampled, plan);
+    };
+    return true;
+}
+
+// The word that makes up more than half of some rows.
+bool find_commonest(const Frame& frame, uint64_t& commonest) {
+    const SampleRows rows = few_rows(frame);
+    size_t lead = 0;
+    for (size_t row = 0; row < rows.n_rows(); row++) {
+        for (size_t i = 0; i < rows.width; i++) {
+            const uint64_t word = frame.word(rows.first(row) + i);
+            if (!lead) commonest = word;
+            lead += word == commonest ? 1 : size_t(-1);
+        }
+    }
+    const size_t n_others = frame.stats.count_unequal_rows_to(frame.request.words, commonest, rows);
+    return (rows.n_words() - n_others) * 2 > rows.n_words();
+}
+
+// Few words differ from the reference, or from the commonest word. Counted only where it seems worth it.
+void consider_sparse(const Frame& frame, Choice& best) {
+    const PlanRequest& request = frame.request;
+    const double overhead = 192.0 / double(std::min<uint64_t>(frame.n_words, uint64_t(1) << request.chunk_log2));
+    const double rival = best.bits, n_words = double(frame.n_words);
+    const auto weigh = [&](size_t n_unequal, auto count, auto finish) {
+        double share = double(n_unequal) / double(frame.thin.n_words());
+        if (!(patch_bits(frame, share) + overhead < rival + NEAR_BITS)) return;
+        // So many that it costs more than the best.
+        const double most = best.bits / double(16 + frame.word_bits()) * n_words;
+        share = double(count(most < n_words ? size_t(most) + 1 : size_t(frame.n_words))) / n_words;
+        const double bits = patch_bits(frame, share) + overhead;
+        if (bits < best.bits) best = {bits, finish};
+    };
+    uint64_t commonest = 0;
+    if (find_commonest(frame, commonest)) {
+        weigh(
+            frame.stats.count_unequal_rows_to(request.words, commonest, frame.thin),
+            [&](size_t most) {
+                return frame.stats.count_unequal_to(request.words, commonest, size_t(frame.n_words), most);
+            },
+            [commonest](PlanResult& plan) {
+                plan.predict = SPARSE;
+                plan.word = commonest;
+            });
+    }
+    if (request.reference) {
+        weigh(
+            frame.stats.count_unequal_rows(request.words, request.reference, frame.thin),
+            [&](size_t most) {
+                return frame.stats.count_unequal(request.words, request.reference, size_t(frame.n_words), most);
+            },
+            [](PlanResult& plan) {
+                plan.predict = SPARSE;
+                plan.has_reference = true;
+            });
+    }
+}
+
+void plan_one(const PlanRequest& request, Scratch& scratch, PlanResult& plan) {
+    Frame frame(request, scratch);
+    if (is_exact(frame, plan)) return;
+    frame.take_sample();
+    const bool is_float = request.kind.is_float, has_reference = request.reference != nullptr;
+    Choice best{double(frame.word_bits()) - SIMPLER_BITS, [](PlanResult&) {}}, other;
+    const auto consider = [&](Choice&& choice) {
+        if (choice.bits < best.bits) best = std::move(choice);
+    };
+    if (palette_choice(frame, other)) consider(std::move(other));
+    Choice delta;
+    if (has_reference) delta = delta_choice(frame, true);
+    if (is_float) consider(full_choice(frame, has_reference ? std::min(best.bits, delta.bits) : best.bits));
+    else consider(delta_choice(frame, false));
+    if (has_reference) {
+        const bool is_hopeless = !is_float || delta.bits >= best.bits + HOPELESS_BITS;
+        consider(std::move(delta));
+        if (!is_hopeless && scaled_delta_choice(frame, other)) consider(std::move(other));
+    }
+    consider_sparse(frame, best);
+    best.finish(plan);
+}
+
+// Scratch memory that is kept for later calls: fresh memory costs as much as planning. Nobody waits for the lock, which
+// may be held for ever in a process that was forked.
+class Kept {
+  public:
+    std::unique_ptr<Scratch> take() {
+        std::unique_lock<std::mutex> held(lock_, std::try_to_lock);
+        if (!held.owns_lock() || free_.empty()) return std::unique_ptr<Scratch>(new Scratch());
+        std::unique_ptr<Scratch> scratch = std::move(free_.back());
+        free_.pop_back();
+        return scratch;
+    }
+
+    void give(std::unique_ptr<Scratch> scratch) {
+        std::unique_lock<std::mutex> held(lock_, std::try_to_lock);
+        if (held.owns_lock() && free_.size() < MOST) free_.push_back(std::move(scratch));
+    }
+
+  private:
+    static constexpr size_t MOST = 64;
+    std::mutex lock_;
+    std::vector<std::unique_ptr<Scratch>> free_;
+};
+
+Kept& kept() {
+    static Kept found;
+    return found;
+}
+
+// Scratch memory for as long as this lives.
+class Borrowed {
+  public:
+    Borrowed() : scratch_(kept().take()) {}
+    Borrowed(Borrowed&&) = default;
+    ~Borrowed() {
+        if (scratch_) kept().give(std::move(scratch_));
+    }
+    Scratch& get() { return *scratch_; }
+
+  private:
+    std::unique_ptr<Scratch> scratch_;
+};
+
+}  // namespace
+}  // namespace planning
+
+void plan_frame(const PlanRequest& request, PlanResult& result) {
+    planning::Borrowed scratch;
+    planning::plan_one(request, scratch.get(), result);
+}
+
+void plan_frames(const std::vector<PlanRequest>& requests, size_t n_threads, std::vector<PlanResult>& results) {
+    results.assign(requests.size(), PlanResult());
+    share(requests.size(), n_threads, [&]() {
+        return [&, scratch = planning::Borrowed()](size_t i) mutable {
+            planning::plan_one(requests[i], scratch.get(), results[i]);
+        };
+    });
+}
+
+}  // namespace tricomp

@@ -1,0 +1,317 @@
+// What choices cost; see planner_parts.h. Mirrors reference/estimate.py.
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <numeric>
+
+#include "planner_parts.h"
+
+namespace tricomp {
+namespace planning {
+
+namespace {
+
+// log2(1 + i / 4096) in 1/65,536, by squaring: 16 bits, each rounded down.
+constexpr std::array<uint16_t, 4096> logarithms() {
+    std::array<uint16_t, 4096> logs{};
+    for (uint64_t i = 0; i < 4096; i++) {
+        uint64_t square = (4096 + i) << 18, log = 0;
+        for (int bit = 0; bit < 16; bit++) {
+            square = square * square >> 30;
+            const uint64_t is_over = square >> 31;
+            square >>= is_over;
+            log = log << 1 | is_over;
+        }
+        logs[i] = uint16_t(log);
+    }
+    return logs;
+}
+
+constexpr std::array<uint16_t, 4096> LOGARITHMS = logarithms();
+
+std::array<uint32_t, (1 << PROB_BITS) + 1> all_prices() {
+    std::array<uint32_t, (1 << PROB_BITS) + 1> found;
+    for (uint64_t freq = 0; freq < found.size(); freq++) {
+        const uint64_t log = logarithm(freq);
+        found[freq] = uint32_t((PROB_BITS << 16) - log) | uint32_t(log >> 16) << 24;
+    }
+    return found;
+}
+
+}  // namespace
+
+uint32_t bit_length(uint64_t number) { return number ? 64 - uint32_t(__builtin_clzll(number)) : 0; }
+
+uint64_t logarithm(uint64_t number) {
+    if (!number) return 0;
+    const uint32_t power = bit_length(number) - 1;
+    return uint64_t(power) << 16 | LOGARITHMS[(number << 12 >> power) & 4095];
+}
+
+const uint32_t* prices() {
+    static const std::array<uint32_t, (1 << PROB_BITS) + 1> found = all_prices();
+    return found.data();
+}
+
+Frame::Frame(const PlanRequest& given, Scratch& memory)
+    : request(given),
+      kernels(tricomp::kernels()),
+      stats(kernels.stats[given.kind.word_bits == 8 ? 0 : given.kind.word_bits == 16 ? 1 : given.kind.word_bits == 32 ? 2 : 3]),
+      scratch(memory),
+      n_words(given.n_words) {}
+
+void Frame::take_sample() {
+    const uint64_t n_rows = n_words / ROW;
+    size_t width = ROW;
+    if (n_rows <= LEAST_SAMPLE_ROWS) {
+        width = size_t(std::min<uint64_t>(n_words, ROW));
+        for (uint64_t row = 0; row < std::max<uint64_t>(n_rows, 1); row++) firsts.push_back(row * ROW);
+        if (n_rows && n_words > n_rows * ROW) firsts.push_back(n_words - ROW);
+    } else {
+        const uint64_t n = std::min<uint64_t>(std::max<uint64_t>(n_rows / 8, LEAST_SAMPLE_ROWS), SAMPLE_ROWS);
+        firsts.reserve(n);
+        uint64_t start = 0, rest = 0;  // row * n_rows / n, and what the division leaves
+        for (uint64_t row = 0; row < n; row++) {
+            rest += n_rows % n;
+            const uint64_t gap = n_rows / n + (rest >= n ? 1 : 0);
+            rest -= rest >= n ? n : 0;
+            firsts.push_back((start + (row * 0x9E3779B1 >> 7) % gap) * ROW);
+            start += gap;
+        }
+    }
+    sample.firsts = firsts.data();
+    sample.n_all = firsts.size();
+    sample.width = width;
+    n_sampled = sample.n_words();
+    thin = sample;
+    thin.step = std::max<size_t>(firsts.size() / THIN_ROWS, 1);
+}
+
+SampleRows Frame::counted(size_t n_contexts) const {
+    SampleRows rows = sample;
+    if (n_contexts == 1 && firsts.size() >= 2 * LEAST_SAMPLE_ROWS) rows.step = 2;
+    return rows;
+}
+
+uint64_t Frame::word(uint64_t position) const {
+    const size_t n_bytes = word_bits() / 8;
+    uint64_t found = 0;  // little-endian
+    std::memcpy(&found, static_cast<const uint8_t*>(request.words) + position * n_bytes, n_bytes);
+    return found;
+}
+
+std::vector<std::pair<uint64_t, bool>> splits(const PlanRequest& request) {
+    std::vector<std::pair<uint64_t, bool>> cuts;
+    const uint64_t n_words = request.n_words;
+    for (size_t axis = 1; axis < request.shape.size(); axis++) {
+        uint64_t n_columns = 1;
+        for (size_t i = axis; i < request.shape.size(); i++) n_columns *= request.shape[i];
+        const uint64_t n_rows = n_words / std::max<uint64_t>(n_columns, 1);
+        const bool is_dear = (n_rows + n_columns) * 4 > n_words;  // scales for every few words, and long to fit
+        const std::pair<uint64_t, bool> cut(n_columns, true);
+        if (n_columns > 1 && n_rows > 1 && !is_dear && std::find(cuts.begin(), cuts.end(), cut) == cuts.end())
+            cuts.push_back(cut);
+    }
+    if (n_words >= 4 * BLOCK_COLUMNS) cuts.emplace_back(BLOCK_COLUMNS, false);
+    return cuts;
+}
+
+Runs lattice_columns(uint64_t n_columns, size_t n_runs, std::vector<uint64_t>& starts) {
+    starts.clear();
+    Runs runs;
+    if (n_columns <= n_runs * RUN) {
+        starts.push_back(0);
+        runs.length = size_t(n_columns);
+    } else {
+        for (size_t i = 0; i < n_runs; i++) starts.push_back(i * (n_columns - RUN) / (n_runs - 1));
+        runs.length = RUN;
+    }
+    runs.starts = starts.data();
+    runs.n_runs = starts.size();
+    return runs;
+}
+
+Runs columns_below(const Runs& all, uint64_t n, std::vector<uint64_t>& starts) {
+    starts.clear();
+    for (size_t run = 0; run < all.n_runs; run++)
+        for (size_t i = 0; i < all.length; i++)
+            if (all.starts[run] + i < n) starts.push_back(all.starts[run] + i);
+    Runs runs;
+    runs.starts = starts.data();
+    runs.n_runs = starts.size();
+    runs.length = 1;
+    return runs;
+}
+
+template <class Value>
+double vector_bits(const std::vector<Value>& values) {
+    if (values.empty()) return 0.0;
+    const auto ends = std::minmax_element(values.begin(), values.end());
+    const int32_t least = *ends.first, n_values = *ends.second - least + 1;
+    std::vector<uint32_t> counts(size_t(n_values), 0);
+    for (const Value value : values) counts[size_t(value - least)]++;
+    uint32_t step = 0;
+    for (size_t i = 1; i < counts.size() && step != 1; i++)
+        if (counts[i]) step = std::gcd(step, uint32_t(i));
+    step = std::max(step, 1u);
+    const uint32_t width = bit_length(uint32_t(n_values - 1) / step);
+    double packed = double(width * values.size());
+    if (width <= 8 && packed > 4096) {
+        for (size_t i = 0; i < counts.size(); i += step) counts[i / step] = counts[i];
+        const double coded = entropy_bits(counts.data(), (counts.size() - 1) / step + 1) + double(STATE_BITS + 1500);
+        packed = std::min(packed, coded);
+    }
+    return 80 + packed;
+}
+
+template double vector_bits(const std::vector<int16_t>&);
+template double vector_bits(const std::vector<uint16_t>&);
+
+std::pair<size_t, size_t> densest(const uint32_t* counts, size_t n, size_t widest) {
+    size_t first = 0, last = n;
+    while (first < n && !counts[first]) first++;
+    if (first == n) return n > 1 ? std::make_pair<size_t, size_t>(1, 2) : std::make_pair<size_t, size_t>(0, 1);
+    while (!counts[last - 1]) last--;
+    if (last - first <= widest) return {first, last};
+    uint64_t sum = 0;
+    for (size_t i = 0; i < widest; i++) sum += counts[i];
+    uint64_t most = sum;
+    first = 0;
+    for (size_t i = widest; i < n; i++) {
+        sum = sum + counts[i] - counts[i - widest];
+        if (sum > most) {
+            most = sum;
+            first = i - widest + 1;
+        }
+    }
+    return {first, first + widest};
+}
+
+namespace {
+
+struct Index {
+    uint32_t width;
+    uint64_t n_missed;
+};
+
+std::vector<uint64_t> totals_of(const uint32_t* counts, size_t n_contexts, size_t n_symbols) {
+    std::vector<uint64_t> totals(n_symbols, 0);
+    for (size_t i = 0; i < n_contexts * n_symbols; i++) totals[i % n_symbols] += counts[i];
+    return totals;
+}
+
+// The width of an index of the counted symbols, and how many words the dictionary then lacks.
+Index index_of(const Frame& frame, std::vector<uint64_t> totals) {
+    std::sort(totals.begin(), totals.end(), std::greater<uint64_t>());
+    const uint64_t n_all = std::accumulate(totals.begin(), totals.end(), uint64_t(0));
+    Index best{0, 0};
+    uint64_t least = 0, covered = 0;
+    size_t at = 0;
+    for (uint32_t width = 1; width <= 8; width++) {
+        for (; at < std::min<size_t>(size_t(1) << width, totals.size()); at++) covered += totals[at];
+        const uint64_t n_missed = n_all - covered, cost = width * n_all + n_missed * (16 + frame.word_bits());
+        if (width == 1 || cost < least) {
+            least = cost;
+            best = {width, n_missed};
+        }
+    }
+    return best;
+}
+
+}  // namespace
+
+double symbol_cost(const Frame& frame, const uint32_t* counts, size_t n_contexts, size_t n_symbols, uint64_t n_outside,
+                   double extra_bits) {
+    const double n_words = double(frame.n_words), n_sampled = double(frame.n_sampled);
+    if (!frame.is_dense()) {
+        const std::vector<uint64_t> totals = totals_of(counts, n_contexts, n_symbols);
+        const double n_counted = double(std::accumulate(totals.begin(), totals.end(), uint64_t(0)) + n_outside);
+        const Index index = index_of(frame, totals);
+        const double share = double(n_outside + index.n_missed) / n_counted;
+        return double(index.width) + patch_bits(frame, share) + (extra_bits + double(8u << index.width)) / n_words;
+    }
+    TablePrice sums;
+    frame.kernels.price_tables(counts, n_contexts, n_symbols, prices(), &sums);
+    const double n_counted = double(sums.n_counted + n_outside);
+    const uint64_t n_entries = n_contexts * n_symbols;
+    const uint64_t states = STATE_BITS * std::max<uint64_t>(frame.n_chunks(), 1);
+    const double fixed = double(4 * n_entries + sums.log_sizes + states) + extra_bits;
+    double bits = double(sums.price) / (ONE * n_counted) + fixed / n_words;
+    // What was counted once tells how much there is that was not counted at all.
+    const double fresh = 1.0 / n_sampled - 1.0 / n_words;
+    bits += patch_bits(frame, double(n_outside) / n_counted + double(sums.n_once) * fresh);
+    bits += LEARNING * double(sums.n_present) * (fresh + (1.0 / n_counted - 1.0 / n_words));
+    if (n_contexts > 1 || n_symbols > SIMPLE_SYMBOLS)
+        bits += SIMPLER_BITS + DOUBLE_BITS * double(bit_length((n_entries - 1) / SIMPLE_SYMBOLS));
+    return bits;
+}
+
+void normalise(const uint64_t* counts, size_t n, uint16_t* freqs) {
+    constexpr uint64_t SIZE = 1 << PROB_BITS;
+    std::fill(freqs, freqs + n, uint16_t(0));
+    const uint64_t total = std::accumulate(counts, counts + n, uint64_t(0));
+    if (!total) {
+        freqs[0] = SIZE;
+        return;
+    }
+    const uint64_t spare = SIZE - uint64_t(n - size_t(std::count(counts, counts + n, uint64_t(0))));
+    uint64_t sum = 0;
+    for (size_t i = 0; i < n; i++) {
+        freqs[i] = counts[i] ? uint16_t(1 + counts[i] * spare / total) : 0;
+        sum += freqs[i];
+    }
+    uint16_t& favourite = freqs[std::max_element(counts, counts + n) - counts];
+    favourite = uint16_t(favourite + (SIZE - sum));
+}
+
+namespace {
+
+// Counts, four to one, and one for what a context lacks where that is cheaper than patches; see the reference.
+void smooth(const Frame& frame, uint64_t* counts, size_t n) {
+    size_t begin = 0, end = n;
+    while (begin < n && !counts[begin]) begin++;
+    if (begin == n) return;
+    while (!counts[end - 1]) end--;
+    uint64_t* const first = counts + (begin ? begin - 1 : 0);
+    uint64_t* const last = counts + (end < n ? end + 1 : n);
+    const uint64_t n_once = uint64_t(std::count(first, last, uint64_t(4)));
+    const uint64_t n_lacking = uint64_t(std::count(first, last, uint64_t(0)));
+    const uint64_t sum = std::accumulate(first, last, uint64_t(0));
+    if (n_once * (16 + frame.word_bits()) << (PROB_BITS + 6) > 23 * n_lacking * sum)
+        std::replace(first, last, uint64_t(0), uint64_t(1));
+}
+
+}  // namespace
+
+void give_symbols(const Frame& frame, const Table& table, uint64_t n_counted, PlanResult& plan) {
+    const size_t n = table.n_symbols;
+    plan.n_contexts = uint32_t(table.n_contexts);
+    plan.n_symbols = uint32_t(n);
+    if (frame.is_dense()) {
+        plan.entropy = RANS;
+        plan.freqs.resize(table.n_contexts * n);
+        std::vector<uint64_t> counts(n);
+        for (size_t context = 0; context < table.n_contexts; context++) {
+            const uint32_t* row = table.counts.data() + context * n;
+            const bool is_part = n_counted < frame.n_words;
+            for (size_t i = 0; i < n; i++) counts[i] = is_part ? 4 * uint64_t(row[i]) : row[i];
+            if (is_part) smooth(frame, counts.data(), n);
+            normalise(counts.data(), n, plan.freqs.data() + context * n);
+        }
+        return;
+    }
+    const std::vector<uint64_t> totals = totals_of(table.counts.data(), table.n_contexts, n);
+    plan.entropy = INDEX;
+    plan.index_bits = index_of(frame, totals).width;
+    const size_t n_present = n - size_t(std::count(totals.begin(), totals.end(), uint64_t(0)));
+    std::vector<uint8_t> order(n);
+    std::iota(order.begin(), order.end(), uint8_t(0));
+    std::stable_sort(order.begin(), order.end(), [&](uint8_t a, uint8_t b) { return totals[a] > totals[b]; });
+    order.resize(std::min(n, std::min(size_t(1) << plan.index_bits, std::max<size_t>(n_present, 1))));
+    std::sort(order.begin(), order.end());
+    plan.dictionary = order;
+}
+
+}  // namespace planning
+}  // namespace tricomp

@@ -1,0 +1,361 @@
+// The planner of `delta` and `scaled delta`; see planner_parts.h. Mirrors reference/planner_delta.py.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "planner_parts.h"
+
+namespace tricomp {
+namespace planning {
+
+namespace {
+
+constexpr uint32_t K_MOST = 3;  // most bits below the leading one that a delta's symbol may hold
+constexpr size_t EXPONENTS = 16;  // of the prediction that contexts are made of, the last one at TOP_PERCENT of the words
+constexpr uint64_t TOP_PERCENT = 97;
+constexpr std::pair<size_t, uint32_t> WINDOWS[] = {{8, 0}, {8, 1}, {4, 1}, {4, 0}};  // contexts, log2 of exponents in one
+constexpr size_t PROBE_ROWS = 64, PROBE_COLUMNS = 16;  // of the sample on which factors are tried
+constexpr double DECAY_BITS = 0.05;  // what a factor must save where numbers have signs
+constexpr float RATIO_LOW = 0.26f, RATIO_HIGH = 3.9f;
+constexpr uint64_t FIT_COLUMNS = 64, FIT_ROWS = 512, FIT_WORDS = 1 << 16;
+constexpr int64_t FACTOR_ONE = 1 << FACTOR_BITS;
+
+struct Factors {
+    std::vector<uint16_t> rows, columns;
+    uint64_t n_columns = 0, common = 1u << 30;
+
+    Predicted of(const void* reference) const {
+        return {reference, rows.data(), columns.empty() ? nullptr : columns.data(), n_columns, common};
+    }
+};
+
+// bits: per word, remainders included.
+struct Fit {
+    double bits = 0.0;
+    uint32_t k = 0;
+    bool has_sign = true;
+    size_t n_contexts = 1;
+    int32_t context_base = 0;
+    uint32_t context_shift = 0;
+};
+
+// The counted codes in a window of symbols. counts: [n_contexts][n_codes][2]. Symbol 0: no difference.
+void window(const uint32_t* counts, size_t n_contexts, size_t n_codes, bool has_sign, Table& table) {
+    const size_t n = has_sign ? n_codes : 2 * n_codes, skipped = has_sign ? 1 : 2;
+    std::vector<uint32_t> totals(n, 0);
+    const auto count = [&](size_t context, size_t code) {
+        const uint32_t* row = counts + context * n_codes * 2;
+        return has_sign ? row[2 * code] + row[2 * code + 1] : row[code];
+    };
+    uint64_t n_all = 0;
+    for (size_t context = 0; context < n_contexts; context++)
+        for (size_t code = skipped; code < n; code++) totals[code] += count(context, code);
+    for (const uint32_t total : totals) n_all += total;
+    const auto found = densest(totals.data(), n, std::min(MAX_SYMBOLS, MAX_ENTRIES / n_contexts) - 1);
+    table.first = std::max<size_t>(found.first, 1);
+    table.n_contexts = n_contexts;
+    table.n_symbols = found.second - table.first + 1;
+    table.counts.assign(n_contexts * table.n_symbols, 0);
+    for (size_t context = 0; context < n_contexts; context++) {
+        uint32_t* row = table.counts.data() + context * table.n_symbols;
+        row[0] = counts[context * n_codes * 2] + counts[context * n_codes * 2 + 1];
+        for (size_t code = std::max(table.first, skipped); code < found.second; code++)
+            row[code - table.first + 1] = count(context, code);
+    }
+    for (size_t code = table.first; code < found.second; code++) n_all -= totals[code];
+    table.n_missed = n_all;
+}
+
+// Bits of the remainders of the table's words.
+uint64_t low_bits(const Table& table, uint32_t k, bool has_sign) {
+    uint64_t sum = 0;
+    for (size_t symbol = 1; symbol < table.n_symbols; symbol++) {
+        uint64_t count = 0;
+        for (size_t context = 0; context < table.n_contexts; context++)
+            count += table.counts[context * table.n_symbols + symbol];
+        const size_t code = table.first + symbol - 1, length = (has_sign ? code : code >> 1) >> k;
+        sum += count * ((length > k + 1 ? length - 1 - k : 0) + has_sign);
+    }
+    return sum;
+}
+
+// The best place of the sign, then the best contexts, then the best k.
+Fit best_delta(Frame& frame, const Predicted& predicted, double side_bits) {
+    const Kind& kind = frame.request.kind;
+    std::vector<uint32_t>& counts = frame.scratch.counts;
+    const size_t n_exponents = kind.is_float ? size_t(1) << kind.exponent_bits : kind.word_bits + 1;
+    frame.stats.count_exponents(kind, predicted, frame.thin, counts.data(), n_exponents, frame.scratch.lanes.data());
+    const uint64_t n_words = frame.thin.n_words(), target = n_words * TOP_PERCENT / 100;
+    int32_t end = 0;
+    uint64_t covered = counts[0];
+    while (covered < target) covered += counts[size_t(++end)];
+    end++;
+    const int32_t base = end - int32_t(EXPONENTS);
+    frame.stats.count_codes(kind, K_MOST, EXPONENTS, base, 0, frame.request.words, predicted, frame.thin, counts.data(),
+                            frame.scratch.lanes.data());
+    const size_t n_finest = size_t(kind.word_bits + 1) << K_MOST;
+    Table table;
+    std::vector<uint32_t> merged;
+    const auto fit = [&](uint32_t k, bool has_sign, size_t n_contexts, uint32_t shift) {
+        const int32_t start = int32_t(EXPONENTS) - int32_t(n_contexts << shift);
+        const size_t n_codes = size_t(kind.word_bits + 1) << k;
+        merged.assign(n_contexts * n_codes * 2, 0);
+        for (size_t place = 0; place < EXPONENTS; place++) {
+            const int32_t context = (int32_t(place) - start) >> shift;
+            const size_t clipped = size_t(std::min(std::max(context, 0), int32_t(n_contexts - 1)));
+            const uint32_t* row = counts.data() + place * n_finest * 2;
+            uint32_t* out = merged.data() + clipped * n_codes * 2;
+            for (size_t code = 0; code < n_finest; code++) {
+                out[(code >> (K_MOST - k)) * 2] += row[code * 2];
+                out[(code >> (K_MOST - k)) * 2 + 1] += row[code * 2 + 1];
+            }
+        }
+        window(merged.data(), n_contexts, n_codes, has_sign, table);
+        Fit found;
+        found.bits = symbol_cost(frame, table.counts.data(), n_contexts, table.n_symbols, table.n_missed, side_bits);
+        found.bits += double(low_bits(table, k, has_sign)) / double(n_words);
+        found.k = k;
+        found.has_sign = has_sign;
+        found.n_contexts = n_contexts;
+        found.context_base = n_contexts > 1 ? base + start : 0;
+        found.context_shift = shift;
+        return found;
+    };
+    Fit best = fit(frame.is_dense() ? 1 : 0, true, 1, 0);
+    const auto consider = [&](const Fit& other) {
+        if (other.bits < best.bits) best = other;
+    };
+    if (frame.is_dense()) {
+        consider(fit(1, false, 1, 0));
+        for (const auto& window : WINDOWS) consider(fit(1, best.has_sign, window.first, window.second));
+        for (const uint32_t k : {0u, 2u, 3u}) consider(fit(k, best.has_sign, best.n_contexts, best.context_shift));
+        if (best.k > 1)  // eight contexts may lack the room for so many symbols
+            for (const auto& window : WINDOWS) consider(fit(best.k, best.has_sign, window.first, window.second));
+    }
+    best.bits += double(STATE_BITS * frame.n_chunks()) / double(frame.n_words);
+    return best;
+}
+
+void finish_delta(Frame& frame, const Fit& fit, const Predicted& predicted, PlanResult& plan) {
+    const Kind& kind = frame.request.kind;
+    const SampleRows counted = frame.counted(fit.n_contexts);
+    std::vector<uint32_t>& counts = frame.scratch.counts;
+    frame.stats.count_codes(kind, fit.k, uint32_t(fit.n_contexts), fit.context_base, fit.context_shift, frame.request.words,
+                            predicted, counted, counts.data(), frame.scratch.lanes.data());
+    Table table;
+    window(counts.data(), fit.n_contexts, size_t(kind.word_bits + 1) << fit.k, fit.has_sign, table);
+    plan.remainder = STACK;
+    plan.k = fit.k;
+    plan.has_sign = fit.has_sign;
+    plan.base = int32_t(table.first) - 1;
+    plan.context_base = fit.n_contexts > 1 ? fit.context_base : 0;
+    plan.context_shift = fit.n_contexts > 1 ? fit.context_shift : 0;
+    give_symbols(frame, table, counted.n_words(), plan);
+}
+
+// Some words of the sample, copied: probes of factors. room: up to a multiple of 32 words.
+struct Probe {
+    std::vector<uint64_t> words, reference;  // as many bytes as are needed
+    std::vector<uint64_t> positions;
+    std::vector<uint32_t> spread;  // factor of row and column, one = 2^15
+    size_t n = 0;
+};
+
+Probe probe_of(const Frame& frame) {
+    Probe probe;
+    SampleRows rows = frame.thin;
+    rows.step *= std::max<size_t>(frame.thin.n_rows() / PROBE_ROWS, 1);
+    const size_t n_columns = std::min(rows.width, PROBE_COLUMNS), n_bytes = frame.word_bits() / 8;
+    probe.n = rows.n_rows() * n_columns;
+    const size_t room = (probe.n * n_bytes + 32 * n_bytes) / 8 + 1;
+    probe.words.assign(room, 0);
+    probe.reference.assign(room, 0);
+    const uint8_t* words = static_cast<const uint8_t*>(frame.request.words);
+    const uint8_t* reference = static_cast<const uint8_t*>(frame.request.reference);
+    uint8_t* out = reinterpret_cast<uint8_t*>(probe.words.data());
+    uint8_t* old = reinterpret_cast<uint8_t*>(probe.reference.data());
+    for (size_t row = 0; row < rows.n_rows(); row++) {
+        const size_t at = row * n_columns * n_bytes;
+        std::memcpy(out + at, words + rows.first(row) * n_bytes, n_columns * n_bytes);
+        std::memcpy(old + at, reference + rows.first(row) * n_bytes, n_columns * n_bytes);
+        for (size_t i = 0; i < n_columns; i++) probe.positions.push_back(rows.first(row) + i);
+    }
+    probe.spread.assign(probe.n + 32, uint32_t(FACTOR_ONE));
+    return probe;
+}
+
+size_t count_negative(const Frame& frame, const Probe& probe) {
+    uint64_t whole = 0;
+    SampleRows all;
+    all.firsts = &whole;
+    all.n_all = 1;
+    size_t n = 0;
+    for (size_t first = 0; first < probe.n; first += ROW) {
+        whole = first;
+        all.width = std::min(probe.n - first, ROW);
+        n += frame.stats.count_negative(probe.words.data(), all);
+    }
+    return n;
+}
+
+struct Tried {
+    uint64_t common;
+    double cost, plain;  // bits per word with the common factor, and with the factor one
+};
+
+// The common factor with which the probed words cost least.
+Tried best_factor(Frame& frame, const Probe& probe, size_t n_tried) {
+    const Kind& kind = frame.request.kind;
+    std::vector<float> ratios(probe.n), known;
+    frame.stats.ratios(kind, probe.words.data(), probe.reference.data(), probe.n, ratios.data());
+    known.reserve(probe.n);
+    for (size_t i = 0; i < probe.n; i++) {
+        const float ratio = ratios[i] * (float(FACTOR_ONE) / float(probe.spread[i]));
+        if (ratio > RATIO_LOW && ratio < RATIO_HIGH) known.push_back(ratio);
+    }
+    std::sort(known.begin(), known.end());
+    // A power of the decay is a float32 number: the nearest one is met more often than any other.
+    std::vector<uint64_t> candidates{uint64_t(1) << 30};
+    for (size_t i = 0; i < n_tried && !known.empty(); i++)
+        candidates.push_back(uint64_t(double(known[known.size() * (2 * i + 1) / (2 * n_tried)]) * double(1 << 30)));
+    std::vector<uint32_t> products(probe.n + 32, 0);
+    for (size_t i = 0; i < probe.n; i++) products[i] = std::min<uint32_t>(probe.spread[i], 0xFFFF) << FACTOR_BITS;
+    Tried best{0, 0.0, 0.0};
+    uint32_t counts[130];
+    for (size_t i = 0; i < candidates.size(); i++) {
+        const uint64_t n_low = frame.stats.try_factor(kind, candidates[i], probe.words.data(), probe.reference.data(),
+                                                      products.data(), probe.n, frame.is_dense() ? counts : nullptr);
+        const double symbol_bits = frame.is_dense() ? entropy_bits(counts, (kind.word_bits + 1) * 2) : 0.0;
+        const double cost = (symbol_bits + double(n_low)) / double(probe.n);
+        if (i == 0) best = {candidates[0], cost, cost};
+        if (cost < best.cost) {
+            best.common = candidates[i];
+            best.cost = cost;
+        }
+    }
+    return best;
+}
+
+// Factors on a step of at most 255 values about one, so that their vector stays small. In place.
+void round_factors(std::vector<uint16_t>& factors) {
+    int64_t reach = -1;
+    for (const uint16_t factor : factors) {
+        const int64_t away = std::abs(std::min<int64_t>(std::max<int64_t>(factor, 328), 65208) - FACTOR_ONE);
+        if (away < FACTOR_ONE / 2) reach = std::max(reach, away);
+    }
+    if (reach < 0) reach = FACTOR_ONE / 2;
+    const int64_t step = std::max<int64_t>(2 * reach / 255, 1);
+    for (uint16_t& factor : factors) {
+        const int64_t away = std::min<int64_t>(std::max<int64_t>(factor, 328), 65208) - FACTOR_ONE;
+        const int64_t above = 2 * away + step, below = 2 * step;
+        const int64_t steps = above / below - (above % below < 0);
+        factor = uint16_t(std::min<int64_t>(std::max<int64_t>(FACTOR_ONE + steps * step, 1), 65535));
+    }
+}
+
+// Row and column factors, beside the common one, from the reference to the words: medians over a lattice.
+Factors fit_factors(Frame& frame, uint64_t common, uint64_t n_columns, bool has_column_scale) {
+    const Kind& kind = frame.request.kind;
+    const uint8_t* words = static_cast<const uint8_t*>(frame.request.words);
+    const uint8_t* reference = static_cast<const uint8_t*>(frame.request.reference);
+    const uint64_t n_whole = frame.n_words / n_columns, tail = frame.n_words % n_columns;
+    const size_t past = size_t(n_whole * n_columns * (kind.word_bits / 8));
+    const float one = float(FACTOR_ONE), unit = one / (float(common) / float(1 << 30));
+    Factors factors;
+    factors.n_columns = n_columns;
+    factors.common = common;
+    factors.rows.resize(n_whole + (tail ? 1 : 0));
+    std::vector<uint64_t> starts, tail_starts;
+    const uint64_t n_some = std::min(std::max<uint64_t>(FIT_WORDS / n_whole, 16), FIT_COLUMNS);
+    const Runs runs = lattice_columns(n_columns, size_t(n_some / RUN), starts);
+    frame.stats.row_medians(kind, words, reference, n_columns, n_whole, runs, unit, factors.rows.data());
+    if (tail)
+        frame.stats.row_medians(kind, words + past, reference + past, n_columns, 1, columns_below(runs, tail, tail_starts),
+                                unit, factors.rows.data() + n_whole);
+    round_factors(factors.rows);
+    if (!has_column_scale) return factors;
+    const uint64_t n_rows = std::min(std::max<uint64_t>(FIT_WORDS / n_columns, 16), FIT_ROWS);
+    const uint64_t step = (n_whole + n_rows - 1) / n_rows;
+    std::vector<float> units;
+    for (uint64_t row = 0; row < n_whole; row += step) units.push_back(unit * (one / float(factors.rows[row])));
+    factors.columns.resize(n_columns);
+    frame.stats.column_medians(kind, words, reference, n_columns, n_whole, step, units.data(), factors.columns.data());
+    round_factors(factors.columns);
+    return factors;
+}
+
+double side_bits_of(const Factors& factors) { return vector_bits(factors.rows) + vector_bits(factors.columns); }
+
+void spread_factors(const Factors& factors, Probe& probe) {
+    for (size_t i = 0; i < probe.n; i++) {
+        const uint64_t position = probe.positions[i];
+        uint64_t spread = factors.rows[position / factors.n_columns];
+        if (!factors.columns.empty()) spread = spread * factors.columns[position % factors.n_columns] >> FACTOR_BITS;
+        probe.spread[i] = uint32_t(spread);
+    }
+}
+
+}  // namespace
+
+Choice delta_choice(Frame& frame, bool has_reference) {
+    Predicted predicted;
+    predicted.reference = has_reference ? frame.request.reference : nullptr;
+    const Fit fit = best_delta(frame, predicted, 0.0);
+    bool has_block_shifts = false;
+    double bits = fit.bits;
+    if (frame.thin.width == ROW && frame.word_bits() > 8) {
+        const uint64_t n_saved = frame.stats.shift_savings(frame.request.kind, fit.k, frame.request.words, predicted, frame.thin);
+        const double saved = double(n_saved) / double(frame.thin.n_words()) - 8.0 / double(ROW);
+        has_block_shifts = !(saved < 0.5);
+        if (has_block_shifts) bits = fit.bits - saved * 0.9;
+    }
+    return {bits, [&frame, fit, predicted, has_block_shifts, has_reference](PlanResult& plan) {
+                plan.predict = DELTA;
+                plan.has_reference = has_reference;
+                plan.has_block_shifts = has_block_shifts;
+                finish_delta(frame, fit, predicted, plan);
+            }};
+}
+
+bool scaled_delta_choice(Frame& frame, Choice& choice) {
+    Probe probe = probe_of(frame);
+    // Numbers of both signs change by what is added to them, not by what they are multiplied with, decay aside.
+    const bool has_signs = count_negative(frame, probe) * 1000 > probe.n;
+    const Tried common = best_factor(frame, probe, has_signs ? 8 : 12);
+    if (has_signs && common.cost > common.plain - DECAY_BITS) return false;
+    Factors best;
+    best.rows.assign(1, uint16_t(FACTOR_ONE));
+    best.n_columns = frame.n_words;
+    best.common = common.common;
+    double fewest = common.cost;
+    if (!has_signs) {
+        for (const auto& cut : splits(frame.request)) {
+            Factors factors = fit_factors(frame, common.common, cut.first, cut.second);
+            spread_factors(factors, probe);
+            const Tried tried = best_factor(frame, probe, 8);
+            const double bits = tried.cost + side_bits_of(factors) / double(frame.n_words);
+            if (bits < fewest) {
+                fewest = bits;
+                factors.common = tried.common;
+                best = std::move(factors);
+            }
+        }
+    }
+    const Fit fit = best_delta(frame, best.of(frame.request.reference), side_bits_of(best));
+    choice.bits = fit.bits + SIMPLER_BITS;
+    choice.finish = [&frame, fit, best = std::move(best)](PlanResult& plan) {
+        plan.predict = SCALED_DELTA;
+        plan.has_reference = true;
+        plan.n_columns = best.n_columns;
+        plan.has_column_scale = !best.columns.empty();
+        plan.factor = best.common;
+        plan.factor_rows = best.rows;
+        plan.factor_columns = best.columns;
+        finish_delta(frame, fit, best.of(frame.request.reference), plan);
+    };
+    return true;
+}
+
+}  // namespace planning
+}  // namespace tricomp

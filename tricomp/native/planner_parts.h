@@ -1,0 +1,120 @@
+// What the planner's sources share: the sample, scratch memory, prices, and the functions of each source. Baseline.
+//
+// Mirrors reference/estimate.py. The hard thing: every double is made by the operations of the reference in their order.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+#include "planner.h"
+
+namespace tricomp {
+namespace planning {
+
+constexpr size_t SAMPLE_ROWS = 1024;  // most rows of 128 words in a sample
+constexpr size_t LEAST_SAMPLE_ROWS = 256;  // a frame of no more rows is its own sample; beyond, an eighth of the rows is taken
+constexpr size_t THIN_ROWS = 128;  // the search looks at 128 to 255 rows of the sample
+constexpr uint64_t BLOCK_COLUMNS = 256;  // the split of frames without two dimensions: a scale for every 256 words
+constexpr size_t RUN = 4;  // columns of a lattice stand in runs of so many
+constexpr uint64_t STATE_BITS = 1024 + 192;  // of one stream, with its part of the directory
+constexpr uint32_t PROB_BITS = 11;
+constexpr double LEARNING = 0.72;  // bits that a frequency costs in the words it was not counted on: 1 / (2 ln 2)
+constexpr size_t SIMPLE_SYMBOLS = 64;  // one context of so many symbols is decoded fastest
+constexpr double SIMPLER_BITS = 0.02;  // what anything slower must save to be taken
+constexpr double DOUBLE_BITS = 0.005;  // and for each doubling of the table entries
+constexpr double ONE = 65536.0;  // the unit of prices
+constexpr size_t MAX_SYMBOLS = 256;
+constexpr uint32_t MAX_MANTISSA_BITS = 4;
+
+// log2 of whole numbers below 2^40 in 1/65,536 bit, from their 13 highest bits; 0 for 0.
+uint64_t logarithm(uint64_t number);
+const uint32_t* prices();  // of frequencies up to 2^11; see TablePrice
+
+// Memory that one frame's planning takes at a time; kept for the next.
+struct Scratch {
+    std::vector<uint32_t> lanes, counts, table;
+    std::vector<int32_t> octaves, offsets;
+    std::vector<uint8_t> is_counted;
+
+    Scratch() : lanes(MOST_LANE_ENTRIES), counts(MOST_LANE_ENTRIES), table(2 * MAX_ENTRIES) {}
+};
+
+// A frame on its way.
+struct Frame {
+    const PlanRequest& request;
+    const Kernels& kernels;
+    const Stats& stats;
+    Scratch& scratch;
+    std::vector<uint64_t> firsts;  // positions of the sample's rows
+    SampleRows sample, thin;
+    uint64_t n_words, n_sampled = 0;
+
+    Frame(const PlanRequest&, Scratch&);
+    void take_sample();
+    uint32_t word_bits() const { return request.kind.word_bits; }
+    bool is_dense() const { return !request.is_fast; }
+    uint64_t n_chunks() const {
+        return (n_words >> request.chunk_log2) + (n_words & ((uint64_t(1) << request.chunk_log2) - 1) ? 1 : 0);
+    }
+    // The part of the sample on which tables are counted: one table needs less than several.
+    SampleRows counted(size_t n_contexts) const;
+    // The position's word.
+    uint64_t word(uint64_t position) const;
+};
+
+// Counted symbols: n_contexts rows of n_symbols.
+struct Table {
+    std::vector<uint32_t> counts;
+    size_t n_contexts = 1, n_symbols = 0;
+    uint64_t n_missed = 0;  // words outside the window
+    size_t first = 0;  // what the window begins with
+};
+
+struct Choice {
+    double bits;
+    std::function<void(PlanResult&)> finish;
+};
+
+uint32_t bit_length(uint64_t);
+
+std::vector<std::pair<uint64_t, bool>> splits(const PlanRequest&);  // columns, whether columns get a scale
+// Columns of a lattice: all, or runs at even distances. starts holds what Runs points to.
+Runs lattice_columns(uint64_t n_columns, size_t n_runs, std::vector<uint64_t>& starts);
+// Of the columns below n alone, each for itself.
+Runs columns_below(const Runs&, uint64_t n, std::vector<uint64_t>& starts);
+
+template <class Count>
+double entropy_bits(const Count* counts, size_t n) {
+    uint64_t total = 0, parts = 0;
+    for (size_t i = 0; i < n; i++) {
+        if (!counts[i]) continue;
+        total += counts[i];
+        parts += counts[i] * logarithm(counts[i]);
+    }
+    return double(int64_t(total * logarithm(total) - parts)) / ONE;
+}
+
+template <class Value> double vector_bits(const std::vector<Value>&);
+inline double patch_bits(const Frame& frame, double share) { return share * double(16 + frame.word_bits()); }
+
+// Bits per word of the counted symbols in the tier asked for, with their tables, patches, and extra_bits a frame.
+double symbol_cost(const Frame&, const uint32_t* counts, size_t n_contexts, size_t n_symbols, uint64_t n_outside,
+                   double extra_bits);
+// Fill in the entropy stage of a plan and its tables or dictionary. n_counted: words of the sample they were counted on.
+void give_symbols(const Frame&, const Table&, uint64_t n_counted, PlanResult&);
+// Frequencies that sum to 2^11, at least 1 for every counted symbol.
+void normalise(const uint64_t* counts, size_t n, uint16_t* freqs);
+
+// [first, last) of the counted places, or of the widest window that holds most of them.
+std::pair<size_t, size_t> densest(const uint32_t* counts, size_t n, size_t widest);
+
+// rival: bits per word that another prediction costs.
+Choice full_choice(Frame&, double rival);
+Choice delta_choice(Frame&, bool has_reference);
+bool scaled_delta_choice(Frame&, Choice&);  // false: there is none
+
+}  // namespace planning
+}  // namespace tricomp

@@ -1,0 +1,702 @@
+// What the planner counts and sums over words: histograms of symbols, means and medians over lattices, savings.
+//
+// Stage header: no STL. Mirrors the passes over words of reference/planner_full.py and planner_delta.py. The hard thing is
+// speed: the loops that make indices become vector code, and the counting, which cannot, goes to several tables in turn,
+// so that a symbol that repeats does not wait for itself.
+#pragma once
+
+#include <cstring>
+
+#include "bits.h"
+#include "compare.h"
+#include "isa.h"
+#include "model.h"
+#include "predict_scales.h"
+#include "stats_kernels.h"
+
+TRICOMP_BEGIN
+namespace stats {
+
+// Counts of indices below n_entries, in up to COUNT_LANES tables.
+class Histogram {
+  public:
+    Histogram(uint32_t* lanes, size_t n_entries) : lanes_(lanes), n_entries_(n_entries) {
+        n_lanes_ = n_entries <= 4096 ? 4 : n_entries <= 16384 ? 2 : 1;
+        std::memset(lanes, 0, n_lanes_ * n_entries * sizeof(uint32_t));
+    }
+
+    INLINE void add(const uint16_t* indices, size_t n) {
+        uint32_t* const tables[COUNT_LANES] = {lanes_, lanes_ + (n_lanes_ > 1) * n_entries_,
+                                               lanes_ + (n_lanes_ > 2 ? 2 : 0) * n_entries_,
+                                               lanes_ + (n_lanes_ > 2 ? 3 : n_lanes_ > 1) * n_entries_};
+        size_t i = 0;
+        for (; i + 4 <= n; i += 4) {
+            tables[0][indices[i]]++;
+            tables[1][indices[i + 1]]++;
+            tables[2][indices[i + 2]]++;
+            tables[3][indices[i + 3]]++;
+        }
+        for (; i < n; i++) lanes_[indices[i]]++;
+    }
+
+    void finish(uint32_t* counts) const {
+        std::memcpy(counts, lanes_, n_entries_ * sizeof(uint32_t));
+        for (size_t lane = 1; lane < n_lanes_; lane++)
+            for (size_t i = 0; i < n_entries_; i++) counts[i] += lanes_[lane * n_entries_ + i];
+    }
+
+  private:
+    uint32_t* lanes_;
+    size_t n_entries_, n_lanes_;
+};
+
+template <class Word>
+INLINE const Word* words_of(const void* words) {
+    return static_cast<const Word*>(words);
+}
+
+// Exact passes over a frame.
+
+template <class Word>
+bool is_constant(const void* words, size_t n) {
+    return TRICOMP_ISA::is_constant(words_of<Word>(words), n);
+}
+
+template <class Word>
+size_t count_unequal(const void* words, const void* others, size_t n, size_t most) {
+    return TRICOMP_ISA::count_unequal(words_of<Word>(words), words_of<Word>(others), n, most);
+}
+
+template <class Word>
+size_t count_unequal_to(const void* words, uint64_t other, size_t n, size_t most) {
+    return TRICOMP_ISA::count_unequal_to(words_of<Word>(words), Word(other), n, most);
+}
+
+template <class Word>
+Word join(const Word* words, size_t n) {
+    Word joined = 0;
+    for (size_t i = 0; i < n; i++) joined = Word(joined | words[i]);
+    return joined;
+}
+
+template <class Word>
+uint64_t join_low(const void* words, size_t n, uint64_t mask) {
+    constexpr size_t PART = 2048;
+    Word joined = 0;
+    for (size_t first = 0; first < n && !(joined & 1); first += PART)
+        joined = Word(joined | join(words_of<Word>(words) + first, n - first < PART ? n - first : PART));
+    return joined & mask;
+}
+
+// Sums over the words of a sample's rows.
+
+template <class Word>
+size_t count_negative(const void* words, const SampleRows& rows) {
+    size_t n_negative = 0;
+    for (size_t row = 0; row < rows.n_rows(); row++) {
+        const Word* part = words_of<Word>(words) + rows.first(row);
+        Word n_here = 0;  // at most ROW
+        for (size_t i = 0; i < rows.width; i++) n_here = Word(n_here + Word(part[i] >> (BITS<Word> - 1)));
+        n_negative += size_t(n_here);
+    }
+    return n_negative;
+}
+
+template <class Word, class Test>
+INLINE size_t count_rows(const SampleRows& rows, Test test) {
+    size_t n_found = 0;
+    for (size_t row = 0; row < rows.n_rows(); row++) {
+        const uint64_t first = rows.first(row);
+        Word n_here = 0;
+        for (size_t i = 0; i < rows.width; i++) n_here = Word(n_here + Word(test(first + i)));
+        n_found += size_t(n_here);
+    }
+    return n_found;
+}
+
+template <class Word>
+size_t count_unequal_rows(const void* words, const void* others, const SampleRows& rows) {
+    const Word *a = words_of<Word>(words), *b = words_of<Word>(others);
+    return count_rows<Word>(rows, [=](uint64_t i) { return a[i] != b[i]; });
+}
+
+template <class Word>
+size_t count_unequal_rows_to(const void* words, uint64_t other, const SampleRows& rows) {
+    const Word *a = words_of<Word>(words), b = Word(other);
+    return count_rows<Word>(rows, [=](uint64_t i) { return a[i] != b; });
+}
+
+// Full.
+
+template <class Word>
+void count_highs(const Kind& kind, uint32_t k, const void* words, const SampleRows& rows, uint32_t* counts,
+                 uint32_t* lanes) {
+    typedef LaneOf<Word> Lane;
+    const Magnitude<Word> magnitude(kind);
+    const uint32_t shift = kind.mantissa_bits - k;
+    const Lane n_values = Lane(1) << (kind.exponent_bits + k);
+    Histogram histogram(lanes, size_t(n_values) + 1);
+    uint16_t indices[ROW];
+    for (size_t row = 0; row < rows.n_rows(); row++) {
+        const Word* part = words_of<Word>(words) + rows.first(row);
+        for (size_t i = 0; i < rows.width; i++)
+            indices[i] = uint16_t(part[i] ? Lane(magnitude.of(part[i])) >> shift : n_values);
+        histogram.add(indices, rows.width);
+    }
+    histogram.finish(counts);
+}
+
+// L = R + C of the words of a row of the sample.
+INLINE void spread_levels(const Levels& levels, uint64_t first, size_t n, int16_t* out) {
+    spread_scales(levels.rows, levels.columns, levels.n_columns, first, n, out,
+                  [](int16_t row, int16_t column) { return int16_t(row + column); }, int16_t(0));
+}
+
+template <class Word>
+void range_of_highs(const Kind& kind, uint32_t k, const void* words, const SampleRows& rows, const Levels& levels,
+                    int32_t* range) {
+    typedef LaneOf<Word> Lane;
+    const Magnitude<Word> magnitude(kind);
+    const uint32_t shift = kind.mantissa_bits - k;
+    int32_t least = INT32_MAX, greatest = INT32_MIN;
+    int16_t level[ROW];
+    for (size_t row = 0; row < rows.n_rows(); row++) {
+        const Word* part = words_of<Word>(words) + rows.first(row);
+        spread_levels(levels, rows.first(row), rows.width, level);
+        for (size_t i = 0; i < rows.width; i++) {
+            const int32_t high = int32_t(Lane(magnitude.of(part[i])) >> shift) - (level[i] >> 3) * (1 << k);
+            const int32_t low_end = part[i] ? high : INT32_MAX, high_end = part[i] ? high : INT32_MIN;
+            least = low_end < least ? low_end : least;
+            greatest = high_end > greatest ? high_end : greatest;
+        }
+    }
+    range[0] = least;
+    range[1] = greatest;
+}
+
+template <class Word>
+void count_scaled_highs(const Kind& kind, uint32_t k, const void* words, const SampleRows& rows, const Levels& levels,
+                        int32_t low, uint32_t width, uint32_t* counts, uint32_t* lanes) {
+    typedef LaneOf<Word> Lane;
+    const Magnitude<Word> magnitude(kind);
+    const uint32_t shift = kind.mantissa_bits - k;
+    Histogram histogram(lanes, 8 * size_t(width) + 9);
+    uint16_t indices[ROW];
+    int16_t level[ROW];
+    for (size_t row = 0; row < rows.n_rows(); row++) {
+        const Word* part = words_of<Word>(words) + rows.first(row);
+        spread_levels(levels, rows.first(row), rows.width, level);
+        for (size_t i = 0; i < rows.width; i++) {
+            const int32_t high = int32_t(Lane(magnitude.of(part[i])) >> shift) - (level[i] >> 3) * (1 << k);
+            const uint32_t place = uint32_t(high) - uint32_t(low), phase = uint32_t(level[i]) & 7;
+            const uint32_t some = place < width ? place << 3 | phase : width * 8 + 8;
+            indices[i] = uint16_t(part[i] ? some : width * 8 + phase);
+        }
+        histogram.add(indices, rows.width);
+    }
+    histogram.finish(counts);
+}
+
+template <class Word>
+void low_zeros(const void* words, const SampleRows& rows, uint64_t mask, uint32_t n_low, uint64_t* joined,
+               uint64_t* n_saved) {
+    *joined = *n_saved = 0;
+    for (size_t row = 0; row < rows.n_rows(); row++) {
+        const Word low = Word(join(words_of<Word>(words) + rows.first(row), rows.width) & Word(mask));
+        const uint32_t zeros = trailing_zeros(low);
+        *joined |= low;
+        *n_saved += zeros < n_low ? zeros : n_low;
+    }
+}
+
+template <class Word>
+void count_plane(const void* words, const SampleRows& rows, uint32_t n_low, bool has_sign, uint32_t from, uint32_t width,
+                 uint32_t* counts, uint32_t* lanes) {
+    typedef LaneOf<Word> Lane;
+    const Lane low_mask = (Lane(1) << n_low) - 1, sign_mask = Lane(has_sign) << n_low, octet = (Lane(1) << width) - 1;
+    const uint32_t down = BITS<Word> - 1 - n_low;
+    Histogram histogram(lanes, size_t(1) << width);
+    uint16_t indices[ROW];
+    for (size_t row = 0; row < rows.n_rows(); row++) {
+        const Word* part = words_of<Word>(words) + rows.first(row);
+        for (size_t i = 0; i < rows.width; i++) {
+            const Lane word = part[i];
+            indices[i] = uint16_t(((word & low_mask) | (word >> down & sign_mask)) >> from & octet);
+        }
+        histogram.add(indices, rows.width);
+    }
+    histogram.finish(counts);
+}
+
+// Magnitude in eighths of an octave, as the scale model counts them.
+template <class Word>
+struct Octaves {
+    typedef LaneOf<Word> Lane;
+    const Magnitude<Word> magnitude;
+    const uint32_t down, up;
+
+    explicit Octaves(const Kind& kind)
+        : magnitude(kind),
+          down(kind.mantissa_bits > 3 ? kind.mantissa_bits - 3 : 0),
+          up(kind.mantissa_bits < 3 ? 3 - kind.mantissa_bits : 0) {}
+    INLINE int32_t of(Word word) const { return int32_t(Lane(magnitude.of(word)) >> down << up); }
+};
+
+template <class Word>
+void lattice(const Kind& kind, const void* words, uint64_t n_columns, const uint64_t* rows, size_t n_rows, const Runs& runs,
+             int32_t* octaves, uint8_t* is_counted) {
+    const Octaves<Word> octave(kind);
+    for (size_t row = 0; row < n_rows; row++) {
+        const Word* whole = words_of<Word>(words) + rows[row] * n_columns;
+        for (size_t run = 0; run < runs.n_runs; run++) {
+            const Word* part = whole + runs.starts[run];
+            for (size_t i = 0; i < runs.length; i++) {
+                *octaves++ = octave.of(part[i]);
+                *is_counted++ = part[i] != 0;
+            }
+        }
+    }
+}
+
+INLINE int16_t rounded_mean(int32_t sum, int32_t count, int16_t unknown) {
+    if (count == 0) return unknown;
+    const int32_t above = 2 * sum + count, below = 2 * count, quotient = above / below;
+    return int16_t(quotient - (above % below < 0));
+}
+
+// LENGTH: of a run; 0: any.
+template <class Word, size_t LENGTH>
+INLINE void row_means_of(const Octaves<Word>& octave, const Word* words, uint64_t n_columns, uint64_t n_rows,
+                         const Runs& runs, int16_t* means) {
+    for (uint64_t row = 0; row < n_rows; row++, words += n_columns) {
+        int32_t sum = 0, count = 0;
+        if (LENGTH) {
+            int32_t sums[LENGTH ? LENGTH : 1] = {}, counts[LENGTH ? LENGTH : 1] = {};
+            for (size_t run = 0; run < runs.n_runs; run++) {
+                const Word* part = words + runs.starts[run];
+                for (size_t i = 0; i < LENGTH; i++) {
+                    sums[i] += octave.of(part[i]);
+                    counts[i] += part[i] != 0;
+                }
+            }
+            for (size_t i = 0; i < LENGTH; i++) {
+                sum += sums[i];
+                count += counts[i];
+            }
+        } else {
+            for (size_t run = 0; run < runs.n_runs; run++) {
+                const Word* part = words + runs.starts[run];
+                for (size_t i = 0; i < runs.length; i++) {
+                    sum += octave.of(part[i]);
+                    count += part[i] != 0;
+                }
+            }
+        }
+        means[row] = rounded_mean(sum, count, -1);
+    }
+}
+
+template <class Word>
+void row_means(const Kind& kind, const void* words, uint64_t n_columns, uint64_t n_rows, const Runs& runs,
+               int16_t* means) {
+    const Octaves<Word> octave(kind);
+    if (runs.length == 4) return row_means_of<Word, 4>(octave, words_of<Word>(words), n_columns, n_rows, runs, means);
+    row_means_of<Word, 0>(octave, words_of<Word>(words), n_columns, n_rows, runs, means);
+}
+
+template <class Word>
+void column_means(const Kind& kind, const void* words, uint64_t n_columns, uint64_t n_rows, uint64_t step,
+                  const int16_t* levels, int16_t* means) {
+    constexpr size_t PART = 512;
+    const Octaves<Word> octave(kind);
+    int32_t sums[PART], counts[PART];
+    for (uint64_t first = 0; first < n_columns; first += PART) {
+        const size_t n = size_t(n_columns - first < PART ? n_columns - first : PART);
+        std::memset(sums, 0, sizeof sums);
+        std::memset(counts, 0, sizeof counts);
+        for (uint64_t row = 0; row < n_rows; row += step) {
+            const Word* part = words_of<Word>(words) + row * n_columns + first;
+            const int32_t level = levels[row];
+            for (size_t i = 0; i < n; i++) {
+                const int32_t offset = octave.of(part[i]) - level;
+                sums[i] += part[i] ? offset : 0;
+                counts[i] += part[i] != 0;
+            }
+        }
+        for (size_t i = 0; i < n; i++) means[first + i] = rounded_mean(sums[i], counts[i], 0);
+    }
+}
+
+// Delta.
+
+// The predicted words of a sample's rows.
+template <class Word>
+class PredictedRows {
+  public:
+    PredictedRows(const Kind& kind, const Predicted& predicted) : reference_(words_of<Word>(predicted.reference)) {
+        model_.kind = kind;
+        model_.factor = predicted.factor;
+        model_.factor_rows = predicted.factor_rows;
+        model_.factor_columns = predicted.factor_columns;
+        model_.n_columns = predicted.n_columns;
+        std::memset(row_, 0, sizeof row_);
+        std::memset(given_, 0, sizeof given_);
+    }
+
+    INLINE const Word* at(uint64_t first, size_t n) {
+        if (!reference_) return row_;
+        if (!model_.factor_rows) return reference_ + first;
+        const Word* given = reference_ + first;
+        if (n < ROW) {  // scaling reads whole rows
+            std::memcpy(given_, given, n * sizeof(Word));
+            given = given_;
+        }
+        scale_reference<Word>(model_, given, first, n, ROW, row_);
+        return row_;
+    }
+
+  private:
+    const Word* reference_;
+    Model model_;
+    alignas(64) Word row_[ROW], given_[ROW];
+};
+
+template <class Word>
+struct Exponents {
+    typedef LaneOf<Word> Lane;
+    const Magnitude<Word> magnitude;
+    const uint32_t m;
+
+    explicit Exponents(const Kind& kind) : magnitude(kind), m(kind.mantissa_bits) {}
+    template <bool IS_FLOAT>
+    INLINE int32_t of(Word word) const {
+        const Lane body = Lane(magnitude.of(word));
+        return int32_t(IS_FLOAT ? body >> m : bit_length(body));
+    }
+};
+
+template <class Word, bool IS_FLOAT>
+INLINE void count_exponents_of(const Kind& kind, const Predicted& predicted, const SampleRows& rows,
+                               Histogram& histogram) {
+    const Exponents<Word> exponent(kind);
+    PredictedRows<Word> predictions(kind, predicted);
+    uint16_t indices[ROW];
+    for (size_t row = 0; row < rows.n_rows(); row++) {
+        const Word* old = predictions.at(rows.first(row), rows.width);
+        for (size_t i = 0; i < rows.width; i++) indices[i] = uint16_t(exponent.template of<IS_FLOAT>(old[i]));
+        histogram.add(indices, rows.width);
+    }
+}
+
+template <class Word>
+void count_exponents(const Kind& kind, const Predicted& predicted, const SampleRows& rows, uint32_t* counts, size_t n,
+                     uint32_t* lanes) {
+    Histogram histogram(lanes, n);
+    if (kind.is_float) count_exponents_of<Word, true>(kind, predicted, rows, histogram);
+    else count_exponents_of<Word, false>(kind, predicted, rows, histogram);
+    histogram.finish(counts);
+}
+
+template <class Word>
+INLINE Word absolute_of(Word change) {
+    const Word fill = sign_fill(change);
+    return Word(Word(change ^ fill) - fill);
+}
+
+template <class Word, bool IS_FLOAT>
+INLINE void count_codes_of(const Kind& kind, uint32_t k, uint32_t n_contexts, int32_t base, uint32_t shift,
+                           const Word* words, const Predicted& predicted, const SampleRows& rows, Histogram& histogram) {
+    typedef LaneOf<Word> Lane;
+    const Order<Word> order(kind);
+    const Exponents<Word> exponent(kind);
+    PredictedRows<Word> predictions(kind, predicted);
+    const uint32_t n_codes = (BITS<Word> + 1) << k;
+    const int32_t last = int32_t(n_contexts - 1);
+    const Lane whole = k + 1, below = (Lane(1) << k) - 1;
+    uint16_t indices[ROW], contexts[ROW];
+    for (size_t row = 0; row < rows.n_rows(); row++) {
+        const Word *part = words + rows.first(row), *old = predictions.at(rows.first(row), rows.width);
+        for (size_t i = 0; i < rows.width; i++) {
+            const int32_t place = (exponent.template of<IS_FLOAT>(old[i]) - base) >> shift;
+            contexts[i] = uint16_t(place < 0 ? 0 : place > last ? last : place);
+        }
+        for (size_t i = 0; i < rows.width; i++) {
+            const Word change = Word(order.ordered(part[i]) - order.ordered(old[i]));
+            const Lane size = Lane(absolute_of(change)), length = Lane(bit_length(size));
+            const Lane up = length < whole ? whole - length : 0, down = length > whole ? length - whole : 0;
+            const Lane code = length << k | (size << up >> down & below);
+            const Lane sign = Lane(Word(change >> (BITS<Word> - 1)));
+            indices[i] = uint16_t((contexts[i] * n_codes + uint32_t(code)) * 2 + uint32_t(sign));
+        }
+        histogram.add(indices, rows.width);
+    }
+}
+
+template <class Word>
+void count_codes(const Kind& kind, uint32_t k, uint32_t n_contexts, int32_t base, uint32_t shift, const void* words,
+                 const Predicted& predicted, const SampleRows& rows, uint32_t* counts, uint32_t* lanes) {
+    Histogram histogram(lanes, size_t(n_contexts) * ((BITS<Word> + 1) << k) * 2);
+    const Word* some = words_of<Word>(words);
+    if (kind.is_float) count_codes_of<Word, true>(kind, k, n_contexts, base, shift, some, predicted, rows, histogram);
+    else count_codes_of<Word, false>(kind, k, n_contexts, base, shift, some, predicted, rows, histogram);
+    histogram.finish(counts);
+}
+
+template <class Word>
+uint64_t shift_savings(const Kind& kind, uint32_t k, const void* words, const Predicted& predicted,
+                       const SampleRows& rows) {
+    typedef LaneOf<Word> Lane;
+    const Order<Word> order(kind);
+    PredictedRows<Word> predictions(kind, predicted);
+    uint64_t n_saved = 0;
+    uint32_t lengths[ROW];
+    for (size_t row = 0; row < rows.n_rows(); row++) {
+        const Word *part = words_of<Word>(words) + rows.first(row), *old = predictions.at(rows.first(row), rows.width);
+        Lane joined = 0;
+        for (size_t i = 0; i < rows.width; i++) {
+            const Lane size = Lane(absolute_of(Word(order.ordered(part[i]) - order.ordered(old[i]))));
+            const Lane length = Lane(bit_length(size));
+            lengths[i] = uint32_t(length);
+            joined |= size & ~(Lane(1) << (length ? length - 1 : 0));  // of 0 nothing is left either way
+        }
+        const uint32_t zeros = trailing_zeros(Word(joined));
+        if (!zeros) continue;
+        uint32_t n_here = 0;
+        for (size_t i = 0; i < rows.width; i++) {
+            const uint32_t n_low = lengths[i] > k + 1 ? lengths[i] - 1 - k : 0;
+            n_here += n_low < zeros ? n_low : zeros;
+        }
+        n_saved += n_here;
+    }
+    return n_saved;
+}
+
+// Scaled delta.
+
+template <class Word>
+struct Ratio {
+    typedef LaneOf<Word> Lane;
+    const Magnitude<Word> magnitude;
+    const uint32_t m, down, up;
+    const int32_t largest;
+    const Lane mask;
+
+    explicit Ratio(const Kind& kind)
+        : magnitude(kind),
+          m(kind.mantissa_bits),
+          down(m > 23 ? m - 23 : 0),
+          up(m < 23 ? 23 - m : 0),
+          largest((1 << kind.exponent_bits) - 1),
+          mask((Lane(1) << m) - 1) {}
+
+    INLINE float of(Word word, Word other) const {
+        const Lane body = Lane(magnitude.of(word)), old = Lane(magnitude.of(other));
+        const int32_t field = int32_t(body >> m), old_field = int32_t(old >> m);
+        const int32_t above = int32_t(uint32_t((body & mask) >> down) << up | 1u << 23);
+        const int32_t below = int32_t(uint32_t((old & mask) >> down) << up | 1u << 23);
+        int32_t octaves = field - old_field;
+        octaves = octaves < -30 ? -30 : octaves > 30 ? 30 : octaves;
+        const int32_t power_bits = (127 + octaves) << 23;
+        float power;
+        std::memcpy(&power, &power_bits, sizeof power);
+        const float ratio = float(above) / float(below) * power;  // times a power of two: exact
+        const bool is_normal = (field > 0) & (old_field > 0) & (field < largest) & (old_field < largest) &
+                               (Word(word ^ other) >> (BITS<Word> - 1) == 0);
+        return is_normal ? ratio : 0.0f;
+    }
+};
+
+template <class Word>
+void ratios(const Kind& kind, const void* words, const void* reference, size_t n, float* out) {
+    const Ratio<Word> ratio(kind);
+    const Word *some = words_of<Word>(words), *old = words_of<Word>(reference);
+    for (size_t i = 0; i < n; i++) out[i] = ratio.of(some[i], old[i]);
+}
+
+template <class Word>
+uint64_t try_factor(const Kind& kind, uint64_t factor, const void* words, const void* reference, const uint32_t* products,
+                    size_t n, uint32_t* counts) {
+    typedef LaneOf<Word> Lane;
+    typedef Vector<Lane> Vec;
+    Model model;
+    model.kind = kind;
+    model.factor = factor;
+    const Scaling<Word> scaling(model);
+    const Order<Word> order(kind);
+    const Word *some = words_of<Word>(words), *old = words_of<Word>(reference);
+    uint32_t tables[COUNT_LANES][(BITS<Word> + 1) * 2];
+    if (counts) std::memset(tables, 0, sizeof tables);
+    uint64_t n_low = 0;
+    for (size_t first = 0; first < n; first += ROW) {
+        alignas(64) Word predicted[ROW];
+        uint8_t places[ROW];
+        const size_t n_here = n - first < ROW ? n - first : ROW;
+        for (size_t i = 0; i < n_here; i += BLOCK) {
+            Vec scaled[Vec::A_BLOCK];
+            for (size_t j = 0; j < Vec::A_BLOCK; j++) {
+                const size_t at = first + i + j * Vec::N;
+                scaled[j] = scaling.scaled(load<Lane>(old + at), load<Lane>(products + at));
+            }
+            store_words(scaled, predicted + i);
+        }
+        uint32_t n_low_here = 0;
+        for (size_t i = 0; i < n_here; i++) {
+            const Word change = Word(order.ordered(some[first + i]) - order.ordered(predicted[i]));
+            const uint32_t length = uint32_t(bit_length(Lane(absolute_of(change))));
+            n_low_here += length ? length - 1 : 0;
+            places[i] = uint8_t(length * 2 + uint32_t(Word(change >> (BITS<Word> - 1))));
+        }
+        n_low += n_low_here;
+        if (counts)
+            for (size_t i = 0; i < n_here; i++) tables[i % COUNT_LANES][places[i]]++;
+    }
+    if (counts)
+        for (size_t i = 0; i < (BITS<Word> + 1) * 2; i++)
+            counts[i] = tables[0][i] + tables[1][i] + tables[2][i] + tables[3][i];
+    return n_low;
+}
+
+constexpr size_t MEDIAN_LANES = 32;
+
+// The lower median of what is not 0 among n values of each lane; one = 2^15 where nothing is left.
+INLINE void medians_of(const uint16_t (*values)[MEDIAN_LANES], size_t n, uint16_t* medians) {
+    uint16_t ranks[MEDIAN_LANES] = {}, found[MEDIAN_LANES] = {}, n_zeros[MEDIAN_LANES] = {};
+    for (size_t j = 0; j < n; j++)
+        for (size_t lane = 0; lane < MEDIAN_LANES; lane++) n_zeros[lane] = uint16_t(n_zeros[lane] + (values[j][lane] == 0));
+    for (size_t lane = 0; lane < MEDIAN_LANES; lane++) {
+        const size_t n_some = n - n_zeros[lane];
+        ranks[lane] = uint16_t(n_zeros[lane] + (n_some ? n_some - 1 : 0) / 2);
+    }
+    // The greatest number that no more values than the rank are less than, bit by bit.
+    for (uint32_t bit = 1u << 15; bit; bit >>= 1) {
+        uint16_t tried[MEDIAN_LANES], n_less[MEDIAN_LANES] = {};
+        for (size_t lane = 0; lane < MEDIAN_LANES; lane++) tried[lane] = uint16_t(found[lane] | bit);
+        for (size_t j = 0; j < n; j++)
+            for (size_t lane = 0; lane < MEDIAN_LANES; lane++)
+                n_less[lane] = uint16_t(n_less[lane] + (values[j][lane] < tried[lane]));
+        for (size_t lane = 0; lane < MEDIAN_LANES; lane++)
+            found[lane] = n_less[lane] <= ranks[lane] ? tried[lane] : found[lane];
+    }
+    for (size_t lane = 0; lane < MEDIAN_LANES; lane++)
+        medians[lane] = n_zeros[lane] == n ? uint16_t(1u << FACTOR_BITS) : found[lane];
+}
+
+INLINE uint16_t factor_of(float ratio, float unit) {
+    const float rounded = ratio * unit + 0.5f;
+    return uint16_t(int32_t(rounded < 65535.0f ? rounded : 65535.0f));
+}
+
+template <class Word>
+void row_medians(const Kind& kind, const void* words, const void* reference, uint64_t n_columns, uint64_t n_rows,
+                 const Runs& runs, float unit, uint16_t* medians) {
+    constexpr size_t MOST = 64;  // columns of the lattice
+    const Ratio<Word> ratio(kind);
+    alignas(64) Word some[MOST][MEDIAN_LANES], old[MOST][MEDIAN_LANES];
+    alignas(64) uint16_t values[MOST][MEDIAN_LANES], found[MEDIAN_LANES];
+    const size_t n = runs.n_columns();
+    for (uint64_t first = 0; first < n_rows; first += MEDIAN_LANES) {
+        const size_t n_here = size_t(n_rows - first < MEDIAN_LANES ? n_rows - first : MEDIAN_LANES);
+        if (n_here < MEDIAN_LANES) {
+            std::memset(some, 0, sizeof some);
+            std::memset(old, 0, sizeof old);
+        }
+        for (size_t lane = 0; lane < n_here; lane++) {
+            const Word* part = words_of<Word>(words) + (first + lane) * n_columns;
+            const Word* old_part = words_of<Word>(reference) + (first + lane) * n_columns;
+            size_t j = 0;
+            for (size_t run = 0; run < runs.n_runs; run++)
+                for (size_t i = 0; i < runs.length; i++, j++) {
+                    some[j][lane] = part[runs.starts[run] + i];
+                    old[j][lane] = old_part[runs.starts[run] + i];
+                }
+        }
+        for (size_t j = 0; j < n; j++)
+            for (size_t lane = 0; lane < MEDIAN_LANES; lane++)
+                values[j][lane] = factor_of(ratio.of(some[j][lane], old[j][lane]), unit);
+        medians_of(values, n, found);
+        std::memcpy(medians + first, found, n_here * sizeof(uint16_t));
+    }
+}
+
+template <class Word>
+void column_medians(const Kind& kind, const void* words, const void* reference, uint64_t n_columns, uint64_t n_rows,
+                    uint64_t step, const float* units, uint16_t* medians) {
+    constexpr size_t MOST = 512;  // rows
+    const Ratio<Word> ratio(kind);
+    alignas(64) uint16_t values[MOST][MEDIAN_LANES], found[MEDIAN_LANES];
+    for (uint64_t first = 0; first < n_columns; first += MEDIAN_LANES) {
+        const size_t n_here = size_t(n_columns - first < MEDIAN_LANES ? n_columns - first : MEDIAN_LANES);
+        size_t n = 0;
+        for (uint64_t row = 0; row < n_rows; row += step, n++) {
+            const Word* part = words_of<Word>(words) + row * n_columns + first;
+            const Word* old_part = words_of<Word>(reference) + row * n_columns + first;
+            if (n_here == MEDIAN_LANES) {
+                for (size_t lane = 0; lane < MEDIAN_LANES; lane++)
+                    values[n][lane] = factor_of(ratio.of(part[lane], old_part[lane]), units[n]);
+            } else {
+                for (size_t lane = 0; lane < MEDIAN_LANES; lane++)
+                    values[n][lane] = lane < n_here ? factor_of(ratio.of(part[lane], old_part[lane]), units[n]) : 0;
+            }
+        }
+        medians_of(values, n, found);
+        std::memcpy(medians + first, found, n_here * sizeof(uint16_t));
+    }
+}
+
+// Normalise each row of counts to 2^11 and price it. n_symbols: at most 256. Counts of a row: below 2^19 together.
+inline void price_tables(const uint32_t* counts, size_t n_contexts, size_t n_symbols, const uint32_t* prices,
+                         TablePrice* sums) {
+    constexpr uint32_t SIZE = 1 << 11;
+    alignas(64) uint32_t freqs[256];
+    TablePrice all_rows;
+    for (size_t context = 0; context < n_contexts; context++, counts += n_symbols) {
+        uint32_t total = 0, n_present = 0, n_once = 0, most = 0;
+        for (size_t i = 0; i < n_symbols; i++) {
+            total += counts[i];
+            n_present += counts[i] != 0;
+            n_once += counts[i] == 1;
+            most = counts[i] > most ? counts[i] : most;
+        }
+        all_rows.n_counted += total;
+        all_rows.n_present += n_present;
+        all_rows.n_once += n_once;
+        if (!total) {
+            all_rows.log_sizes += 11;
+            continue;
+        }
+        const double spare = double(int32_t(SIZE - n_present)), whole = double(int32_t(total));
+        uint32_t sum = 0;
+        for (size_t i = 0; i < n_symbols; i++) {
+            // The product is below 2^30, so the quotient's fraction is never lost by rounding.
+            const uint32_t share = uint32_t(int32_t(double(int32_t(counts[i])) * spare / whole));
+            freqs[i] = counts[i] ? 1 + share : 0;
+            sum += freqs[i];
+        }
+        size_t favourite = 0;
+        while (counts[favourite] != most) favourite++;
+        freqs[favourite] += SIZE - sum;
+        uint64_t price = 0;
+        uint32_t log_sizes = 0;
+        for (size_t i = 0; i < n_symbols; i++) {
+            const uint32_t entry = prices[freqs[i]];
+            price += uint64_t(counts[i]) * (entry & 0xFFFFFF);
+            log_sizes += entry >> 24;
+        }
+        all_rows.price += price;
+        all_rows.log_sizes += log_sizes;
+    }
+    *sums = all_rows;
+}
+
+template <class Word>
+constexpr Stats stats_of() {
+    return {is_constant<Word>,    count_unequal<Word>, count_unequal_to<Word>,   join_low<Word>,
+            count_negative<Word>, count_unequal_rows<Word>, count_unequal_rows_to<Word>,
+            count_highs<Word>,    range_of_highs<Word>, count_scaled_highs<Word>, low_zeros<Word>,
+            count_plane<Word>,    lattice<Word>,       row_means<Word>,          column_means<Word>,
+            count_exponents<Word>, count_codes<Word>,  shift_savings<Word>,      ratios<Word>,
+            try_factor<Word>,     row_medians<Word>,   column_medians<Word>};
+}
+
+}  // namespace stats
+TRICOMP_END
