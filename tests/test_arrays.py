@@ -80,7 +80,7 @@ def test_any_memory_gives_the_bytes_of_a_plain_copy(kind, dtype, backend):
     assert tricomp.encode(step, other, backend=backend) == delta
     back = tricomp.decode(delta, other, backend=backend)
     assert back.tobytes() == step.tobytes()
-    assert back.flags.owndata or back.base.flags.owndata
+    assert back.base is None or back.base.flags.owndata
     assert back.flags.writeable
 
 
@@ -130,7 +130,7 @@ def test_bytes_to_decode_stand_anywhere(backend):
         for data in (memoryview(memory)[shift : shift + len(blob)], bytearray(blob), memoryview(blob).cast("b")):
             assert np.array_equal(tricomp.decode(data, backend=backend), array)
             del data
-    twice = memoryview(np.repeat(np.frombuffer(blob, np.uint8), 2))[::2]
+    twice = np.repeat(np.frombuffer(blob, np.uint8), 2).data[::2]
     with pytest.raises(InvalidArgument, match=r"decode: the bytes do not stand in a row in memory\. Pass bytes"):
         tricomp.decode(twice, backend=backend)
     with pytest.raises(InvalidArgument, match=r"load: the bytes do not stand in a row in memory\. Pass bytes"):

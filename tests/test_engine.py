@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,8 +65,9 @@ def test_the_bytes_do_not_depend_on_the_threads(threads, tmp_path):
 
 def test_by_default_there_is_a_thread_for_each_core():
     assert Engine().n_threads == cores() >= 1
-    assert Engine(3).n_threads == Engine(np.int8(3)).n_threads == 3
-    assert type(Engine(np.int8(3)).threads) is int
+    three: Any = np.int8(3)
+    assert Engine(3).n_threads == Engine(three).n_threads == 3
+    assert type(Engine(three).threads) is int
 
 
 def test_a_backend_is_asked_for_by_name(monkeypatch):

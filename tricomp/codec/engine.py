@@ -10,7 +10,7 @@ import logging
 import operator
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -70,14 +70,7 @@ def _reference() -> Backend:
 def _native() -> Backend:
     from tricomp.native import decode, digest, encode, planner
 
-    made = Backend("native", planner.plan_frames, encode.encode, decode.decode_summed, digest.digest_sums)
-    if not hasattr(native.load(), "plan_frames"):  # TODO: until it is built
-        made = replace(made, plan_frames=_reference().plan_frames)
-    return made
-
-
-def _is_there() -> bool:  # TODO: native.is_there
-    return native.is_there() and hasattr(native.load(), "plan_frames")
+    return Backend("native", planner.plan_frames, encode.encode, decode.decode_summed, digest.digest_sums)
 
 
 @cache
@@ -88,7 +81,7 @@ def _backend(chosen: str) -> Backend:
     if chosen == "native":
         native.load()
         return _native()
-    if _is_there():
+    if native.is_there():
         return _backend("native")
     _log.warning(
         "the native backend is not there (%s): the reference backend does the work, many times slower. "
@@ -170,7 +163,7 @@ def digest(words: Words) -> int:
 def live() -> dict[str, str]:
     """Backend to what can be said of it: what it runs on, or why it is not there."""
     absent = "none in this version"
-    here = f"{native.isa()}, {cores()} threads" if _is_there() else f"none: {native.why_not()}"
+    here = f"{native.isa()}, {cores()} threads" if native.is_there() else f"none: {native.why_not()}"
     return {"native": here, "reference": f"numpy {np.__version__}", "triton": absent}
 
 
