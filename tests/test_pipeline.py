@@ -117,7 +117,7 @@ def damaged(path: Path, share: float) -> None:
 def test_damage_that_is_found_while_others_are_written(tmp_path, monkeypatch, share):
     monkeypatch.setattr("tricomp.formats.span.BATCH_BYTES", 200_000)
     monkeypatch.setattr("tricomp.archive_output.AHEAD_BYTES", 100_000)
-    np.savez(tmp_path / "a.npz", **TREE)
+    np.savez(tmp_path / "a.npz", **TREE)  # type: ignore[arg-type]
     tricomp.compress(tmp_path / "a.npz")
     damaged(tmp_path / "a.npz.tri", share)
     before = (tmp_path / "a.npz").read_bytes()
@@ -130,7 +130,7 @@ def test_damage_that_is_found_while_others_are_written(tmp_path, monkeypatch, sh
 
 def test_a_callback_is_called_where_the_caller_is(tmp_path, small_batches):
     seen = set()
-    np.savez(tmp_path / "a.npz", **TREE)
+    np.savez(tmp_path / "a.npz", **TREE)  # type: ignore[arg-type]
     tricomp.compress(tmp_path / "a.npz", on_progress=lambda done, total: seen.add(threading.current_thread()))
     tricomp.decompress(
         tmp_path / "a.npz.tri", tmp_path / "b.npz", on_progress=lambda done, total: seen.add(threading.current_thread())
@@ -172,7 +172,7 @@ def test_pieces_that_wait_are_bounded(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("is_synced", [False, True])
 def test_a_file_is_synced_where_that_is_asked_for(tmp_path, monkeypatch, is_synced):
-    synced = []
+    synced: list[int] = []
     monkeypatch.setattr("os.fsync", synced.append)
     np.save(tmp_path / "a.npy", TREE["w0"])
     tricomp.compress(tmp_path / "a.npy")
