@@ -105,7 +105,7 @@ Fault decode(std::vector<DecodeRequest>& requests, size_t n_threads) {
     std::vector<Fault> faults(groups.size());
     std::vector<uint64_t> sums(groups.size());
     share(groups.size(), n_threads, [&] {
-        auto scratch = std::make_shared<DecodeScratch>();
+        Lent<DecodeScratch> scratch;
         return [&, scratch](size_t item) {
             const Group& group = groups[item];
             DecodeRequest& request = requests[group.request];

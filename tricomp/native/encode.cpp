@@ -93,14 +93,14 @@ void encode(std::vector<EncodeRequest>& requests, size_t n_threads, uint8_t* out
     Places places;
     share(items.size(), n_threads, [&] {
         // A thread without memory must not leave the others waiting for its turn.
-        std::shared_ptr<Memory> memory;
+        std::unique_ptr<Lent<Memory>> lent;
         try {
-            memory = std::make_shared<Memory>();
+            lent = std::make_unique<Lent<Memory>>();
         } catch (...) {
             places.give_up();
             throw;
         }
-        return [&, memory](size_t number) {
+        return [&, memory = *lent](size_t number) {
             const Item item = items[number];
             EncodeRequest& request = requests[item.request];
             const Model& model = frames[item.request]->model;

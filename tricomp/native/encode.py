@@ -42,9 +42,9 @@ def encode(jobs: Sequence[EncodeJob], room: Callable[[], Room] = list, threads: 
         part = [(*requests[number], first, n_chunks) for number, first, n_chunks in members]
         view = _output(core.room_for(part))
         coded = core.encode(part, view, n_threads)
-        is_full = 2 * sum(end - begin for begin, end, *_ in coded) > len(view)  # else little would hold all of it
+        is_large = 8 * sum(end - begin for begin, end, *_ in coded) > len(view)  # else little would hold all of it
         for (number, first, _), (begin, end, found, side) in zip(members, coded):
-            rooms[number].append(view[begin:end] if is_full else bytes(view[begin:end]))
+            rooms[number].append(view[begin:end] if is_large else bytes(view[begin:end]))
             rows[number].append(found)
             n_bytes[number] += end - begin
             if first == 0:
