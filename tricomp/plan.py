@@ -7,8 +7,9 @@ field against the limits of FORMAT.md before any byte of the frame is looked at.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any, Literal
 
 from tricomp.bounds import Bytes
@@ -161,9 +162,9 @@ class Plan:
     def to_wire(self) -> dict[str, int]:
         """The Plan as a msgpack map of integers; fields at their default are left out."""
         wire: dict[str, int] = {}
-        for spec in fields(self):
+        for spec in _known().values():
             value = getattr(self, spec.name)
-            if spec.default is not MISSING and value == spec.default:
+            if value == spec.default:
                 continue
             names = spec.metadata.get("names")
             wire[spec.metadata["key"]] = names.index(value) if names else int(getattr(value, "number", value))
@@ -174,25 +175,27 @@ class Plan:
         """The Plan of a msgpack map. Raises CorruptFrame (names the leaf and the field), UnsupportedVersion."""
         if not isinstance(wire, dict):
             raise CorruptFrame(f"leaf {leaf!r}: its plan should be a map, found {type(wire).__name__}. {_ADVICE}")
-        known = {spec.metadata["key"]: spec for spec in fields(cls)}
-        unknown = [key for key in wire if key not in known]
-        if unknown:
-            raise UnsupportedVersion(
-                f"leaf {leaf!r}: its plan has the field {unknown[0]!r}, unknown to format 1. "
-                "Upgrade tricomp to read it."
-            )
-        values: dict[str, Any] = {}
-        for key, spec in known.items():
+        known = _known()
+        for key in wire:
+            if key not in known:
+                raise UnsupportedVersion(
+                    f"leaf {leaf!r}: its plan has the field {key!r}, unknown to format 1. Upgrade tricomp to read it."
+                )
+        for key in _REQUIRED:
             if key not in wire:
-                if spec.default is MISSING:
-                    raise CorruptFrame(f"leaf {leaf!r}: its plan lacks the field {key!r}. {_ADVICE}")
-                continue
-            values[spec.name] = _field_from_wire(spec, wire[key], leaf)
-        plan = cls(**values)
+                raise CorruptFrame(f"leaf {leaf!r}: its plan lacks the field {key!r}. {_ADVICE}")
+        plan = cls(**{known[key].name: _field_from_wire(known[key], value, leaf) for key, value in wire.items()})
         _check(plan, leaf)
         return plan
 
 
+@cache
+def _known() -> dict[str, Field[Any]]:
+    """The fields of a Plan by their keys in a file."""
+    return {spec.metadata["key"]: spec for spec in fields(Plan)}
+
+
+_REQUIRED = ("d", "n", "p")
 _ADVICE = "The file is damaged: restore it from another copy, or list a store's intact steps: tricomp verify FOLDER."
 
 
