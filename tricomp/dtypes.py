@@ -7,6 +7,7 @@ contiguous, whatever the array is. A complex element is two words, the real one 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import ml_dtypes
@@ -101,7 +102,12 @@ def by_number(number: int, leaf: str = "array") -> DType:
 
 def of(array: np.ndarray[Any, Any], leaf: str = "array") -> DType:
     """The DType of a numpy array. Raises UnsupportedDtype for object, string, date and structured dtypes."""
-    return by_name(array.dtype.name, leaf)
+    return by_name(_name_of(array.dtype), leaf)
+
+
+@lru_cache(maxsize=64)
+def _name_of(dtype: np.dtype[Any]) -> str:
+    return str(dtype.name)  # numpy puts it together each time
 
 
 def to_words(array: np.ndarray[Any, Any], leaf: str = "array") -> Words:
