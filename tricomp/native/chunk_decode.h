@@ -28,6 +28,26 @@ INLINE uint32_t load_u32(const uint8_t* at) {
 constexpr size_t stack_word_bytes(size_t word_bytes) { return word_bytes <= 2 ? 2 : 4; }
 INLINE size_t packed_bytes(size_t n_rows, unsigned n_bits) { return 4 * LANES * ((n_rows * n_bits + 7) / 8); }
 
+// Memory that will be read or written soon, asked for in shares: a processor waits when too much is asked for at once.
+struct Ahead {
+    const char* at[2];
+    size_t left;  // bytes of each
+
+    INLINE Ahead(const void* one, const void* other, size_t n_bytes)
+        : at{static_cast<const char*>(one), static_cast<const char*>(other)}, left(n_bytes) {}
+
+    INLINE void fetch(size_t n_bytes) {
+        n_bytes = n_bytes < left ? n_bytes : left;
+        for (size_t i = 0; i < n_bytes; i += 64) {
+            if (at[0]) __builtin_prefetch(at[0] + i);
+            if (at[1]) __builtin_prefetch(at[1] + i);
+        }
+        for (const char*& each : at)
+            if (each) each += n_bytes;
+        left -= n_bytes;
+    }
+};
+
 // Where the parts of a payload begin, and the decoders that read them.
 template <class Word>
 struct Sections {
@@ -244,6 +264,12 @@ void decode_group(const Model& model, DecodeChunk* const* chunks, Sections<Word>
             rans_decode(model.symbols, decoders, n_chunks, model.n_contexts > 1 ? contexts : nullptr, symbols, n_rows);
         for (size_t c = 0; c < n_chunks; c++) {
             Word* words = static_cast<Word*>(chunks[c]->words) + start;
+            if (n_words - start > TILE) {
+                const Word* reference = static_cast<const Word*>(chunks[c]->reference);
+                const size_t n_next = n_words - start - TILE < TILE ? n_words - start - TILE : TILE;
+                Ahead(is_symbolic && reference ? reference + start + TILE : nullptr, words + TILE, n_next * sizeof(Word))
+                    .fetch(n_next * sizeof(Word));
+            }
             if (is_symbolic) {
                 if (parts[c].stack_fault != NO_FAULT) continue;
                 if (model.entropy == INDEX) {

@@ -35,12 +35,6 @@ struct Layer {
     }
 };
 
-// Ask for memory that will be read soon.
-INLINE void fetch(const void* from, size_t n_bytes) {
-    const char* bytes = static_cast<const char*>(from);
-    for (size_t i = 0; i < n_bytes; i += 64) __builtin_prefetch(bytes + i);
-}
-
 INLINE void begin_rans(RansEncoder& encoder, uint8_t* end) {
     for (size_t lane = 0; lane < LANES; lane++) encoder.states[lane] = LOWEST_STATE;
     encoder.words = end;
@@ -86,6 +80,7 @@ size_t encode_chunk_of(const Model& model, const EncodeChunk& chunk, EncodeScrat
     std::memset(&row, 0, sizeof row);
     Layer layer{out, n_raw, 0};
     if (model.predict != RAW) {
+        constexpr size_t SHARE = TILE * sizeof(Word) / 4;
         Tile<Word>& tile = *reinterpret_cast<Tile<Word>*>(scratch.tile);
         const bool is_symbolic = model.entropy != NO_ENTROPY;
         uint16_t* patches = scratch.patches + MAX_CHUNK;  // grows downwards, as tiles come
@@ -99,16 +94,18 @@ size_t encode_chunk_of(const Model& model, const EncodeChunk& chunk, EncodeScrat
         for (size_t start = (chunk.n_words - 1) / TILE * TILE;; start -= TILE) {
             const size_t n = chunk.n_words - start < TILE ? chunk.n_words - start : TILE;
             const size_t n_tile_rows = (n + ROW - 1) / ROW, first_row = start / ROW;
-            if (start) {  // processors do not foresee that the tile below comes next
-                fetch(words + start - TILE, TILE * sizeof(Word));
-                if (reference) fetch(reference + start - TILE, TILE * sizeof(Word));
-            }
+            // Processors do not foresee that the tile below comes next.
+            Ahead next(start ? words + start - TILE : nullptr, start && reference ? reference + start - TILE : nullptr,
+                       start ? TILE * sizeof(Word) : 0);
+            next.fetch(SHARE);
             if (is_symbolic) {
                 prepare_tile<Word>(model, reference ? reference + start : nullptr, chunk.first + start, n, tile);
+                next.fetch(SHARE);
                 split_tile<Word>(model, words + start, n, tile);
             } else {
                 base_patches<Word>(model, words + start, chunk.reference, start, n, tile);
             }
+            next.fetch(SHARE);
             patches -= tile.n_patches;
             n_patches += tile.n_patches;
             for (size_t i = 0; i < tile.n_patches; i++) patches[i] = uint16_t(start + tile.patches[i]);
@@ -118,6 +115,7 @@ size_t encode_chunk_of(const Model& model, const EncodeChunk& chunk, EncodeScrat
                 pack_bits(tile.symbols, n_tile_rows, model.index_bits,
                           scratch.indices + first_row * model.index_bits * ROW / 8);
             }
+            next.fetch(TILE * sizeof(Word));
             if (model.n_planes) {
                 uint8_t* planes[MAX_PLANES];
                 for (size_t plane = 0; plane < model.n_planes; plane++) planes[plane] = scratch.planes[plane] + start;
