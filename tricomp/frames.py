@@ -82,21 +82,29 @@ class Frames:
         ordered = sorted(frames.values(), key=lambda entry: self.plan(entry).reference == "sibling")
         most_words = max(_BATCH_WORDS, _THREAD_WORDS * self.engine.n_threads)
         done: dict[int, Words] = {}
+        below = Reuse()
         batch: list[int] = []
         n_words = 0
         for entry in ordered:
             batch += entry.leaves
             n_words += self.plan(entry).n_words
             if n_words >= most_words or entry is ordered[-1]:
-                words = self.decode(batch, done, room)
+                words = self.decode(batch, done, room, below)
                 done.update((number, words[number]) for number in batch if number in wanted)
                 batch, n_words = [], 0
         return done
 
     def decode(
-        self, numbers: Sequence[int], done: Mapping[int, Words] | None = None, room: Reuse | None = None
+        self,
+        numbers: Sequence[int],
+        done: Mapping[int, Words] | None = None,
+        room: Reuse | None = None,
+        below: Reuse | None = None,
     ) -> dict[int, Words]:
-        """Words of leaves by number, decoded along the chain of files. done: leaves of this file decoded before."""
+        """Words of leaves by number, decoded along the chain of files. done: leaves of this file decoded before.
+
+        room, below: for the words of this file, and for those of the files below it.
+        """
         if len(numbers) == 1 and (held := self.cache.get(self.frame_of[numbers[0]].leaves[0])) is not None:
             self.cache.move_to_end(self.frame_of[numbers[0]].leaves[0])
             return {numbers[0]: held[numbers[0]]}  # not all of a frame for each of its thousands of leaves
@@ -121,7 +129,7 @@ class Frames:
             decoded = dict(known) if frames is self else {}
             for is_sibling in (False, True):
                 batch = [entry for entry in entries if (frames.plan(entry).reference == "sibling") == is_sibling]
-                frames._decode_frames(batch, words, decoded, frames is self, room if frames is self else None)
+                frames._decode_frames(batch, words, decoded, frames is self, room if frames is self else below)
             words = {frames.contents.leaves[n].path: (frames.contents.leaves[n], w) for n, w in decoded.items()}
         return decoded
 
