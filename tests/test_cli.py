@@ -284,3 +284,38 @@ def test_no_input_is_standard_input(tmp_path):
     )
     back = subprocess.run([*COMMAND, "-d"], input=packed.stdout, capture_output=True, check=True)
     assert back.stdout == (tmp_path / "a.npy").read_bytes()
+
+
+def test_threads_are_taken_wherever_something_is_coded(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    np.save("a.npy", np.arange(70_000, dtype=np.float32))
+    np.save("base.npy", np.arange(1, 70_001, dtype=np.float32))
+    with tricomp.Store("run") as store:
+        store.save(1, {"w": np.arange(7)})
+        store.save(2, {"w": np.arange(1, 8)})
+    seen: list[int | None] = []
+    made = tricomp.codec.Engine.__post_init__
+
+    def noted(engine):
+        made(engine)
+        seen.append(engine.threads)
+
+    monkeypatch.setattr(tricomp.codec.Engine, "__post_init__", noted)
+    for threads, expected in (("3", {3}), ("0", {None})):
+        for command in (
+            ["compress", "a.npy", "-f"],
+            ["compress", "a.npy", "--base", "base.npy", "-o", "b.tri", "-f"],
+            ["decompress", "b.tri", "--base", "base.npy", "-o", "b.npy", "-f"],
+            ["verify", "a.npy.tri", "run"],
+            ["diff", "a.npy.tri", "a.npy"],
+            ["export", "a.npy.tri", "--to", "npz", "-f"],
+            ["export", "a.npy.tri", "--to", "tri", "-o", "c.tri", "-f"],
+            ["store", "verify", "run"],
+            ["store", "rebase", "run", "2"],
+            ["store", "export", "run", "1", "--to", "npz", "-f"],
+        ):
+            seen.clear()
+            assert cli.main([*command, "-q", "-T", threads]) == 0, capsys.readouterr().err
+            assert set(seen) - {None} == expected - {None}, command
+    assert cli.main(["verify", "a.npy.tri", "-T", "100000"]) == 1
+    assert "tricomp verify: threads: expected a number from 1 to 4096" in capsys.readouterr().err
