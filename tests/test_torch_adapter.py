@@ -360,3 +360,42 @@ def test_tricomp_jax_imports_without_jax_and_says_what_it_lacks():
 def test_save_with_its_arguments_swapped_says_the_order(tmp_path):
     with pytest.raises(InvalidArgument, match=r"expected a path, as in tricomp_torch.save\(obj, path\), got a dict"):
         tricomp_torch.save(str(tmp_path / "a.tri"), {"w": torch.ones(3)})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("threads", [1, 3, None])
+def test_threads_change_nothing_but_the_time(tmp_path, threads):
+    state = {"a": random_bits(torch.bfloat16, (300, 700)), "b": random_bits(torch.float32, (70,))}
+    first, path = tmp_path / "first.tri", tmp_path / "x.tri"
+    tricomp_torch.save(state, first, threads=1)
+    tricomp_torch.save(state, path, threads=threads)
+    assert first.read_bytes() == path.read_bytes()
+    assert same(tricomp_torch.load(path, threads=threads)["a"], state["a"])
+    tricomp_torch.save_file(state, path, threads=threads)
+    assert same(tricomp_torch.load_file(path, threads=threads)["b"], state["b"])
+    with tricomp_torch.safe_open(path, threads=threads) as opened:
+        assert same(opened.get_tensor("a"), state["a"])
+    held = tricomp_torch.CompressedStateDict(state, threads=threads)
+    held.update({"b": state["b"] + 1})
+    assert same(held["a"], state["a"])
+    held.save(path)
+    assert same(tricomp_torch.CompressedStateDict.load(path, threads=threads)["b"], state["b"] + 1)
+
+
+@pytest.mark.parametrize("threads", [0, -1, "2", 1.5, True])
+def test_threads_that_are_none_are_refused(tmp_path, threads):
+    state, path = {"a": torch.ones(3)}, tmp_path / "x.tri"
+    tricomp_torch.save(state, path)
+    for call in (
+        lambda: tricomp_torch.save(state, tmp_path / "y.tri", threads=threads),
+        lambda: tricomp_torch.load(path, threads=threads),
+        lambda: tricomp_torch.save_file(state, tmp_path / "y.tri", threads=threads),
+        lambda: tricomp_torch.load_file(path, threads=threads),
+        lambda: tricomp_torch.safe_open(path, threads=threads),
+        lambda: tricomp_torch.safe_open(path, "np", threads=threads),
+        lambda: tricomp_torch.CompressedStateDict(state, threads=threads),
+        lambda: tricomp_torch.CompressedStateDict.load(path, threads=threads),
+        lambda: tricomp_torch.Checkpointer(tmp_path / "run", threads=threads),
+    ):
+        with pytest.raises(InvalidArgument, match="threads: expected a number from 1 to 4096, or None for one a core"):
+            call()
+    assert [one.name for one in tmp_path.iterdir()] == ["x.tri"]

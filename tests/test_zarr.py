@@ -273,3 +273,28 @@ def test_training_state_takes_less_than_by_zarrs_default_and_by_blosc(zarr_forma
     ours = n_bytes(**options)
     assert ours < 0.97 * n_bytes()
     assert ours < 0.98 * n_bytes(**blosc[zarr_format])
+
+
+# threads
+
+
+def test_threads_are_no_part_of_what_is_stored():
+    array = weights((70, 90))
+    one, many = Tricomp(threads=1), Tricomp(threads=3)
+    assert one.get_config() == many.get_config() == Tricomp().get_config()
+    assert one == many
+    assert "threads" not in repr(many)
+    assert one.encode(array) == many.encode(array)
+    assert np.array_equal(many.decode(one.encode(array)).reshape(array.shape), array)
+    assert TricompCodec(threads=3) == TricompCodec()
+    assert TricompCodec(threads=3).to_dict() == TricompCodec().to_dict()
+    store = zarr.storage.MemoryStore()
+    made = zarr.create_array(
+        store, shape=array.shape, chunks=(30, 40), dtype="f4", serializer=TricompCodec(threads=2), compressors=None
+    )
+    made[:] = array
+    assert np.array_equal(zarr.open_array(store, mode="r")[:], array)
+    for threads in (0, "2", True):
+        for kind in (Tricomp, TricompCodec):
+            with pytest.raises(InvalidArgument, match="threads: expected a number from 1 to 4096"):
+                kind(threads=threads)
