@@ -76,6 +76,19 @@ def decode(
     threads, backend: as for encode.
     Raises WrongReference, CorruptFile, CorruptFrame, UnsupportedVersion, LimitExceeded.
     """
+    return decode_into(blob, None, reference, threads, limits, backend)
+
+
+def decode_into(
+    blob: Bytes | bytearray,
+    octets: Array | None,
+    reference: Array | None = None,
+    threads: int | None = None,
+    limits: Limits = bounds.DEFAULTS,
+    backend: str | None = None,
+) -> Array:
+    """The same, in the memory of octets, uint8[n_bytes], contiguous and aligned for the dtype. Raises InvalidArgument
+    too, if octets has another size."""
     if not isinstance(blob, bytes | bytearray | memoryview):
         raise InvalidArgument(f"decode: expected the bytes that encode gave, got {type(blob).__name__}.")
     if isinstance(blob, memoryview) and not blob.c_contiguous:
@@ -87,9 +100,12 @@ def decode(
     plan = Plan.from_wire(header["plan"], "array")
     if plan.n_words != leaf.n_words or plan.dtype != leaf.dtype or plan.reference == "sibling":
         raise CorruptFrame(f"{_WHAT}: its plan does not fit {leaf.dtype.name}{list(leaf.shape)}.")
+    if octets is not None and octets.nbytes != leaf.n_bytes:
+        raise InvalidArgument(f"out: has {octets.nbytes} bytes, and {leaf.n_bytes} were encoded.")
     parent = _parent(header.get("parent"), reference, leaf, engine) if plan.reference == "parent" else None
+    into = None if octets is None else [octets.view(leaf.dtype.word_dtype)]
     try:
-        ((words,), (computed,)) = codec.decode_many([StoredFrame([leaf], plan, data, parent)], engine)[0]
+        ((words,), (computed,)) = codec.decode_many([StoredFrame([leaf], plan, data, parent)], engine, into)[0]
     except MemoryError:
         raise LimitExceeded(f"{_WHAT}: no memory for {leaf.n_bytes} bytes.") from None
     if computed != header["digest"]:

@@ -15,7 +15,7 @@ from numcodecs.abc import Codec
 from numcodecs.compat import ensure_contiguous_ndarray, ensure_ndarray_like
 from numcodecs.registry import register_codec
 
-from tricomp.blob import decode, encode
+from tricomp.blob import decode, decode_into, encode
 from tricomp.codec import Engine
 from tricomp.dtypes import NAMES, by_name
 from tricomp.errors import InvalidArgument, UnsupportedDtype
@@ -24,6 +24,7 @@ from tricomp.plan import Spec
 Array = np.ndarray[Any, Any]
 # Frozen since format 1: before a blob, msgpack's true: the array was big-endian. A blob never begins so.
 _SWAPPED = b"\xc3"
+_ALIGNED = 8  # bytes: of the widest word
 
 
 class Tricomp(Codec):  # type: ignore[misc]  # numcodecs has no types
@@ -57,21 +58,37 @@ class Tricomp(Codec):  # type: ignore[misc]  # numcodecs has no types
     def decode(self, buf: Any, out: Any = None) -> Any:
         """The array that encode was given, in one dimension and the order of its memory; or out, filled with it.
 
-        Raises CorruptFile, CorruptFrame, LimitExceeded; InvalidArgument when out has another size.
+        If it raises, out holds anything. Raises CorruptFile, CorruptFrame, LimitExceeded; InvalidArgument when out has another size.
         """
         data = memoryview(ensure_contiguous_ndarray(buf).view(np.uint8))
         is_swapped = bytes(data[:1]) == _SWAPPED
+        target = None if out is None else np.asarray(ensure_ndarray_like(out))
+        if target is not None and not is_swapped and (octets := _octets(target)) is not None:
+            decode_into(data, octets, threads=self._threads)
+            return out
         found = decode(data[1:] if is_swapped else data, threads=self._threads).reshape(-1)
         if is_swapped:
             found = found.byteswap().view(found.dtype.newbyteorder(">"))
-        if out is None:
+        if target is None:
             return found
-        target = np.asarray(ensure_ndarray_like(out))
         if target.nbytes != found.nbytes:
             raise InvalidArgument(f"out: has {target.nbytes} bytes, and {found.nbytes} were encoded.")
         order: Literal["F", "C"] = "F" if target.flags.f_contiguous and not target.flags.c_contiguous else "C"
         target[...] = found.view(np.uint8).view(target.dtype).reshape(target.shape, order=order)
         return out
+
+
+def _octets(target: Array) -> Array | None:
+    """The memory of an array as bytes, where something can be decoded to it; None: where it cannot."""
+    is_one = target.flags.c_contiguous or target.flags.f_contiguous
+    if (
+        not is_one
+        or not target.flags.writeable
+        or target.dtype.hasobject
+        or target.__array_interface__["data"][0] % _ALIGNED
+    ):
+        return None
+    return (target if target.flags.c_contiguous else target.T).reshape(-1).view(np.uint8)
 
 
 def encodable(array: Array) -> Array:
