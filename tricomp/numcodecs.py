@@ -58,7 +58,8 @@ class Tricomp(Codec):  # type: ignore[misc]  # numcodecs has no types
     def decode(self, buf: Any, out: Any = None) -> Any:
         """The array that encode was given, in one dimension and the order of its memory; or out, filled with it.
 
-        If it raises, out holds anything. Raises CorruptFile, CorruptFrame, LimitExceeded; InvalidArgument when out has another size.
+        Raises CorruptFile, CorruptFrame, LimitExceeded; InvalidArgument when out has another size. Then out may hold
+        anything.
         """
         data = memoryview(ensure_contiguous_ndarray(buf).view(np.uint8))
         is_swapped = bytes(data[:1]) == _SWAPPED
