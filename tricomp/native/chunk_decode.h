@@ -277,7 +277,10 @@ void decode_group(const Model& model, DecodeChunk* const* chunks, Sections<Word>
                                 tiles[c]->symbols);
                     const uint8_t largest = largest_of(tiles[c]->symbols, n_rows * ROW);
                     parts[c].largest_index = largest > parts[c].largest_index ? largest : parts[c].largest_index;
-                    look_up(model.dictionary, model.n_dictionary, tiles[c]->symbols, n_rows * ROW, tiles[c]->symbols);
+                    if (model.is_run)
+                        for (size_t i = 0; i < n_rows * ROW; i++) tiles[c]->symbols[i] += model.dictionary[0];
+                    else
+                        look_up(model.dictionary, model.n_dictionary, tiles[c]->symbols, n_rows * ROW, tiles[c]->symbols);
                 }
                 if (model.n_planes) {
                     decode_planes<Word>(model, parts[c], row, n_rows, *tiles[c], scratch);

@@ -53,6 +53,7 @@ static inline void derive(Model& model) {
     } else if (model.entropy == INDEX) {
         std::memset(model.missing, 0xFF, 2 * 256 / 16);
         model.stand_ins[0] = model.dictionary[0];
+        model.is_run = model.dictionary[model.n_dictionary - 1] - model.dictionary[0] + 1u == model.n_dictionary;
         for (uint32_t i = 0; i < model.n_dictionary; i++) {
             const uint32_t s = model.dictionary[i];
             model.places[s] = uint8_t(i);

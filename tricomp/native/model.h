@@ -76,6 +76,7 @@ struct Model {
     uint8_t places[256] = {};  // index: of each symbol in the dictionary
     uint16_t missing[MAX_ENTRIES / 16] = {};  // a bit a row (context * n_symbols + symbol): it cannot be coded
     bool has_missing = false;
+    bool is_run = false;  // index: the dictionary is a run of symbols
 };
 
 // One tile on its way. Words from n to the end of the last row are padding.

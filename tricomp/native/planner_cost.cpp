@@ -195,6 +195,8 @@ struct Index {
     uint64_t n_missed;
 };
 
+constexpr uint64_t RUN_GAIN = 50;  // see reference/estimate.py
+
 std::vector<uint64_t> totals_of(const uint32_t* counts, size_t n_contexts, size_t n_symbols) {
     std::vector<uint64_t> totals(n_symbols, 0);
     for (size_t i = 0; i < n_contexts * n_symbols; i++) totals[i % n_symbols] += counts[i];
@@ -282,6 +284,37 @@ void smooth(const Frame& frame, uint64_t* counts, size_t n) {
         std::replace(first, last, uint64_t(0), uint64_t(1));
 }
 
+// The commonest symbols that an index has places for; or a run of symbols, where that costs little more.
+std::vector<uint8_t> dictionary_of(const Frame& frame, const std::vector<uint64_t>& totals, uint32_t width) {
+    const size_t n = totals.size(), n_run = std::min(n, size_t(1) << width);
+    const size_t n_present = n - size_t(std::count(totals.begin(), totals.end(), uint64_t(0)));
+    std::vector<uint8_t> order(n);
+    std::iota(order.begin(), order.end(), uint8_t(0));
+    std::stable_sort(order.begin(), order.end(), [&](uint8_t a, uint8_t b) { return totals[a] > totals[b]; });
+    order.resize(std::min(n_run, std::max<size_t>(n_present, 1)));
+    uint64_t n_chosen = 0, n_all = 0, inside = 0, most = 0;
+    for (uint8_t symbol : order) n_chosen += totals[symbol];
+    size_t first = 0;
+    for (size_t i = 0; i < n; i++) {
+        n_all += totals[i];
+        inside += totals[i];
+        if (i >= n_run) inside -= totals[i - n_run];
+        if (i + 1 == n_run || (i + 1 > n_run && inside > most)) {
+            most = inside;
+            first = i + 1 - n_run;
+        }
+    }
+    size_t last = first + n_run;
+    while (first < last && totals[first] == 0) first++;
+    while (first < last && totals[last - 1] == 0) last--;
+    if (first < last && RUN_GAIN * (n_chosen - most) * (16 + frame.word_bits()) <= n_all) {
+        order.resize(last - first);
+        std::iota(order.begin(), order.end(), uint8_t(first));
+    }
+    std::sort(order.begin(), order.end());
+    return order;
+}
+
 }  // namespace
 
 void give_symbols(const Frame& frame, const Table& table, uint64_t n_counted, PlanResult& plan) {
@@ -304,13 +337,7 @@ void give_symbols(const Frame& frame, const Table& table, uint64_t n_counted, Pl
     const std::vector<uint64_t> totals = totals_of(table.counts.data(), table.n_contexts, n);
     plan.entropy = INDEX;
     plan.index_bits = index_of(frame, totals).width;
-    const size_t n_present = n - size_t(std::count(totals.begin(), totals.end(), uint64_t(0)));
-    std::vector<uint8_t> order(n);
-    std::iota(order.begin(), order.end(), uint8_t(0));
-    std::stable_sort(order.begin(), order.end(), [&](uint8_t a, uint8_t b) { return totals[a] > totals[b]; });
-    order.resize(std::min(n, std::min(size_t(1) << plan.index_bits, std::max<size_t>(n_present, 1))));
-    std::sort(order.begin(), order.end());
-    plan.dictionary = order;
+    plan.dictionary = dictionary_of(frame, totals, plan.index_bits);
 }
 
 }  // namespace planning

@@ -188,11 +188,36 @@ INLINE size_t mend_bits(const StandIns& stand_ins, const uint8_t* contexts, size
 #endif
 }
 
+// Rows outside of a dictionary that is a run of symbols. n: a multiple of 128.
+INLINE void add_outside(const Model& model, const uint16_t* rows, size_t n, Misfits& misfits) {
+    const uint16_t first = model.dictionary[0], n_inside = uint16_t(model.n_dictionary);
+#if TRICOMP_HAS_AVX512
+    const __m512i low = _mm512_set1_epi16(short(first)), most = _mm512_set1_epi16(short(n_inside));
+    for (size_t i = 0; i < n; i += 64) {
+        uint64_t bits = 0;
+        for (size_t j = 0; j < 64; j += 32) {
+            const __m512i place = _mm512_sub_epi16(_mm512_loadu_si512(rows + i + j), low);
+            bits |= uint64_t(_mm512_cmpge_epu16_mask(place, most)) << j;
+        }
+        misfits.bits[i / 64] |= bits;
+    }
+#else
+    for (size_t i = 0; i < n; i += 64) {
+        uint64_t bits = 0;
+        for (size_t j = 0; j < 64; j++) bits |= uint64_t(uint16_t(rows[i + j] - first) >= n_inside) << j;
+        misfits.bits[i / 64] |= bits;
+    }
+#endif
+}
+
 // Patches take their context's stand-in, and a remainder of 0; so does padding, in context 0 and without length.
 template <class Word>
 void mend_misfits(const Model& model, size_t n, Tile<Word>& tile, Misfits& misfits) {
     const size_t n_padded = whole_rows(n), n_bits = (n + 63) / 64;
-    if (model.has_missing) add_missing(model, tile.rows, n_padded, misfits);
+    if (model.has_missing) {
+        if (model.is_run) add_outside(model, tile.rows, n_padded, misfits);
+        else add_missing(model, tile.rows, n_padded, misfits);
+    }
     if (n % 64) misfits.bits[n / 64] &= (uint64_t(1) << n % 64) - 1;
     uint64_t any = 0;
     for (size_t i = 0; i < n_bits; i++) any |= misfits.bits[i];
@@ -204,8 +229,9 @@ void mend_misfits(const Model& model, size_t n, Tile<Word>& tile, Misfits& misfi
             if (misfits.bits[i]) tile.n_patches += mend_bits(stand_ins, contexts, 64 * i, misfits.bits[i], tile);
     }
     if (model.entropy == INDEX) {
-        for (size_t i = 0; i < n_padded; i++) tile.symbols[i] = uint8_t(tile.rows[i]);
-        look_up_whole(model.places, model.n_symbols, tile.symbols, n_padded, tile.symbols);
+        const uint8_t first = model.is_run ? model.dictionary[0] : 0;
+        for (size_t i = 0; i < n_padded; i++) tile.symbols[i] = uint8_t(tile.rows[i] - first);
+        if (!model.is_run) look_up_whole(model.places, model.n_symbols, tile.symbols, n_padded, tile.symbols);
         std::memset(tile.symbols + n, 0, n_padded - n);
     }
     for (size_t i = n; i < n_padded; i++) tile.rows[i] = model.stand_ins[0];

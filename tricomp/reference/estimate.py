@@ -31,6 +31,7 @@ BLOCK_WORDS = 1 << 22  # of a leaf that are measured at a time
 STATE_BITS = 1024 + 192  # of one stream, with its part of the directory
 PROB_BITS = 11
 LEARNING = 0.72  # bits that a frequency costs in the words it was not counted on: 1 / (2 ln 2)
+RUN_GAIN = 50  # a run of symbols may cost 1 / RUN_GAIN bit a word more than the commonest ones
 SIMPLE_SYMBOLS = 64  # one context of so many symbols is decoded fastest
 SIMPLER_BITS = 0.02  # what anything slower must save to be taken
 DOUBLE_BITS = 0.005  # and for each doubling of the table entries
@@ -248,10 +249,26 @@ def with_symbols(plan: Plan, counts: Array, sample: Sample, spec: Spec, **change
         freqs = np.stack([normalise(row, PROB_BITS) for row in counts])
         return replace(plan, entropy="rans"), Side(Tables(freqs, PROB_BITS))
     width, _ = index_of(counts, plan)
-    total = counts.sum(axis=0)
-    order = np.argsort(-total, kind="stable")
-    dictionary = np.sort(order[: min(1 << width, max(int(np.count_nonzero(total)), 1))])
+    dictionary = dictionary_of(counts.sum(axis=0), width, plan)
     return replace(plan, entropy="index", index_bits=width), Side(dictionary=dictionary.astype(np.uint8))
+
+
+def dictionary_of(total: Array, width: int, plan: Plan) -> Array:
+    """The commonest symbols that an index of this width has places for, ascending; total: int64[n_symbols], counts.
+
+    Or a run of symbols, where that costs less than a fiftieth of a bit a word more: it needs no look-ups.
+    """
+    order = np.argsort(-total, kind="stable")
+    chosen = np.sort(order[: min(1 << width, max(int(np.count_nonzero(total)), 1))])
+    sums = np.concatenate([[0], np.cumsum(total)])
+    n_run = min(1 << width, len(total))
+    inside = sums[n_run:] - sums[: len(sums) - n_run]
+    first = int(np.argmax(inside))
+    n_lost = int(total[chosen].sum()) - int(inside[first])
+    used = np.flatnonzero(total[first : first + n_run])
+    if len(used) and RUN_GAIN * n_lost * (16 + plan.dtype.word_bits) <= int(sums[-1]):
+        return np.arange(first + int(used[0]), first + int(used[-1]) + 1)
+    return chosen
 
 
 def densest(counts: Array, widest: int) -> tuple[int, int]:

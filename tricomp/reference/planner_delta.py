@@ -40,6 +40,7 @@ Array = np.ndarray[Any, Any]
 DELTA_K_MOST = 3  # most bits below the leading one that a delta's symbol may hold
 EXPONENTS = 16  # of the prediction that contexts are made of, the last one at TOP_PERCENT of the words
 TOP_PERCENT = 97
+TOP_STEP = 4  # rows of the thin sample of which one is looked at for that
 WINDOWS = ((8, 0), (8, 1), (4, 1), (4, 0))  # contexts, and log2 of the exponents in one
 PROBE_ROWS, PROBE_COLUMNS = 64, 16
 DECAY_BITS = 0.05  # what a factor must save where numbers have signs
@@ -95,7 +96,7 @@ def _delta_shifts(words: Words, predicted: Words, plan: Plan) -> tuple[float, Pl
 
 def _best_delta(thin: Sample, predicted: Words, plan: Plan, side_bits: float, spec: Spec) -> _Fit:
     """The best place of the sign, then the best contexts, then the best k."""
-    exponents = exponent(predicted, plan.dtype)
+    exponents = exponent(predicted[::TOP_STEP], plan.dtype)
     ordered = np.bincount(exponents.reshape(-1))
     end = int(np.searchsorted(np.cumsum(ordered), exponents.size * TOP_PERCENT // 100)) + 1
     counts = count_codes(thin.words, predicted, DELTA_K_MOST, EXPONENTS, end - EXPONENTS, 0, plan.dtype)
@@ -185,7 +186,7 @@ def scaled_delta_choice(
     # Numbers of both signs change by what is added to them, not by what they are multiplied with, decay aside.
     n_negative = int(np.count_nonzero(new >> (blank.dtype.word_bits - 1)))
     has_signs = n_negative * 1000 > new.size
-    common, fewest, plain = _best_factor(new, old, flat, plan.dtype, 8 if has_signs else 12, spec)
+    common, fewest, plain = _best_factor(new, old, flat, plan.dtype, 3 if has_signs else 5, spec)
     if has_signs and fewest > plain - DECAY_BITS:
         return None
     best = replace(plan, factor=common), Scales(np.full(1, 1 << FACTOR_BITS, np.uint16), None)
@@ -194,7 +195,7 @@ def scaled_delta_choice(
         scales = fit_factors(words, reference, common, blank.dtype, n_columns, has_column_scale)
         split = replace(plan, n_columns=n_columns, has_column_scale=has_column_scale)
         spread = spread_factors(scales, n_columns, positions)
-        factor, bits, _ = _best_factor(new, old, spread, split.dtype, 8, spec)
+        factor, bits, _ = _best_factor(new, old, spread, split.dtype, 5, spec)
         bits += (vector_bits(scales.rows) + vector_bits(scales.columns)) / len(words)
         if bits < fewest:
             fewest = bits
@@ -250,7 +251,10 @@ def _best_factor(
     ratios = _ratios(new, old, dtype) * (np.float32(1 << FACTOR_BITS) / spread.astype(np.float32))
     known = np.sort(ratios[(ratios > np.float32(RATIO_LOW)) & (ratios < np.float32(RATIO_HIGH))])
     tried = [known[len(known) * (2 * i + 1) // (2 * n_tried)] for i in range(n_tried)] if len(known) else []
-    # A power of the decay is a float32 number: the nearest one is met more often than any other.
+    if len(known):
+        # A power of the decay is a float32 number: what is nearest to it is met more often than anything else.
+        _, firsts, counts = np.unique(known.view(np.uint32) >> 6, return_index=True, return_counts=True)
+        tried.append(known[firsts[np.argmax(counts)] + int(counts.max()) // 2])
     candidates = [1 << 30, *(int(float(ratio) * (1 << 30)) for ratio in tried)]
     rows = np.minimum(spread, np.uint64((1 << 16) - 1)).astype(np.uint16)
     costs = []
