@@ -54,7 +54,18 @@ struct DecodeChunk {
     uint64_t details[2];
 };
 
-// Memory that one thread uses while it encodes: 1.7 MiB, whatever the leaf. 64-byte aligned; all of it is scratch.
+// A payload in parts, wherever they stand until it is known where the payload goes.
+struct Payload {
+    struct Part {
+        const void* bytes;  // null: zeros
+        size_t n_bytes;
+    };
+    Part parts[48];
+    size_t n_parts, n_bytes;
+    Row row;  // but for the checksum
+};
+
+// Memory that one thread uses while it encodes: 2.4 MiB, whatever the leaf. 64-byte aligned; all of it is scratch.
 struct EncodeScratch {
     uint8_t below_rans[SLACK];
     uint8_t rans[2 * MAX_CHUNK];
@@ -63,9 +74,12 @@ struct EncodeScratch {
     uint8_t planes[MAX_PLANES][MAX_CHUNK];
     uint8_t below_plane_rans[SLACK];
     uint8_t plane_rans[2 * MAX_CHUNK];
+    uint8_t packed[MAX_CHUNK];
     uint8_t indices[MAX_CHUNK];
     uint16_t patches[MAX_CHUNK];
+    alignas(8) uint8_t patch_words[8 * MAX_CHUNK];
     uint8_t shifts[MAX_CHUNK / ROW];
+    uint8_t states[STATE_BYTES], plane_states[MAX_PLANES][STATE_BYTES], heads[4 * LANES];
     uint16_t rows[TILE];
     alignas(64) uint8_t tile[TILE_BYTES];
 };

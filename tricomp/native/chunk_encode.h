@@ -1,8 +1,8 @@
 // Words to the payload of a chunk: the stages put together, tile by tile from the last to the first, because rANS and
 // stacks are written backwards. Each word is read from memory once. Stage header: no STL.
 //
-// The hard thing: no part's size is known before its end, so parts grow in scratch memory that holds the worst case and
-// are then laid one after the other.
+// The hard thing: no part's size is known before its end, so parts grow in scratch memory that holds the worst case; and
+// where the payload goes is known after its size, so that the parts are laid one after the other then.
 #pragma once
 
 #include <cstring>
@@ -12,28 +12,17 @@
 
 TRICOMP_BEGIN
 
-// Lays the parts of a payload one after the other; counts on when there is no more room.
-struct Layer {
-    uint8_t* out;
-    size_t room, n_bytes;
+INLINE void put(Payload& payload, const void* bytes, size_t n_bytes) {
+    if (n_bytes) payload.parts[payload.n_parts++] = {bytes, n_bytes};
+    payload.n_bytes += n_bytes;
+}
 
-    INLINE void put(const void* part, size_t n) {
-        if (n && n_bytes + n <= room) std::memcpy(out + n_bytes, part, n);
-        n_bytes += n;
-    }
-
-    INLINE void pad(size_t n) {
-        if (n && n_bytes + n <= room) std::memset(out + n_bytes, 0, n);
-        n_bytes += n;
-    }
-
-    // Heads or states, zeros, then the words, so that the words end on a multiple of 16 bytes.
-    INLINE void stream(const void* heads, size_t head_bytes, const uint8_t* words, size_t n_word_bytes) {
-        put(heads, head_bytes);
-        pad((16 - n_word_bytes % 16) % 16);
-        put(words, n_word_bytes);
-    }
-};
+// Heads or states, zeros, then the words, so that the words end on a multiple of 16 bytes.
+INLINE void put_stream(Payload& payload, const void* heads, size_t n_head_bytes, const uint8_t* words, size_t n_word_bytes) {
+    put(payload, heads, n_head_bytes);
+    put(payload, nullptr, (16 - n_word_bytes % 16) % 16);
+    put(payload, words, n_word_bytes);
+}
 
 INLINE void begin_rans(RansEncoder& encoder, uint8_t* end) {
     for (size_t lane = 0; lane < LANES; lane++) encoder.states[lane] = LOWEST_STATE;
@@ -41,8 +30,8 @@ INLINE void begin_rans(RansEncoder& encoder, uint8_t* end) {
 }
 
 // One byte plane in its cheapest mode. Returns its field of the directory.
-inline uint32_t lay_plane(const Model& model, size_t plane, size_t n_rows, EncodeScratch& scratch, Layer& layer) {
-    const uint8_t* octets = scratch.planes[plane];
+inline uint32_t put_plane(const Model& model, size_t plane, size_t n_rows, EncodeScratch& scratch, Payload& payload) {
+    uint8_t* octets = scratch.planes[plane];
     const uint32_t width = model.plane_widths[plane];
     if (is_one_value(octets, n_rows * ROW)) return PLANE_CONSTANT << 28 | octets[0];
     const size_t n_packed = packed_bytes(n_rows, width);
@@ -58,27 +47,30 @@ inline uint32_t lay_plane(const Model& model, size_t plane, size_t n_rows, Encod
         }
         const size_t n_word_bytes = size_t(end - encoder.words);
         if (STATE_BYTES + (n_word_bytes + 15) / 16 * 16 < n_packed) {
-            layer.stream(encoder.states, STATE_BYTES, encoder.words, n_word_bytes);
+            // Smaller than the octets, which are not needed any more.
+            std::memcpy(octets, encoder.words, n_word_bytes);
+            std::memcpy(scratch.plane_states[plane], encoder.states, STATE_BYTES);
+            put_stream(payload, scratch.plane_states[plane], STATE_BYTES, octets, n_word_bytes);
             return PLANE_RANS << 28 | uint32_t(n_word_bytes / 2);
         }
     }
-    if (width == 8) {
-        layer.put(octets, n_packed);
-    } else {
-        pack_bits(octets, n_rows, width, scratch.plane_rans);  // free by now, and large enough
-        layer.put(scratch.plane_rans, n_packed);
+    if (width < 8) {  // the uppermost plane alone
+        pack_bits(octets, n_rows, width, scratch.packed);
+        octets = scratch.packed;
     }
+    put(payload, octets, n_packed);
     return PLANE_RAW << 28;
 }
 
-// The payload of one chunk, and its row of the directory. out: room for the words as they are and SLACK bytes.
+// The payload of one chunk, and its row of the directory. The parts stand in scratch memory, or among the words.
 template <class Word>
-size_t encode_chunk_of(const Model& model, const EncodeChunk& chunk, EncodeScratch& scratch, uint8_t* out, Row& row) {
+void encode_chunk_of(const Model& model, const EncodeChunk& chunk, EncodeScratch& scratch, Payload& payload) {
     const size_t n_raw = chunk.n_words * sizeof(Word), n_rows = (chunk.n_words + ROW - 1) / ROW;
     const Word* words = static_cast<const Word*>(chunk.words);
     const Word* reference = static_cast<const Word*>(chunk.reference);
+    Row& row = payload.row;
     std::memset(&row, 0, sizeof row);
-    Layer layer{out, n_raw, 0};
+    payload.n_parts = payload.n_bytes = 0;
     if (model.predict != RAW) {
         constexpr size_t SHARE = TILE * sizeof(Word) / 4;
         Tile<Word>& tile = *reinterpret_cast<Tile<Word>*>(scratch.tile);
@@ -129,49 +121,61 @@ size_t encode_chunk_of(const Model& model, const EncodeChunk& chunk, EncodeScrat
         }
         if (model.entropy == RANS) {
             const size_t n_word_bytes = size_t(rans_end - symbols.words);
-            layer.stream(symbols.states, STATE_BYTES, symbols.words, n_word_bytes);
+            std::memcpy(scratch.states, symbols.states, STATE_BYTES);
+            put_stream(payload, scratch.states, STATE_BYTES, symbols.words, n_word_bytes);
             row.fields[4] = uint32_t(n_word_bytes / 2);
         } else if (model.entropy == INDEX) {
-            layer.put(scratch.indices, packed_bytes(n_rows, model.index_bits));
+            put(payload, scratch.indices, packed_bytes(n_rows, model.index_bits));
         }
         for (size_t plane = 0; plane < model.n_planes; plane++)
-            row.fields[DIRECTORY_FIELDS + plane] = lay_plane(model, plane, n_rows, scratch, layer);
+            row.fields[DIRECTORY_FIELDS + plane] = put_plane(model, plane, n_rows, scratch, payload);
         if (model.remainder == STACK) {
             constexpr size_t SIZE = stack_word_bytes(sizeof(Word));
             if (model.has_block_shifts) {
-                layer.put(scratch.shifts, n_rows);
-                layer.pad((16 - n_rows % 16) % 16);
+                put(payload, scratch.shifts, n_rows);
+                put(payload, nullptr, (16 - n_rows % 16) % 16);
             }
-            uint8_t heads[LANES * SIZE];
-            stack_heads(stack, heads);
+            stack_heads(stack, scratch.heads);
             const size_t n_word_bytes = size_t(stack_end - stack.words);
-            layer.stream(heads, sizeof heads, stack.words, n_word_bytes);
+            put_stream(payload, scratch.heads, LANES * SIZE, stack.words, n_word_bytes);
             row.fields[5] = uint32_t(n_word_bytes / SIZE);
         }
-        layer.put(patches, 2 * n_patches);
-        for (size_t i = 0; i < n_patches; i++) layer.put(words + patches[i], sizeof(Word));
+        Word* patch_words = reinterpret_cast<Word*>(scratch.patch_words);
+        for (size_t i = 0; i < n_patches; i++) patch_words[i] = words[patches[i]];
+        put(payload, patches, 2 * n_patches);
+        put(payload, patch_words, sizeof(Word) * n_patches);
         row.fields[3] = uint32_t(n_patches);
     }
-    if (model.predict == RAW || layer.n_bytes >= n_raw) {
-        std::memcpy(out, words, n_raw);
-        layer.n_bytes = n_raw;
+    if (model.predict == RAW || payload.n_bytes >= n_raw) {
+        payload.n_parts = payload.n_bytes = 0;
+        put(payload, words, n_raw);
         std::memset(&row, 0, sizeof row);
         row.fields[3] = RAW_FLAG;
     }
-    const uint64_t checksum = xxh3_64(out, layer.n_bytes);
-    row.fields[0] = uint32_t(checksum);
-    row.fields[1] = uint32_t(checksum >> 32);
-    row.fields[2] = uint32_t(layer.n_bytes);
-    return layer.n_bytes;
+    row.fields[2] = uint32_t(payload.n_bytes);
 }
 
-inline size_t encode_chunk(const Model& model, const EncodeChunk& chunk, EncodeScratch& scratch, uint8_t* out, Row& row) {
+inline void encode_chunk(const Model& model, const EncodeChunk& chunk, EncodeScratch& scratch, Payload& payload) {
     switch (model.kind.word_bits) {
-        case 8: return encode_chunk_of<uint8_t>(model, chunk, scratch, out, row);
-        case 16: return encode_chunk_of<uint16_t>(model, chunk, scratch, out, row);
-        case 32: return encode_chunk_of<uint32_t>(model, chunk, scratch, out, row);
-        default: return encode_chunk_of<uint64_t>(model, chunk, scratch, out, row);
+        case 8: return encode_chunk_of<uint8_t>(model, chunk, scratch, payload);
+        case 16: return encode_chunk_of<uint16_t>(model, chunk, scratch, payload);
+        case 32: return encode_chunk_of<uint32_t>(model, chunk, scratch, payload);
+        default: return encode_chunk_of<uint64_t>(model, chunk, scratch, payload);
     }
+}
+
+// Lay a payload down where it goes, and put its checksum into its row.
+inline void lay_down(Payload& payload, uint8_t* out) {
+    uint8_t* at = out;
+    for (size_t i = 0; i < payload.n_parts; i++) {
+        const Payload::Part part = payload.parts[i];
+        if (part.bytes) std::memcpy(at, part.bytes, part.n_bytes);
+        else std::memset(at, 0, part.n_bytes);
+        at += part.n_bytes;
+    }
+    const uint64_t checksum = xxh3_64(out, payload.n_bytes);
+    payload.row.fields[0] = uint32_t(checksum);
+    payload.row.fields[1] = uint32_t(checksum >> 32);
 }
 
 TRICOMP_END

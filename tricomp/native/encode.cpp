@@ -57,7 +57,7 @@ class Places {
 
 struct Memory {
     EncodeScratch scratch;
-    alignas(64) uint8_t payload[8 * MAX_CHUNK + SLACK];
+    Payload payload;
 };
 
 }  // namespace
@@ -113,12 +113,10 @@ void encode(std::vector<EncodeRequest>& requests, size_t n_threads, uint8_t* out
             chunk.reference = request.reference == nullptr
                                   ? nullptr
                                   : static_cast<const uint8_t*>(request.reference) + chunk.first * source_bytes;
-            Row row;
-            const size_t n_bytes = kernels().encode_chunk(model, chunk, memory->scratch, memory->payload, row);
-            std::memcpy(request.rows.data() + (item.chunk - request.first_chunk) * row_bytes(model), row.fields,
-                        row_bytes(model));
+            Payload& payload = memory->payload;
+            kernels().encode_chunk(model, chunk, memory->scratch, payload);
             const bool is_last = item.chunk + 1 == n_chunks_of(model);
-            const size_t n_padded = is_last ? n_bytes : size_t(aligned(n_bytes));
+            const size_t n_bytes = payload.n_bytes, n_padded = is_last ? n_bytes : size_t(aligned(n_bytes));
             uint8_t* place = nullptr;
             places.take(number, [&](size_t at) {
                 if (item.chunk == request.first_chunk) request.begin = at = size_t(aligned(at));
@@ -127,8 +125,10 @@ void encode(std::vector<EncodeRequest>& requests, size_t n_threads, uint8_t* out
                 return request.end;
             });
             if (place == nullptr) return;
-            std::memcpy(place, memory->payload, n_bytes);
+            kernels().lay_down(payload, place);
             std::memset(place + n_bytes, 0, n_padded - n_bytes);
+            std::memcpy(request.rows.data() + (item.chunk - request.first_chunk) * row_bytes(model), payload.row.fields,
+                        row_bytes(model));
         };
     });
 }

@@ -9,7 +9,8 @@ namespace tricomp {
 
 struct Kernels {
     const char* name;  // "avx512", "avx2", "portable"
-    size_t (*encode_chunk)(const Model&, const EncodeChunk&, EncodeScratch&, uint8_t* out, Row&);
+    void (*encode_chunk)(const Model&, const EncodeChunk&, EncodeScratch&, Payload&);
+    void (*lay_down)(Payload&, uint8_t* out);
     void (*decode_chunks)(const Model&, DecodeChunk*, size_t n_chunks, DecodeScratch&);
     uint64_t (*xxh3_64)(const uint8_t*, size_t n_bytes);
     uint64_t (*digest_sum)(const uint8_t*, size_t n_bytes, uint64_t first_byte);
