@@ -65,7 +65,7 @@ struct Payload {
     Row row;  // but for the checksum
 };
 
-// Memory that one thread uses while it encodes: 2.4 MiB, whatever the leaf. 64-byte aligned; all of it is scratch.
+// Memory that one thread uses while it encodes: 2.1 MiB, whatever the leaf. 64-byte aligned; all of it is scratch.
 struct EncodeScratch {
     uint8_t below_rans[SLACK];
     uint8_t rans[2 * MAX_CHUNK];

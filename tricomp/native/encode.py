@@ -30,7 +30,7 @@ _lock = threading.Lock()
 def encode(jobs: Sequence[EncodeJob], room: Callable[[], Room] = list, threads: int | None = None) -> list[Encoded]:
     """Encode frames. room: makes the place where the payloads of one frame wait. threads: None: one a core.
 
-    Scratch memory: 2.4 MiB a thread, and two outputs of rounds, which are kept for later calls.
+    Scratch memory: 2.1 MiB a thread, and two outputs of rounds, which are kept for later calls.
     """
     core, n_threads = native.load(), native.n_threads(threads)
     requests = [_request(job) for job in jobs]
