@@ -62,7 +62,7 @@ def test_a_verdict_is_the_quotient_of_two_speeds() -> None:
     def one(who: str, speed_in: float, speed_out: float, threads: int = 1) -> dict[str, object]:
         return {"who": who, "threads": threads, "in": speed_in, "out": speed_out}
 
-    work = {"work": "w bfloat16", "dtype": "bfloat16", "mode": "full", "n_leaves": 1}
+    work = {"work": "w bfloat16", "dtype": "bfloat16", "mode": "full", "form": "layers"}
     seconds = {"cp_raw": 3.0, "read_raw": 1.0, "cp_packed": 2.0, "read_packed": 0.5, "decompress": 5.0}
     results = {
         "works": [{**work, "results": [one("tricomp dense", 2, 4.9), one("tricomp fast", 4, 8), one("ZipNN", 0.5, 2)]}],

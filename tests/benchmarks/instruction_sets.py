@@ -94,8 +94,10 @@ def _measure_tier(
     work: Work, tier: str, workers: dict[str, Worker], n_runs: int, n_reference_runs: int
 ) -> list[dict[str, Any]]:
     proofs = {name: worker.ask("prove", tier) for name, worker in workers.items()}
-    peers.require(all(proof["is_exact"] for proof in proofs.values()), f"tricomp {tier}, instruction sets")
-    peers.require(len({proof["hash"] for proof in proofs.values()}) == 1, f"tricomp {tier}: instruction sets differ")
+    for name, proof in proofs.items():
+        peers.require(proof["is_exact"], f"tricomp {tier}, {work.name}, {name}")
+    if len({proof["hash"] for proof in proofs.values()}) > 1:
+        raise SystemExit(f"tricomp {tier}, {work.name}: {', '.join(proofs)} do not pack the same bytes; no number is kept")
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in workers}
     for turn in range(n_runs):
         for name, worker in workers.items():

@@ -37,9 +37,9 @@ def _tensor(array: Array) -> torch.Tensor:
 
 
 def write_model(path: Path, leaves: Mapping[str, Array], n_bytes: int) -> None:
-    """A safetensors file of at least so many bytes: the leaves, and again with their rows moved on, all different."""
+    """A safetensors file of at least so many bytes: matrices, and again with their rows moved on: all differ."""
     n_times = -(-n_bytes // sum(array.nbytes for array in leaves.values()))
-    moved = ((f"{i}.{name}", np.roll(array, i, axis=0)) for i in range(n_times) for name, array in leaves.items())
+    moved = ((f"{i}.{name}", np.roll(array, i, axis=-2)) for i in range(n_times) for name, array in leaves.items())
     save_file({name: _tensor(array) for name, array in moved}, path)
 
 

@@ -29,10 +29,14 @@ TIERS: tuple[Literal["dense", "fast"], ...] = ("dense", "fast")
 
 @dataclass(frozen=True)
 class Work:
-    """Leaves to pack, each by itself, and those they are packed against, if any. mode: the prediction it is to show."""
+    """Leaves to pack, each by itself, and those they are packed against, if any.
+
+    mode: the prediction it is to show. form: "layers" (stacked over all blocks), "leaves" (as they are) or "one leaf".
+    """
 
     name: str
     mode: str
+    form: str
     arrays: tuple[Array, ...]
     references: tuple[Array, ...] | None = None
 
