@@ -170,7 +170,9 @@ std::vector<EncodeRequest> encode_requests_of(PyObject* list, Buffers& buffers) 
         require(reinterpret_cast<uintptr_t>(words.data) % word_bytes(plan) == 0 &&
                     reinterpret_cast<uintptr_t>(reference.data) % source_bytes(plan) == 0,
                 "a buffer that is not aligned");
-        require(request.first_chunk + request.n_chunks <= n_chunks_of(model), "chunks that there are not");
+        const uint64_t n_chunks = n_chunks_of(model);
+        require(request.n_chunks <= n_chunks && request.first_chunk <= n_chunks - request.n_chunks,
+                "chunks that there are not");
         request.words = words.data;
         request.reference = model.has_reference ? reference.data : nullptr;
     }
