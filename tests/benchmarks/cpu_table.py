@@ -246,8 +246,8 @@ Whatever was timed came back byte for byte first, and tricomp packed the same by
 every instruction set. *n apart*: packed against the state n steps earlier; the peers, which know no references, get
 the XOR of the two, and its time (numpy, one thread) counts in both directions. ZipNN gets bytes that it may destroy,
 copied off the clock. zstd unpacks on one thread. memcpy writes to memory that is there already; everybody else
-allocates what he gives back. blosc2 shuffles; its zstd is level 1, its lz4 level 5. The same matrix of all blocks is one
-leaf, as in models that scan over their layers, and everybody packs leaf by leaf; "100 leaves": every parameter of
+allocates what he gives back. blosc2 shuffles; its zstd is level 1, its lz4 level 5. The same matrix of all blocks is
+one leaf, as in models that scan over their layers, and everybody packs leaf by leaf; "100 leaves": every parameter of
 the small GPT by itself, as it is; "all in one leaf": all matrices, one after the other. float64: weights after a step
 along the momentum in float64; float8, int8: scaled weights.
 The load of the machine was {load["before"]:.2f} before, {load["after"]:.2f} after; all took {results["seconds"]} s.

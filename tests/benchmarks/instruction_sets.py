@@ -97,7 +97,7 @@ def _measure_tier(
     for name, proof in proofs.items():
         peers.require(proof["is_exact"], f"tricomp {tier}, {work.name}, {name}")
     if len({proof["hash"] for proof in proofs.values()}) > 1:
-        raise SystemExit(f"tricomp {tier}, {work.name}: {', '.join(proofs)} do not pack the same bytes; no number is kept")
+        raise SystemExit(f"tricomp {tier}, {work.name}: other bytes in one of {', '.join(proofs)}; no number is kept")
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in workers}
     for turn in range(n_runs):
         for name, worker in workers.items():
