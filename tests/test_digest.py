@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 
 import numpy as np
 import pytest
 
 from tests.cases import weights
-from tricomp.reference.digest import digest
+from tricomp.reference.digest import BLOCK_BYTES, digest, digest_end, digest_sum
 
 M32, M64 = (1 << 32) - 1, (1 << 64) - 1
 
@@ -45,6 +46,17 @@ def test_definition_over_blocks():
     data = np.zeros((4 << 20) + 6, np.uint8)
     data[[3, 2 << 20, (2 << 20) + 5, (4 << 20) + 5]] = 7
     assert digest(data) == plain(data.tobytes())
+
+
+def test_parts_in_any_order_give_the_same():
+    data = np.random.default_rng(0).integers(0, 256, BLOCK_BYTES + 70_003, dtype=np.uint8)
+    cuts = [0, 512, 4096, 70 * 512, BLOCK_BYTES - 1024, BLOCK_BYTES + 512, len(data)]
+    total = sum(digest_sum(data[begin:end], begin) for begin, end in reversed(list(itertools.pairwise(cuts))))
+    assert digest_end(total, len(data)) == digest(data)
+    first = 3 * BLOCK_BYTES + 512
+    behind = np.append(np.zeros(first % BLOCK_BYTES, np.uint8), data[:5000])
+    assert digest_sum(data[:5000], first) == digest_sum(behind, first - first % BLOCK_BYTES)
+    assert digest_sum(data[:0], first) == 0
 
 
 def test_accidents_are_noticed():

@@ -73,20 +73,3 @@ def _mix64(x: int) -> int:
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _M64
     x = (x ^ x >> 27) * 0x94D049BB133111EB & _M64
     return x ^ x >> 31
-
-
-class Digester:
-    """The digest of a leaf that comes in parts; each but the last must hold a multiple of BLOCK_BYTES."""
-
-    def __init__(self) -> None:
-        self._sum = 0
-        self._n_bytes = 0
-
-    def update(self, words: Array) -> None:
-        """Take the next words. words: uint[n]."""
-        self._sum += digest_sum(words, self._n_bytes)
-        self._n_bytes += words.nbytes
-
-    def digest(self) -> int:
-        """0 to 2^64 - 1."""
-        return digest_end(self._sum, self._n_bytes)
