@@ -16,6 +16,7 @@ const Kernels TRICOMP_JOIN(TRICOMP_ISA, _kernels) = {
     TRICOMP_TEXT(TRICOMP_ISA), TRICOMP_ISA::encode_chunk, TRICOMP_ISA::lay_down, TRICOMP_ISA::decode_chunks,
     TRICOMP_ISA::xxh3_64,      TRICOMP_ISA::digest_sum,   TRICOMP_ISA::is_equal,
     TRICOMP_ISA::encode_stream, TRICOMP_ISA::decode_stream, TRICOMP_ISA::stats::price_tables,
+    TRICOMP_ISA::stats::majority,
     {TRICOMP_ISA::stats::stats_of<uint8_t>(), TRICOMP_ISA::stats::stats_of<uint16_t>(),
      TRICOMP_ISA::stats::stats_of<uint32_t>(), TRICOMP_ISA::stats::stats_of<uint64_t>()},
 };

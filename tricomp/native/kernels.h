@@ -19,6 +19,7 @@ struct Kernels {
     bool (*decode_stream)(const Tables&, const uint8_t* states, const uint8_t* words, size_t n_words, uint8_t* symbols,
                           size_t n_rows);
     PriceTables* price_tables;
+    Majority* majority;
     Stats stats[4];  // of words of 8, 16, 32 and 64 bits
 };
 

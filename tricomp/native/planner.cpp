@@ -35,13 +35,21 @@ bool is_exact(const Frame& frame, PlanResult& plan) {
     return true;
 }
 
-// The distinct words of rows and how often each occurs; gives up once there are more than MAX_SYMBOLS.
+// The words of some rows, widened.
+const std::vector<uint64_t>& widened(const Frame& frame, const SampleRows& rows, std::vector<uint64_t>& words) {
+    words.resize(rows.n_words());
+    for (size_t row = 0; row < rows.n_rows(); row++)
+        frame.stats.widen(frame.request.words, rows.first(row), rows.width, words.data() + row * rows.width);
+    return words;
+}
+
+// The distinct words among others, and how often each occurs.
 class Distinct {
   public:
-    bool add(const Frame& frame, const SampleRows& rows) {
-        for (size_t row = 0; row < rows.n_rows(); row++)
-            for (size_t i = 0; i < rows.width; i++)
-                if (!add(frame.word(rows.first(row) + i))) return false;
+    // False once there are more than MAX_SYMBOLS.
+    bool add(const std::vector<uint64_t>& words) {
+        for (const uint64_t word : words)
+            if (!add(word)) return false;
         return true;
     }
 
@@ -55,10 +63,10 @@ class Distinct {
     }
 
   private:
-    static constexpr size_t PLACES = 2048;
+    static constexpr size_t PLACES = 1024;
 
     bool add(uint64_t word) {
-        size_t at = size_t(word * 0x9E3779B97F4A7C15u >> 53);
+        size_t at = size_t(word * 0x9E3779B97F4A7C15u >> 54);
         while (places_[at].second && places_[at].first != word) at = (at + 1) % PLACES;
         if (!places_[at].second) {
             if (n_found_ == MAX_SYMBOLS) return false;
@@ -81,8 +89,10 @@ SampleRows few_rows(const Frame& frame) {
 
 // At most 256 distinct words.
 bool palette_choice(const Frame& frame, Choice& choice) {
-    Distinct few, whole;
-    if (!few.add(frame, few_rows(frame)) || !whole.add(frame, frame.sample)) return false;
+    if (!Distinct().add(frame.scratch.few)) return false;
+    Distinct whole;
+    std::vector<uint64_t> sampled;
+    if (!whole.add(widened(frame, frame.sample, sampled))) return false;
     const auto words = whole.found();
     if (words.size() > std::max<size_t>(frame.n_sampled / 4, 2)) return false;
     Table table;
@@ -95,21 +105,6 @@ bool palette_choice(const Frame& frame, Choice& choice) {
         give_symbols(frame, table, frame.n_sampled, plan);
     };
     return true;
-}
-
-// The word that makes up more than half of some rows.
-bool find_commonest(const Frame& frame, uint64_t& commonest) {
-    const SampleRows rows = few_rows(frame);
-    size_t lead = 0;
-    for (size_t row = 0; row < rows.n_rows(); row++) {
-        for (size_t i = 0; i < rows.width; i++) {
-            const uint64_t word = frame.word(rows.first(row) + i);
-            if (!lead) commonest = word;
-            lead += word == commonest ? 1 : size_t(-1);
-        }
-    }
-    const size_t n_others = frame.stats.count_unequal_rows_to(frame.request.words, commonest, rows);
-    return (rows.n_words() - n_others) * 2 > rows.n_words();
 }
 
 // Few words differ from the reference, or from the commonest word. Counted only where it seems worth it.
@@ -127,7 +122,8 @@ void consider_sparse(const Frame& frame, Choice& best) {
         if (bits < best.bits) best = {bits, finish};
     };
     uint64_t commonest = 0;
-    if (find_commonest(frame, commonest)) {
+    const std::vector<uint64_t>& few = frame.scratch.few;
+    if (frame.kernels.majority(few.data(), few.size(), &commonest)) {
         weigh(
             frame.stats.count_unequal_rows_to(request.words, commonest, frame.thin),
             [&](size_t most) {
@@ -160,6 +156,7 @@ void plan_one(const PlanRequest& request, Scratch& scratch, PlanResult& plan) {
     const auto consider = [&](Choice&& choice) {
         if (choice.bits < best.bits) best = std::move(choice);
     };
+    widened(frame, few_rows(frame), scratch.few);
     if (palette_choice(frame, other)) consider(std::move(other));
     Choice delta;
     if (has_reference) delta = delta_choice(frame, true);

@@ -14,6 +14,7 @@ namespace {
 constexpr uint32_t K_MOST = 3;  // most bits below the leading one that a delta's symbol may hold
 constexpr size_t EXPONENTS = 16;  // of the prediction that contexts are made of, the last one at TOP_PERCENT of the words
 constexpr uint64_t TOP_PERCENT = 97;
+constexpr size_t TOP_STEP = 4;  // rows of the thin sample of which one is looked at for that
 constexpr std::pair<size_t, uint32_t> WINDOWS[] = {{8, 0}, {8, 1}, {4, 1}, {4, 0}};  // contexts, log2 of exponents in one
 constexpr size_t PROBE_ROWS = 64, PROBE_COLUMNS = 16;  // of the sample on which factors are tried
 constexpr double DECAY_BITS = 0.05;  // what a factor must save where numbers have signs
@@ -40,42 +41,63 @@ struct Fit {
     uint32_t context_shift = 0;
 };
 
-// The counted codes in a window of symbols. counts: [n_contexts][n_codes][2]. Symbol 0: no difference.
-void window(const uint32_t* counts, size_t n_contexts, size_t n_codes, bool has_sign, Table& table) {
-    const size_t n = has_sign ? n_codes : 2 * n_codes, skipped = has_sign ? 1 : 2;
-    std::vector<uint32_t> totals(n, 0);
-    const auto count = [&](size_t context, size_t code) {
-        const uint32_t* row = counts + context * n_codes * 2;
-        return has_sign ? row[2 * code] + row[2 * code + 1] : row[code];
-    };
-    uint64_t n_all = 0;
-    for (size_t context = 0; context < n_contexts; context++)
-        for (size_t code = skipped; code < n; code++) totals[code] += count(context, code);
-    for (const uint32_t total : totals) n_all += total;
-    const auto found = densest(totals.data(), n, std::min(MAX_SYMBOLS, MAX_ENTRIES / n_contexts) - 1);
+// Counts of what symbols are made of: a row for each of n_rows contexts or exponents. Codes, of both signs together or
+// alternating; those of no difference first.
+struct Codes {
+    std::vector<uint32_t> counts, totals;
+    size_t n_rows = 0, n_codes = 0, n_first = 1;  // n_first: codes that mean no difference
+};
+
+// counts: [n_rows][n_finest][2]; the lowest `drop` bits of each code are merged.
+void merge_codes(const uint32_t* counts, size_t n_rows, size_t n_finest, uint32_t drop, bool has_sign, Codes& codes) {
+    codes.n_rows = n_rows;
+    codes.n_codes = (n_finest >> drop) * (has_sign ? 1 : 2);
+    codes.n_first = has_sign ? 1 : 2;
+    codes.counts.assign(n_rows * codes.n_codes, 0);
+    codes.totals.assign(codes.n_codes, 0);
+    for (size_t row = 0; row < n_rows; row++) {
+        const uint32_t* given = counts + row * n_finest * 2;
+        uint32_t* out = codes.counts.data() + row * codes.n_codes;
+        for (size_t code = 0; code < n_finest; code++) {
+            const size_t coarse = code >> drop;
+            if (has_sign) {
+                out[coarse] += given[2 * code] + given[2 * code + 1];
+            } else {
+                out[2 * coarse] += given[2 * code];
+                out[2 * coarse + 1] += given[2 * code + 1];
+            }
+        }
+        for (size_t code = codes.n_first; code < codes.n_codes; code++) codes.totals[code] += out[code];
+    }
+}
+
+// The counted codes in a window of symbols. context_of: of each row. Symbol 0: no difference.
+template <class ContextOf>
+void window(const Codes& codes, size_t n_contexts, ContextOf context_of, Table& table) {
+    const auto found =
+        densest(codes.totals.data(), codes.n_codes, std::min(MAX_SYMBOLS, MAX_ENTRIES / n_contexts) - 1);
     table.first = std::max<size_t>(found.first, 1);
     table.n_contexts = n_contexts;
     table.n_symbols = found.second - table.first + 1;
     table.counts.assign(n_contexts * table.n_symbols, 0);
-    for (size_t context = 0; context < n_contexts; context++) {
-        uint32_t* row = table.counts.data() + context * table.n_symbols;
-        row[0] = counts[context * n_codes * 2] + counts[context * n_codes * 2 + 1];
-        for (size_t code = std::max(table.first, skipped); code < found.second; code++)
-            row[code - table.first + 1] = count(context, code);
+    const size_t first = std::max(table.first, codes.n_first);  // where nothing differs, the window is code 1
+    for (size_t row = 0; row < codes.n_rows; row++) {
+        const uint32_t* given = codes.counts.data() + row * codes.n_codes;
+        uint32_t* out = table.counts.data() + context_of(row) * table.n_symbols;
+        for (size_t code = 0; code < codes.n_first; code++) out[0] += given[code];
+        for (size_t code = first; code < found.second; code++) out[code - table.first + 1] += given[code];
     }
-    for (size_t code = table.first; code < found.second; code++) n_all -= totals[code];
-    table.n_missed = n_all;
+    table.n_missed = 0;
+    for (size_t code = 0; code < codes.n_codes; code++)
+        if (code < table.first || code >= found.second) table.n_missed += codes.totals[code];
 }
 
 // Bits of the remainders of the table's words.
-uint64_t low_bits(const Table& table, uint32_t k, bool has_sign) {
+uint64_t low_bits(const Codes& codes, const Table& table, uint32_t k, bool has_sign) {
     uint64_t sum = 0;
-    for (size_t symbol = 1; symbol < table.n_symbols; symbol++) {
-        uint64_t count = 0;
-        for (size_t context = 0; context < table.n_contexts; context++)
-            count += table.counts[context * table.n_symbols + symbol];
-        const size_t code = table.first + symbol - 1, length = (has_sign ? code : code >> 1) >> k;
-        sum += count * ((length > k + 1 ? length - 1 - k : 0) + has_sign);
+    for (size_t code = table.first; code < table.first + table.n_symbols - 1; code++) {
+        const size_t length = (has_sign ? code : code >> 1) >> k;
+        sum += uint64_t(codes.totals[code]) * ((length > k + 1 ? length - 1 - k : 0) + has_sign);
     }
     return sum;
 }
@@ -85,8 +107,10 @@ Fit best_delta(Frame& frame, const Predicted& predicted, double side_bits) {
     const Kind& kind = frame.request.kind;
     std::vector<uint32_t>& counts = frame.scratch.counts;
     const size_t n_exponents = kind.is_float ? size_t(1) << kind.exponent_bits : kind.word_bits + 1;
-    frame.stats.count_exponents(kind, predicted, frame.thin, counts.data(), n_exponents, frame.scratch.lanes.data());
-    const uint64_t n_words = frame.thin.n_words(), target = n_words * TOP_PERCENT / 100;
+    SampleRows some = frame.thin;
+    some.step *= TOP_STEP;
+    frame.stats.count_exponents(kind, predicted, some, counts.data(), n_exponents, frame.scratch.lanes.data());
+    const uint64_t n_words = frame.thin.n_words(), target = some.n_words() * TOP_PERCENT / 100;
     int32_t end = 0;
     uint64_t covered = counts[0];
     while (covered < target) covered += counts[size_t(++end)];
@@ -94,27 +118,25 @@ Fit best_delta(Frame& frame, const Predicted& predicted, double side_bits) {
     const int32_t base = end - int32_t(EXPONENTS);
     frame.stats.count_codes(kind, K_MOST, EXPONENTS, base, 0, frame.request.words, predicted, frame.thin, counts.data(),
                             frame.scratch.lanes.data());
-    const size_t n_finest = size_t(kind.word_bits + 1) << K_MOST;
     Table table;
-    std::vector<uint32_t> merged;
+    Codes codes;
+    uint32_t merged_k = 0;
+    bool merged_sign = false;
     const auto fit = [&](uint32_t k, bool has_sign, size_t n_contexts, uint32_t shift) {
-        const int32_t start = int32_t(EXPONENTS) - int32_t(n_contexts << shift);
-        const size_t n_codes = size_t(kind.word_bits + 1) << k;
-        merged.assign(n_contexts * n_codes * 2, 0);
-        for (size_t place = 0; place < EXPONENTS; place++) {
-            const int32_t context = (int32_t(place) - start) >> shift;
-            const size_t clipped = size_t(std::min(std::max(context, 0), int32_t(n_contexts - 1)));
-            const uint32_t* row = counts.data() + place * n_finest * 2;
-            uint32_t* out = merged.data() + clipped * n_codes * 2;
-            for (size_t code = 0; code < n_finest; code++) {
-                out[(code >> (K_MOST - k)) * 2] += row[code * 2];
-                out[(code >> (K_MOST - k)) * 2 + 1] += row[code * 2 + 1];
-            }
+        if (!codes.n_rows || k != merged_k || has_sign != merged_sign) {
+            merge_codes(counts.data(), EXPONENTS, size_t(kind.word_bits + 1) << K_MOST, K_MOST - k, has_sign, codes);
+            merged_k = k;
+            merged_sign = has_sign;
         }
-        window(merged.data(), n_contexts, n_codes, has_sign, table);
+        const int32_t start = int32_t(EXPONENTS) - int32_t(n_contexts << shift);
+        const auto context_of = [=](size_t place) {
+            const int32_t context = (int32_t(place) - start) >> shift;
+            return size_t(std::min(std::max(context, 0), int32_t(n_contexts - 1)));
+        };
+        window(codes, n_contexts, context_of, table);
         Fit found;
         found.bits = symbol_cost(frame, table.counts.data(), n_contexts, table.n_symbols, table.n_missed, side_bits);
-        found.bits += double(low_bits(table, k, has_sign)) / double(n_words);
+        found.bits += double(low_bits(codes, table, k, has_sign)) / double(n_words);
         found.k = k;
         found.has_sign = has_sign;
         found.n_contexts = n_contexts;
@@ -143,8 +165,10 @@ void finish_delta(Frame& frame, const Fit& fit, const Predicted& predicted, Plan
     std::vector<uint32_t>& counts = frame.scratch.counts;
     frame.stats.count_codes(kind, fit.k, uint32_t(fit.n_contexts), fit.context_base, fit.context_shift, frame.request.words,
                             predicted, counted, counts.data(), frame.scratch.lanes.data());
+    Codes codes;
+    merge_codes(counts.data(), fit.n_contexts, size_t(kind.word_bits + 1) << fit.k, 0, fit.has_sign, codes);
     Table table;
-    window(counts.data(), fit.n_contexts, size_t(kind.word_bits + 1) << fit.k, fit.has_sign, table);
+    window(codes, fit.n_contexts, [](size_t row) { return row; }, table);
     plan.remainder = STACK;
     plan.k = fit.k;
     plan.has_sign = fit.has_sign;
@@ -204,6 +228,43 @@ struct Tried {
     double cost, plain;  // bits per word with the common factor, and with the factor one
 };
 
+// Positive floats in ascending order: as integers their bits are in the same order.
+void sort(std::vector<float>& values) {
+    constexpr uint32_t DIGITS = 1 << 9;
+    std::vector<uint32_t> keys(values.size()), others(values.size());
+    if (values.empty()) return;
+    std::memcpy(keys.data(), values.data(), values.size() * sizeof(float));
+    const uint32_t least = *std::min_element(keys.begin(), keys.end());
+    for (uint32_t& key : keys) key -= least;
+    const uint32_t most = *std::max_element(keys.begin(), keys.end());
+    for (uint32_t down = 0; down < 32 && most >> down; down += 9) {
+        uint32_t places[DIGITS + 1] = {};
+        for (const uint32_t key : keys) places[(key >> down & (DIGITS - 1)) + 1]++;
+        for (uint32_t digit = 0; digit < DIGITS; digit++) places[digit + 1] += places[digit];
+        for (const uint32_t key : keys) others[places[key >> down & (DIGITS - 1)]++] = key;
+        keys.swap(others);
+    }
+    for (uint32_t& key : keys) key += least;
+    std::memcpy(values.data(), keys.data(), values.size() * sizeof(float));
+}
+
+// The middle one of the most values that are alike but for their lowest 6 bits; the first of several such. values: sorted.
+float commonest(const std::vector<float>& values) {
+    size_t most = 0, at = 0;
+    uint32_t previous = 0;
+    for (size_t i = 0, first = 0; i < values.size(); i++) {
+        uint32_t bits;
+        std::memcpy(&bits, &values[i], sizeof bits);
+        if (bits >> 6 != previous) first = i;
+        previous = bits >> 6;
+        if (i + 1 - first > most) {
+            most = i + 1 - first;
+            at = first;
+        }
+    }
+    return values[at + most / 2];
+}
+
 // The common factor with which the probed words cost least.
 Tried best_factor(Frame& frame, const Probe& probe, size_t n_tried) {
     const Kind& kind = frame.request.kind;
@@ -214,11 +275,12 @@ Tried best_factor(Frame& frame, const Probe& probe, size_t n_tried) {
         const float ratio = ratios[i] * (float(FACTOR_ONE) / float(probe.spread[i]));
         if (ratio > RATIO_LOW && ratio < RATIO_HIGH) known.push_back(ratio);
     }
-    std::sort(known.begin(), known.end());
-    // A power of the decay is a float32 number: the nearest one is met more often than any other.
+    sort(known);
     std::vector<uint64_t> candidates{uint64_t(1) << 30};
-    for (size_t i = 0; i < n_tried && !known.empty(); i++)
-        candidates.push_back(uint64_t(double(known[known.size() * (2 * i + 1) / (2 * n_tried)]) * double(1 << 30)));
+    const auto consider = [&](float ratio) { candidates.push_back(uint64_t(double(ratio) * double(1 << 30))); };
+    for (size_t i = 0; i < n_tried && !known.empty(); i++) consider(known[known.size() * (2 * i + 1) / (2 * n_tried)]);
+    // A power of the decay is a float32 number: what is nearest to it is met more often than anything else.
+    if (!known.empty()) consider(commonest(known));
     std::vector<uint32_t> products(probe.n + 32, 0);
     for (size_t i = 0; i < probe.n; i++) products[i] = std::min<uint32_t>(probe.spread[i], 0xFFFF) << FACTOR_BITS;
     Tried best{0, 0.0, 0.0};
@@ -322,7 +384,7 @@ bool scaled_delta_choice(Frame& frame, Choice& choice) {
     Probe probe = probe_of(frame);
     // Numbers of both signs change by what is added to them, not by what they are multiplied with, decay aside.
     const bool has_signs = count_negative(frame, probe) * 1000 > probe.n;
-    const Tried common = best_factor(frame, probe, has_signs ? 8 : 12);
+    const Tried common = best_factor(frame, probe, has_signs ? 3 : 5);
     if (has_signs && common.cost > common.plain - DECAY_BITS) return false;
     Factors best;
     best.rows.assign(1, uint16_t(FACTOR_ONE));
@@ -333,7 +395,7 @@ bool scaled_delta_choice(Frame& frame, Choice& choice) {
         for (const auto& cut : splits(frame.request)) {
             Factors factors = fit_factors(frame, common.common, cut.first, cut.second);
             spread_factors(factors, probe);
-            const Tried tried = best_factor(frame, probe, 8);
+            const Tried tried = best_factor(frame, probe, 5);
             const double bits = tried.cost + side_bits_of(factors) / double(frame.n_words);
             if (bits < fewest) {
                 fewest = bits;

@@ -1,8 +1,6 @@
 // The planner of `full`; see planner_parts.h. Mirrors reference/planner_full.py.
 
 #include <algorithm>
-#include <cstring>
-#include <limits>
 
 #include "planner_parts.h"
 
@@ -12,8 +10,9 @@ namespace planning {
 namespace {
 
 constexpr size_t LATTICE_RUNS = 16;  // runs a row of the lattice that tells whether a split is worth it
-constexpr size_t LATTICE_WORDS = 4096;
+constexpr size_t LATTICE_WORDS = MOST_LATTICE_WORDS;
 constexpr size_t FIT_RUNS = 32;  // runs that a row's scale is measured on
+static_assert(LATTICE_RUNS * RUN <= MOST_LATTICE_COLUMNS && FIT_RUNS * RUN <= ROW, "rows of lattices have room");
 constexpr uint64_t FIT_ROWS = 256;  // most rows that a column's is measured on
 constexpr size_t PLANE_ROWS = 32;  // of the sample, to twice as many, on which byte planes are weighed
 constexpr double PLANE_BITS = 0.03;  // what coding a byte plane must save
@@ -173,25 +172,6 @@ Fit best_full(Frame& frame, const Scales* scales, double side_bits) {
     return best;
 }
 
-int32_t rounded_mean(int64_t sum, int64_t count) {
-    if (!count) return 0;
-    const int64_t above = 2 * sum + count, below = 2 * count, quotient = above / below;
-    return int32_t(quotient - (above % below < 0));
-}
-
-double entropy_of(const std::vector<int32_t>& values, const std::vector<uint8_t>& is_counted, size_t n) {
-    int32_t least = std::numeric_limits<int32_t>::max(), greatest = std::numeric_limits<int32_t>::min();
-    for (size_t i = 0; i < n; i++) {
-        least = std::min(least, is_counted[i] ? values[i] : std::numeric_limits<int32_t>::max());
-        greatest = std::max(greatest, is_counted[i] ? values[i] : std::numeric_limits<int32_t>::min());
-    }
-    if (least > greatest) return 0.0;
-    std::vector<uint32_t> counts(size_t(greatest - least) + 1, 0);
-    for (size_t i = 0; i < n; i++)
-        if (is_counted[i]) counts[size_t(values[i] - least)]++;
-    return entropy_bits(counts.data(), counts.size());
-}
-
 // Bits per word that scales of a split would save, by the magnitudes' entropy on a small lattice.
 double split_gain(Frame& frame, uint64_t n_columns, bool has_column_scale) {
     Scratch& scratch = frame.scratch;
@@ -200,46 +180,18 @@ double split_gain(Frame& frame, uint64_t n_columns, bool has_column_scale) {
     const size_t n_some = runs.n_columns();
     const uint64_t n_whole = frame.n_words / n_columns, n_rows = std::min<uint64_t>(n_whole, LATTICE_WORDS / n_some);
     for (uint64_t row = 0; row < n_rows; row++) rows.push_back(row * n_whole / n_rows);
-    const size_t n = size_t(n_rows) * n_some;
-    std::vector<int32_t>&octaves = scratch.octaves, &offsets = scratch.offsets;
-    std::vector<uint8_t>& is_counted = scratch.is_counted;
-    octaves.resize(std::max(octaves.size(), n));
-    offsets.resize(std::max(offsets.size(), n));
-    is_counted.resize(std::max(is_counted.size(), n));
-    frame.stats.lattice(frame.request.kind, frame.request.words, n_columns, rows.data(), rows.size(), runs, octaves.data(),
-                        is_counted.data());
-    std::vector<int64_t> sums(n_some, 0), counts(n_some, 0);
-    size_t n_counted = 0;
-    for (size_t row = 0; row < n_rows; row++) {
-        const int32_t* octave = octaves.data() + row * n_some;
-        const uint8_t* counted = is_counted.data() + row * n_some;
-        int32_t sum = 0, count = 0;
-        for (size_t i = 0; i < n_some; i++) {  // the octave of a zero word is 0
-            sum += octave[i];
-            count += counted[i];
-        }
-        const int32_t mean = rounded_mean(sum, count);
-        int32_t* offset = offsets.data() + row * n_some;
-        for (size_t i = 0; i < n_some; i++) {
-            offset[i] = counted[i] ? octave[i] - mean : 0;
-            sums[i] += offset[i];
-            counts[i] += counted[i];
-        }
-        n_counted += size_t(count);
-    }
-    if (!n_counted) return 0.0;
+    SplitCounts split;
+    split.before = scratch.counts.data();
+    split.after = scratch.more.data();
+    frame.stats.count_split(frame.request.kind, frame.request.words, n_columns, rows.data(), rows.size(), runs,
+                            has_column_scale, split, scratch.lanes.data());
+    if (!split.n_before) return 0.0;
+    const double saved = entropy_bits(split.before, split.n_before) - entropy_bits(split.after, split.n_after);
     // Scales fit the words that they are made of better than others.
     double unseen = 1.0 / double(n_some) - 1.0 / double(n_columns);
-    if (has_column_scale) {
-        std::vector<int32_t> means(n_some);
-        for (size_t i = 0; i < n_some; i++) means[i] = rounded_mean(sums[i], counts[i]);
-        for (size_t i = 0; i < n; i += n_some)
-            for (size_t j = 0; j < n_some; j++) offsets[i + j] -= means[j];
-        unseen += 1.0 / double(n_rows) - 1.0 / double(n_whole);
-    }
-    const double saved = entropy_of(octaves, is_counted, n) - entropy_of(offsets, is_counted, n);
+    if (has_column_scale) unseen += 1.0 / double(n_rows) - 1.0 / double(n_whole);
     const uint64_t n_vector = (frame.n_words + n_columns - 1) / n_columns + (has_column_scale ? n_columns : 0);
-    return saved / double(n) - LEARNING * unseen - double(SCALE_BITS * n_vector) / double(frame.n_words);
+    return saved / double(n_rows * n_some) - LEARNING * unseen - double(SCALE_BITS * n_vector) / double(frame.n_words);
 }
 
 // Row and column scales of a frame, in eighths of an octave: means over the nonzero words of a lattice.

@@ -35,11 +35,10 @@ const uint32_t* prices();  // of frequencies up to 2^11; see TablePrice
 
 // Memory that one frame's planning takes at a time; kept for the next.
 struct Scratch {
-    std::vector<uint32_t> lanes, counts, table;
-    std::vector<int32_t> octaves, offsets;
-    std::vector<uint8_t> is_counted;
+    std::vector<uint32_t> lanes, counts, more;
+    std::vector<uint64_t> few;
 
-    Scratch() : lanes(MOST_LANE_ENTRIES), counts(MOST_LANE_ENTRIES), table(2 * MAX_ENTRIES) {}
+    Scratch() : lanes(MOST_LANE_ENTRIES), counts(MOST_LANE_ENTRIES), more(MOST_LANE_ENTRIES) {}
 };
 
 // A frame on its way.

@@ -21,7 +21,7 @@ namespace stats {
 class Histogram {
   public:
     Histogram(uint32_t* lanes, size_t n_entries) : lanes_(lanes), n_entries_(n_entries) {
-        n_lanes_ = n_entries <= 4096 ? 4 : n_entries <= 16384 ? 2 : 1;
+        n_lanes_ = n_entries <= 1024 ? 4 : n_entries <= 16384 ? 2 : 1;
         std::memset(lanes, 0, n_lanes_ * n_entries * sizeof(uint32_t));
     }
 
@@ -49,6 +49,16 @@ class Histogram {
     uint32_t* lanes_;
     size_t n_entries_, n_lanes_;
 };
+
+// Calls f of 0 .. n - 1. Nearly all rows are whole: of those the compiler knows the length.
+template <class Function>
+INLINE void each(size_t n, Function f) {
+    if (n == ROW) {
+        for (size_t i = 0; i < ROW; i++) f(i);
+    } else {
+        for (size_t i = 0; i < n; i++) f(i);
+    }
+}
 
 template <class Word>
 INLINE const Word* words_of(const void* words) {
@@ -96,7 +106,7 @@ size_t count_negative(const void* words, const SampleRows& rows) {
     for (size_t row = 0; row < rows.n_rows(); row++) {
         const Word* part = words_of<Word>(words) + rows.first(row);
         Word n_here = 0;  // at most ROW
-        for (size_t i = 0; i < rows.width; i++) n_here = Word(n_here + Word(part[i] >> (BITS<Word> - 1)));
+        each(rows.width, [&](size_t i) { n_here = Word(n_here + Word(part[i] >> (BITS<Word> - 1))); });
         n_negative += size_t(n_here);
     }
     return n_negative;
@@ -108,7 +118,7 @@ INLINE size_t count_rows(const SampleRows& rows, Test test) {
     for (size_t row = 0; row < rows.n_rows(); row++) {
         const uint64_t first = rows.first(row);
         Word n_here = 0;
-        for (size_t i = 0; i < rows.width; i++) n_here = Word(n_here + Word(test(first + i)));
+        each(rows.width, [&](size_t i) { n_here = Word(n_here + Word(test(first + i))); });
         n_found += size_t(n_here);
     }
     return n_found;
@@ -131,16 +141,16 @@ size_t count_unequal_rows_to(const void* words, uint64_t other, const SampleRows
 template <class Word>
 void count_highs(const Kind& kind, uint32_t k, const void* words, const SampleRows& rows, uint32_t* counts,
                  uint32_t* lanes) {
-    typedef LaneOf<Word> Lane;
-    const Magnitude<Word> magnitude(kind);
     const uint32_t shift = kind.mantissa_bits - k;
-    const Lane n_values = Lane(1) << (kind.exponent_bits + k);
+    const uint32_t n_values = 1u << (kind.exponent_bits + k);
     Histogram histogram(lanes, size_t(n_values) + 1);
     uint16_t indices[ROW];
     for (size_t row = 0; row < rows.n_rows(); row++) {
         const Word* part = words_of<Word>(words) + rows.first(row);
-        for (size_t i = 0; i < rows.width; i++)
-            indices[i] = uint16_t(part[i] ? Lane(magnitude.of(part[i])) >> shift : n_values);
+        each(rows.width, [&](size_t i) {
+            const uint16_t high = uint16_t(Word(part[i] & Word(~TOP_BIT<Word>)) >> shift);
+            indices[i] = part[i] ? high : uint16_t(n_values);
+        });
         histogram.add(indices, rows.width);
     }
     histogram.finish(counts);
@@ -155,30 +165,34 @@ INLINE void spread_levels(const Levels& levels, uint64_t first, size_t n, int16_
 template <class Word>
 void range_of_highs(const Kind& kind, uint32_t k, const void* words, const SampleRows& rows, const Levels& levels,
                     int32_t* range) {
-    typedef LaneOf<Word> Lane;
-    const Magnitude<Word> magnitude(kind);
     const uint32_t shift = kind.mantissa_bits - k;
-    int32_t least = INT32_MAX, greatest = INT32_MIN;
+    int32_t leasts[ROW], greatests[ROW];
+    for (size_t i = 0; i < ROW; i++) {
+        leasts[i] = INT32_MAX;
+        greatests[i] = INT32_MIN;
+    }
     int16_t level[ROW];
     for (size_t row = 0; row < rows.n_rows(); row++) {
         const Word* part = words_of<Word>(words) + rows.first(row);
         spread_levels(levels, rows.first(row), rows.width, level);
-        for (size_t i = 0; i < rows.width; i++) {
-            const int32_t high = int32_t(Lane(magnitude.of(part[i])) >> shift) - (level[i] >> 3) * (1 << k);
+        each(rows.width, [&](size_t i) {
+            const int32_t high = int32_t(Word(part[i] & Word(~TOP_BIT<Word>)) >> shift) - (level[i] >> 3) * (1 << k);
             const int32_t low_end = part[i] ? high : INT32_MAX, high_end = part[i] ? high : INT32_MIN;
-            least = low_end < least ? low_end : least;
-            greatest = high_end > greatest ? high_end : greatest;
-        }
+            leasts[i] = low_end < leasts[i] ? low_end : leasts[i];
+            greatests[i] = high_end > greatests[i] ? high_end : greatests[i];
+        });
     }
-    range[0] = least;
-    range[1] = greatest;
+    range[0] = INT32_MAX;
+    range[1] = INT32_MIN;
+    for (size_t i = 0; i < ROW; i++) {
+        range[0] = leasts[i] < range[0] ? leasts[i] : range[0];
+        range[1] = greatests[i] > range[1] ? greatests[i] : range[1];
+    }
 }
 
 template <class Word>
 void count_scaled_highs(const Kind& kind, uint32_t k, const void* words, const SampleRows& rows, const Levels& levels,
                         int32_t low, uint32_t width, uint32_t* counts, uint32_t* lanes) {
-    typedef LaneOf<Word> Lane;
-    const Magnitude<Word> magnitude(kind);
     const uint32_t shift = kind.mantissa_bits - k;
     Histogram histogram(lanes, 8 * size_t(width) + 9);
     uint16_t indices[ROW];
@@ -186,12 +200,12 @@ void count_scaled_highs(const Kind& kind, uint32_t k, const void* words, const S
     for (size_t row = 0; row < rows.n_rows(); row++) {
         const Word* part = words_of<Word>(words) + rows.first(row);
         spread_levels(levels, rows.first(row), rows.width, level);
-        for (size_t i = 0; i < rows.width; i++) {
-            const int32_t high = int32_t(Lane(magnitude.of(part[i])) >> shift) - (level[i] >> 3) * (1 << k);
+        each(rows.width, [&](size_t i) {
+            const int32_t high = int32_t(Word(part[i] & Word(~TOP_BIT<Word>)) >> shift) - (level[i] >> 3) * (1 << k);
             const uint32_t place = uint32_t(high) - uint32_t(low), phase = uint32_t(level[i]) & 7;
             const uint32_t some = place < width ? place << 3 | phase : width * 8 + 8;
             indices[i] = uint16_t(part[i] ? some : width * 8 + phase);
-        }
+        });
         histogram.add(indices, rows.width);
     }
     histogram.finish(counts);
@@ -219,44 +233,26 @@ void count_plane(const void* words, const SampleRows& rows, uint32_t n_low, bool
     uint16_t indices[ROW];
     for (size_t row = 0; row < rows.n_rows(); row++) {
         const Word* part = words_of<Word>(words) + rows.first(row);
-        for (size_t i = 0; i < rows.width; i++) {
+        each(rows.width, [&](size_t i) {
             const Lane word = part[i];
             indices[i] = uint16_t(((word & low_mask) | (word >> down & sign_mask)) >> from & octet);
-        }
+        });
         histogram.add(indices, rows.width);
     }
     histogram.finish(counts);
 }
 
-// Magnitude in eighths of an octave, as the scale model counts them.
+// Magnitude of floats in eighths of an octave, as the scale model counts them.
 template <class Word>
 struct Octaves {
     typedef LaneOf<Word> Lane;
-    const Magnitude<Word> magnitude;
     const uint32_t down, up;
 
     explicit Octaves(const Kind& kind)
-        : magnitude(kind),
-          down(kind.mantissa_bits > 3 ? kind.mantissa_bits - 3 : 0),
+        : down(kind.mantissa_bits > 3 ? kind.mantissa_bits - 3 : 0),
           up(kind.mantissa_bits < 3 ? 3 - kind.mantissa_bits : 0) {}
-    INLINE int32_t of(Word word) const { return int32_t(Lane(magnitude.of(word)) >> down << up); }
+    INLINE int32_t of(Word word) const { return int32_t(Lane(word & Word(~TOP_BIT<Word>)) >> down << up); }
 };
-
-template <class Word>
-void lattice(const Kind& kind, const void* words, uint64_t n_columns, const uint64_t* rows, size_t n_rows, const Runs& runs,
-             int32_t* octaves, uint8_t* is_counted) {
-    const Octaves<Word> octave(kind);
-    for (size_t row = 0; row < n_rows; row++) {
-        const Word* whole = words_of<Word>(words) + rows[row] * n_columns;
-        for (size_t run = 0; run < runs.n_runs; run++) {
-            const Word* part = whole + runs.starts[run];
-            for (size_t i = 0; i < runs.length; i++) {
-                *octaves++ = octave.of(part[i]);
-                *is_counted++ = part[i] != 0;
-            }
-        }
-    }
-}
 
 INLINE int16_t rounded_mean(int32_t sum, int32_t count, int16_t unknown) {
     if (count == 0) return unknown;
@@ -264,44 +260,92 @@ INLINE int16_t rounded_mean(int32_t sum, int32_t count, int16_t unknown) {
     return int16_t(quotient - (above % below < 0));
 }
 
-// LENGTH: of a run; 0: any.
-template <class Word, size_t LENGTH>
-INLINE void row_means_of(const Octaves<Word>& octave, const Word* words, uint64_t n_columns, uint64_t n_rows,
-                         const Runs& runs, int16_t* means) {
-    for (uint64_t row = 0; row < n_rows; row++, words += n_columns) {
-        int32_t sum = 0, count = 0;
-        if (LENGTH) {
-            int32_t sums[LENGTH ? LENGTH : 1] = {}, counts[LENGTH ? LENGTH : 1] = {};
-            for (size_t run = 0; run < runs.n_runs; run++) {
-                const Word* part = words + runs.starts[run];
-                for (size_t i = 0; i < LENGTH; i++) {
-                    sums[i] += octave.of(part[i]);
-                    counts[i] += part[i] != 0;
-                }
-            }
-            for (size_t i = 0; i < LENGTH; i++) {
-                sum += sums[i];
-                count += counts[i];
-            }
-        } else {
-            for (size_t run = 0; run < runs.n_runs; run++) {
-                const Word* part = words + runs.starts[run];
-                for (size_t i = 0; i < runs.length; i++) {
-                    sum += octave.of(part[i]);
-                    count += part[i] != 0;
-                }
-            }
-        }
-        means[row] = rounded_mean(sum, count, -1);
+// The words of a lattice's row, one after the other.
+template <class Word>
+INLINE void gather_row(const Word* words, const Runs& runs, Word* out) {
+    if (runs.length == 4) {
+        for (size_t run = 0; run < runs.n_runs; run++) std::memcpy(out + 4 * run, words + runs.starts[run], 4 * sizeof(Word));
+    } else {
+        for (size_t run = 0; run < runs.n_runs; run++)
+            for (size_t i = 0; i < runs.length; i++) *out++ = words[runs.starts[run] + i];
     }
+}
+
+// Counts of values[i] where is_counted[i], from the least one on; how many values there are from the least to the greatest.
+INLINE size_t count_range(const int16_t* values, const int16_t* is_counted, size_t n, uint16_t* indices, uint32_t* counts,
+                          uint32_t* lanes) {
+    int32_t least = INT16_MAX, greatest = INT16_MIN;
+    for (size_t i = 0; i < n; i++) {
+        const int16_t low_end = is_counted[i] ? values[i] : int16_t(INT16_MAX);
+        const int16_t high_end = is_counted[i] ? values[i] : int16_t(INT16_MIN);
+        least = low_end < least ? low_end : least;
+        greatest = high_end > greatest ? high_end : greatest;
+    }
+    if (least > greatest) return 0;
+    const size_t n_values = size_t(greatest - least) + 1;
+    for (size_t i = 0; i < n; i++) indices[i] = uint16_t(is_counted[i] ? values[i] - least : int32_t(n_values));
+    Histogram histogram(lanes, n_values + 1);
+    histogram.add(indices, n);
+    histogram.finish(counts);
+    return n_values;
+}
+
+template <class Word>
+void count_split(const Kind& kind, const void* words, uint64_t n_columns, const uint64_t* rows, size_t n_rows,
+                 const Runs& runs, bool has_column_scale, SplitCounts& split, uint32_t* lanes) {
+    const Octaves<Word> octave(kind);
+    const size_t n_some = runs.n_columns(), n = n_rows * n_some;
+    int16_t octaves[MOST_LATTICE_WORDS], offsets[MOST_LATTICE_WORDS], is_counted[MOST_LATTICE_WORDS];
+    uint16_t indices[MOST_LATTICE_WORDS];
+    int32_t sums[MOST_LATTICE_COLUMNS] = {}, counts[MOST_LATTICE_COLUMNS] = {};
+    for (size_t row = 0; row < n_rows; row++) {
+        Word some[MOST_LATTICE_COLUMNS];
+        gather_row(words_of<Word>(words) + rows[row] * n_columns, runs, some);
+        int16_t *of_row = octaves + row * n_some, *offset = offsets + row * n_some, *counted = is_counted + row * n_some;
+        int32_t sum = 0, count = 0;
+        for (size_t i = 0; i < n_some; i++) {  // the octave of a zero word is 0
+            const int32_t found = octave.of(some[i]);
+            of_row[i] = int16_t(found);
+            counted[i] = some[i] != 0;
+            sum += found;
+            count += some[i] != 0;
+        }
+        const int16_t mean = rounded_mean(sum, count, 0);
+        for (size_t i = 0; i < n_some; i++) {
+            offset[i] = int16_t(counted[i] ? of_row[i] - mean : 0);
+            sums[i] += offset[i];
+            counts[i] += counted[i];
+        }
+    }
+    split.n_before = count_range(octaves, is_counted, n, indices, split.before, lanes);
+    if (has_column_scale) {
+        int16_t means[MOST_LATTICE_COLUMNS];
+        for (size_t i = 0; i < n_some; i++) means[i] = rounded_mean(sums[i], counts[i], 0);
+        for (size_t row = 0; row < n_rows; row++)
+            for (size_t i = 0; i < n_some; i++) {
+                int16_t& offset = offsets[row * n_some + i];
+                offset = int16_t(offset - means[i]);
+            }
+    }
+    split.n_after = count_range(offsets, is_counted, n, indices, split.after, lanes);
 }
 
 template <class Word>
 void row_means(const Kind& kind, const void* words, uint64_t n_columns, uint64_t n_rows, const Runs& runs,
                int16_t* means) {
     const Octaves<Word> octave(kind);
-    if (runs.length == 4) return row_means_of<Word, 4>(octave, words_of<Word>(words), n_columns, n_rows, runs, means);
-    row_means_of<Word, 0>(octave, words_of<Word>(words), n_columns, n_rows, runs, means);
+    const Word* row_words = words_of<Word>(words);
+    const size_t n = runs.n_columns();
+    for (uint64_t row = 0; row < n_rows; row++, row_words += n_columns) {
+        Word some[ROW];
+        gather_row(row_words, runs, some);
+        int32_t sum = 0, count = 0;
+        each(n, [&](size_t i) {
+            sum += octave.of(some[i]);
+            count += some[i] != 0;
+        });
+        means[row] = rounded_mean(sum, count, -1);
+    }
 }
 
 template <class Word>
@@ -329,7 +373,7 @@ void column_means(const Kind& kind, const void* words, uint64_t n_columns, uint6
 
 // Delta.
 
-// The predicted words of a sample's rows.
+// The predicted words of a sample's rows; always whole rows, filled up with anything.
 template <class Word>
 class PredictedRows {
   public:
@@ -345,12 +389,12 @@ class PredictedRows {
 
     INLINE const Word* at(uint64_t first, size_t n) {
         if (!reference_) return row_;
-        if (!model_.factor_rows) return reference_ + first;
         const Word* given = reference_ + first;
-        if (n < ROW) {  // scaling reads whole rows
+        if (n < ROW) {
             std::memcpy(given_, given, n * sizeof(Word));
             given = given_;
         }
+        if (!model_.factor_rows) return given;
         scale_reference<Word>(model_, given, first, n, ROW, row_);
         return row_;
     }
@@ -383,7 +427,7 @@ INLINE void count_exponents_of(const Kind& kind, const Predicted& predicted, con
     uint16_t indices[ROW];
     for (size_t row = 0; row < rows.n_rows(); row++) {
         const Word* old = predictions.at(rows.first(row), rows.width);
-        for (size_t i = 0; i < rows.width; i++) indices[i] = uint16_t(exponent.template of<IS_FLOAT>(old[i]));
+        each(rows.width, [&](size_t i) { indices[i] = uint16_t(exponent.template of<IS_FLOAT>(old[i])); });
         histogram.add(indices, rows.width);
     }
 }
@@ -403,30 +447,68 @@ INLINE Word absolute_of(Word change) {
     return Word(Word(change ^ fill) - fill);
 }
 
+// Indices of a block of words: ((context << k) * n_lengths + code) * 2 + sign.
 template <class Word, bool IS_FLOAT>
-INLINE void count_codes_of(const Kind& kind, uint32_t k, uint32_t n_contexts, int32_t base, uint32_t shift,
-                           const Word* words, const Predicted& predicted, const SampleRows& rows, Histogram& histogram) {
-    typedef LaneOf<Word> Lane;
-    const Order<Word> order(kind);
-    const Exponents<Word> exponent(kind);
+struct CodePlaces {
+    // Exponents of integers are bit lengths: they want the same lanes as the codes.
+    typedef ShiftingLane<Word> Lane;
+    typedef Vector<Lane> Vec;
+    static constexpr Lane LANE_BITS = Lane(BITS<Lane>);
+    const OrderOf<Word, Lane> order;
+    const uint32_t m, k, down, shift;
+    const bool is_signed;
+    const Lane stride;
+    const Vec one, ones, body, base, last, offset;
+
+    CodePlaces(const Kind& kind, uint32_t bits, uint32_t n_contexts, int32_t first, uint32_t up)
+        : order(kind),
+          m(kind.mantissa_bits),
+          k(bits),
+          down(LANE_BITS - 1 - k),
+          shift(up),
+          is_signed(kind.is_signed),
+          stride(Lane(((BITS<Word> + 1) << k) * 2)),
+          one(all<Lane>(1)),
+          ones(all<Lane>(Lane(~Lane(0)))),
+          body(all<Lane>(IS_FLOAT ? Word(~TOP_BIT<Word>) : Word(~Word(0)))),
+          base(all<Lane>(Lane(first))),
+          last(all<Lane>(Lane(n_contexts - 1))),
+          // What the leading one of a size, shifted to the top, adds to its code.
+          offset(all<Lane>(Lane((Lane(LANE_BITS) << k) - (Lane(1) << k)))) {}
+
+    INLINE Vec of(const Word* words, const Word* predicted) const {
+        const Vec old = load_signed<Lane>(predicted);
+        const Vec change = wrap<Word>(order.ordered(load_signed<Lane>(words)) - order.ordered(old));
+        const Vec size = absolute(change), zeros = leading_zeros(size);
+        const Vec code = keep(has_common(size, size), (shift_up(size, zeros) >> down) - (zeros << k) + offset);
+        Vec exponent = old & body;
+        if constexpr (IS_FLOAT) exponent = exponent >> m;
+        else exponent = bit_length(is_signed ? absolute(old) : exponent);
+        const Vec place = exponent - base;
+        const Vec context = smaller((place & ~sign_fill(place)) >> shift, last);  // below the window: 0
+        const Vec doubled = subtract_where(is_negative(change), code + code, ones);
+        return {doubled.raw + context.raw * stride};
+    }
+};
+
+template <class Word, bool IS_FLOAT>
+void count_codes_of(const Kind& kind, uint32_t k, uint32_t n_contexts, int32_t base, uint32_t shift, const Word* words,
+                    const Predicted& predicted, const SampleRows& rows, Histogram& histogram) {
+    typedef Vector<ShiftingLane<Word>> Vec;
+    const CodePlaces<Word, IS_FLOAT> places(kind, k, n_contexts, base, shift);
     PredictedRows<Word> predictions(kind, predicted);
-    const uint32_t n_codes = (BITS<Word> + 1) << k;
-    const int32_t last = int32_t(n_contexts - 1);
-    const Lane whole = k + 1, below = (Lane(1) << k) - 1;
-    uint16_t indices[ROW], contexts[ROW];
+    alignas(64) uint16_t indices[ROW];
+    Word padded[ROW] = {};
     for (size_t row = 0; row < rows.n_rows(); row++) {
         const Word *part = words + rows.first(row), *old = predictions.at(rows.first(row), rows.width);
-        for (size_t i = 0; i < rows.width; i++) {
-            const int32_t place = (exponent.template of<IS_FLOAT>(old[i]) - base) >> shift;
-            contexts[i] = uint16_t(place < 0 ? 0 : place > last ? last : place);
+        if (rows.width < ROW) {  // of frames that are shorter than a row
+            std::memcpy(padded, part, rows.width * sizeof(Word));
+            part = padded;
         }
-        for (size_t i = 0; i < rows.width; i++) {
-            const Word change = Word(order.ordered(part[i]) - order.ordered(old[i]));
-            const Lane size = Lane(absolute_of(change)), length = Lane(bit_length(size));
-            const Lane up = length < whole ? whole - length : 0, down = length > whole ? length - whole : 0;
-            const Lane code = length << k | (size << up >> down & below);
-            const Lane sign = Lane(Word(change >> (BITS<Word> - 1)));
-            indices[i] = uint16_t((contexts[i] * n_codes + uint32_t(code)) * 2 + uint32_t(sign));
+        for (size_t i = 0; i < ROW; i += BLOCK) {
+            Vec found[Vec::A_BLOCK];
+            for (size_t j = 0; j < Vec::A_BLOCK; j++) found[j] = places.of(part + i + j * Vec::N, old + i + j * Vec::N);
+            store_block(found, indices + i);
         }
         histogram.add(indices, rows.width);
     }
@@ -502,7 +584,12 @@ struct Ratio {
         const float ratio = float(above) / float(below) * power;  // times a power of two: exact
         const bool is_normal = (field > 0) & (old_field > 0) & (field < largest) & (old_field < largest) &
                                (Word(word ^ other) >> (BITS<Word> - 1) == 0);
-        return is_normal ? ratio : 0.0f;
+        int32_t bits;
+        std::memcpy(&bits, &ratio, sizeof bits);
+        bits &= -int32_t(is_normal);
+        float kept;
+        std::memcpy(&kept, &bits, sizeof kept);
+        return kept;
     }
 };
 
@@ -623,6 +710,7 @@ void column_medians(const Kind& kind, const void* words, const void* reference, 
                     uint64_t step, const float* units, uint16_t* medians) {
     constexpr size_t MOST = 512;  // rows
     const Ratio<Word> ratio(kind);
+    Word some[MEDIAN_LANES] = {}, old[MEDIAN_LANES] = {};
     alignas(64) uint16_t values[MOST][MEDIAN_LANES], found[MEDIAN_LANES];
     for (uint64_t first = 0; first < n_columns; first += MEDIAN_LANES) {
         const size_t n_here = size_t(n_columns - first < MEDIAN_LANES ? n_columns - first : MEDIAN_LANES);
@@ -630,13 +718,15 @@ void column_medians(const Kind& kind, const void* words, const void* reference, 
         for (uint64_t row = 0; row < n_rows; row += step, n++) {
             const Word* part = words_of<Word>(words) + row * n_columns + first;
             const Word* old_part = words_of<Word>(reference) + row * n_columns + first;
-            if (n_here == MEDIAN_LANES) {
-                for (size_t lane = 0; lane < MEDIAN_LANES; lane++)
-                    values[n][lane] = factor_of(ratio.of(part[lane], old_part[lane]), units[n]);
-            } else {
-                for (size_t lane = 0; lane < MEDIAN_LANES; lane++)
-                    values[n][lane] = lane < n_here ? factor_of(ratio.of(part[lane], old_part[lane]), units[n]) : 0;
+            if (n_here < MEDIAN_LANES) {
+                std::memcpy(some, part, n_here * sizeof(Word));
+                std::memcpy(old, old_part, n_here * sizeof(Word));
+                part = some;
+                old_part = old;
             }
+            const float unit = units[n];
+            for (size_t lane = 0; lane < MEDIAN_LANES; lane++)
+                values[n][lane] = factor_of(ratio.of(part[lane], old_part[lane]), unit);
         }
         medians_of(values, n, found);
         std::memcpy(medians + first, found, n_here * sizeof(uint16_t));
@@ -646,46 +736,87 @@ void column_medians(const Kind& kind, const void* words, const void* reference, 
 // Normalise each row of counts to 2^11 and price it. n_symbols: at most 256. Counts of a row: below 2^19 together.
 inline void price_tables(const uint32_t* counts, size_t n_contexts, size_t n_symbols, const uint32_t* prices,
                          TablePrice* sums) {
-    constexpr uint32_t SIZE = 1 << 11;
-    alignas(64) uint32_t freqs[256];
-    TablePrice all_rows;
+    constexpr uint32_t SIZE = 1 << 11, MOST = 256;
+    alignas(64) uint32_t row[MOST], freqs[MOST], entries[MOST];
+    const size_t n = (n_symbols + 15) / 16 * 16;  // whole vectors: no loop has a rest
+    TablePrice found;
     for (size_t context = 0; context < n_contexts; context++, counts += n_symbols) {
+        for (size_t i = n_symbols; i < n; i++) row[i] = 0;
+        std::memcpy(row, counts, n_symbols * sizeof(uint32_t));
         uint32_t total = 0, n_present = 0, n_once = 0, most = 0;
-        for (size_t i = 0; i < n_symbols; i++) {
-            total += counts[i];
-            n_present += counts[i] != 0;
-            n_once += counts[i] == 1;
-            most = counts[i] > most ? counts[i] : most;
+        for (size_t i = 0; i < n; i++) {
+            total += row[i];
+            n_present += row[i] != 0;
+            n_once += row[i] == 1;
+            most = row[i] > most ? row[i] : most;
         }
-        all_rows.n_counted += total;
-        all_rows.n_present += n_present;
-        all_rows.n_once += n_once;
-        if (!total) {
-            all_rows.log_sizes += 11;
+        found.n_counted += total;
+        found.n_present += n_present;
+        found.n_once += n_once;
+        if (!total) {  // all of the table goes to symbol 0
+            found.log_sizes += 11;
             continue;
         }
-        const double spare = double(int32_t(SIZE - n_present)), whole = double(int32_t(total));
+        const uint32_t spare = SIZE - n_present;
+        const float shares = float(int32_t(spare)) / float(int32_t(total));
         uint32_t sum = 0;
-        for (size_t i = 0; i < n_symbols; i++) {
-            // The product is below 2^30, so the quotient's fraction is never lost by rounding.
-            const uint32_t share = uint32_t(int32_t(double(int32_t(counts[i])) * spare / whole));
-            freqs[i] = counts[i] ? 1 + share : 0;
+        for (size_t i = 0; i < n; i++) {
+            // Off by one at most, which the remainder tells.
+            const int32_t guess = int32_t(float(int32_t(row[i])) * shares);
+            const int32_t rest = int32_t(row[i] * spare - uint32_t(guess) * total);
+            const uint32_t share = uint32_t(guess + (rest >= int32_t(total)) - (rest < 0));
+            freqs[i] = (1 + share) & (0u - uint32_t(row[i] != 0));
             sum += freqs[i];
         }
         size_t favourite = 0;
-        while (counts[favourite] != most) favourite++;
+        while (row[favourite] != most) favourite++;
         freqs[favourite] += SIZE - sum;
+        for (size_t i = 0; i < n; i++) entries[i] = prices[freqs[i]];
         uint64_t price = 0;
         uint32_t log_sizes = 0;
-        for (size_t i = 0; i < n_symbols; i++) {
-            const uint32_t entry = prices[freqs[i]];
-            price += uint64_t(counts[i]) * (entry & 0xFFFFFF);
-            log_sizes += entry >> 24;
+        for (size_t i = 0; i < n; i++) {
+            price += uint64_t(row[i]) * (entries[i] & 0xFFFFFF);
+            log_sizes += entries[i] >> 24;
         }
-        all_rows.price += price;
-        all_rows.log_sizes += log_sizes;
+        found.price += price;
+        found.log_sizes += log_sizes;
     }
-    *sums = all_rows;
+    *sums = found;
+}
+
+template <class Word>
+void widen(const void* words, uint64_t first, size_t n, uint64_t* out) {
+    const Word* part = words_of<Word>(words) + first;
+    for (size_t i = 0; i < n; i++) out[i] = part[i];
+}
+
+// The word that makes up more than half of all, if any does. By votes in several parts: it has more than half of one.
+inline bool majority(const uint64_t* words, size_t n, uint64_t* found) {
+    constexpr size_t PARTS = 8;
+    uint64_t candidates[PARTS] = {}, leads[PARTS] = {}, n_equal[PARTS] = {};
+    const size_t n_whole = n / PARTS * PARTS;
+    for (size_t i = 0; i < n_whole; i += PARTS) {
+        for (size_t j = 0; j < PARTS; j++) {
+            const uint64_t word = words[i + j], candidate = leads[j] ? candidates[j] : word;
+            leads[j] = candidate == word ? leads[j] + 1 : leads[j] - 1;
+            candidates[j] = candidate;
+        }
+    }
+    for (size_t i = 0; i < n_whole; i += PARTS)
+        for (size_t j = 0; j < PARTS; j++) n_equal[j] += words[i + j] == candidates[j];
+    for (size_t j = 0; j <= PARTS; j++) {
+        if (j < PARTS && n_equal[j] * PARTS * 2 <= n_whole) continue;
+        for (size_t other = j < PARTS ? 0 : n_whole; other < (j < PARTS ? 1 : n); other++) {  // the rest is a part too
+            const uint64_t candidate = j < PARTS ? candidates[j] : words[other];
+            size_t n_here = 0;
+            for (size_t i = 0; i < n; i++) n_here += words[i] == candidate;
+            if (n_here * 2 > n) {
+                *found = candidate;
+                return true;
+            }
+        }
+    }
+    return false;
 }
 
 template <class Word>
@@ -693,9 +824,9 @@ constexpr Stats stats_of() {
     return {is_constant<Word>,    count_unequal<Word>, count_unequal_to<Word>,   join_low<Word>,
             count_negative<Word>, count_unequal_rows<Word>, count_unequal_rows_to<Word>,
             count_highs<Word>,    range_of_highs<Word>, count_scaled_highs<Word>, low_zeros<Word>,
-            count_plane<Word>,    lattice<Word>,       row_means<Word>,          column_means<Word>,
+            count_plane<Word>,    count_split<Word>,   row_means<Word>,          column_means<Word>,
             count_exponents<Word>, count_codes<Word>,  shift_savings<Word>,      ratios<Word>,
-            try_factor<Word>,     row_medians<Word>,   column_medians<Word>};
+            try_factor<Word>,     row_medians<Word>,   column_medians<Word>,     widen<Word>};
 }
 
 }  // namespace stats

@@ -45,6 +45,14 @@ struct TablePrice {
     uint64_t price = 0, n_counted = 0, n_present = 0, n_once = 0, log_sizes = 0;
 };
 
+// Counts of words that are not zero: from the least octave to the greatest, n_before of them, and of what is left of them.
+// Room for MOST_LANE_ENTRIES each.
+struct SplitCounts {
+    uint32_t *before = nullptr, *after = nullptr;
+    size_t n_before = 0, n_after = 0;
+};
+
+constexpr size_t MOST_LATTICE_WORDS = 4096, MOST_LATTICE_COLUMNS = 64;
 constexpr size_t COUNT_LANES = 4;  // histograms are counted in several tables that are added in the end
 constexpr size_t MOST_LANE_ENTRIES = 1 << 16;  // of all those tables together
 
@@ -73,9 +81,9 @@ struct Stats {
     void (*count_plane)(const void* words, const SampleRows&, uint32_t n_low, bool has_sign, uint32_t from, uint32_t width,
                         uint32_t* counts, uint32_t* lanes);
 
-    // Octaves in eighths at a lattice, row after row, and whether the word is not zero.
-    void (*lattice)(const Kind&, const void* words, uint64_t n_columns, const uint64_t* rows, size_t n_rows, const Runs&,
-                    int32_t* octaves, uint8_t* is_counted);
+    // Counts of the octaves of a lattice, in eighths, and of what rounded means of rows and columns leave of them.
+    void (*count_split)(const Kind&, const void* words, uint64_t n_columns, const uint64_t* rows, size_t n_rows, const Runs&,
+                        bool has_column_scale, SplitCounts&, uint32_t* lanes);
     // Rounded mean of the octaves of each of n_rows rows over the lattice; -1 where all are zero.
     void (*row_means)(const Kind&, const void* words, uint64_t n_columns, uint64_t n_rows, const Runs&, int16_t* means);
     // Rounded mean over every step-th row of the octaves less the row's level; 0 where all are zero.
@@ -102,9 +110,12 @@ struct Stats {
     // The same of each column over every step-th row; units: of each such row.
     void (*column_medians)(const Kind&, const void* words, const void* reference, uint64_t n_columns, uint64_t n_rows,
                            uint64_t step, const float* units, uint16_t* medians);
+
+    void (*widen)(const void* words, uint64_t first, size_t n, uint64_t* out);
 };
 
-// What hangs on no width.
+// What hangs on no width. The word that makes up more than half of n, if any does.
+typedef bool Majority(const uint64_t* words, size_t n, uint64_t* found);
 typedef void PriceTables(const uint32_t* counts, size_t n_contexts, size_t n_symbols, const uint32_t* prices,
                          TablePrice* sums);
 
