@@ -297,4 +297,4 @@ def test_threads_are_no_part_of_what_is_stored():
     for threads in (0, "2", True):
         for kind in (Tricomp, TricompCodec):
             with pytest.raises(InvalidArgument, match="threads: expected a number from 1 to 4096"):
-                kind(threads=threads)
+                kind(threads=threads)  # type: ignore[arg-type]
