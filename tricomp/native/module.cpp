@@ -264,6 +264,21 @@ PyObject* checksum(PyObject*, PyObject* object) {
     });
 }
 
+PyObject* equal(PyObject*, PyObject* args) {
+    return guarded([&]() -> PyObject* {
+        PyObject *one, *other;
+        if (!PyArg_ParseTuple(args, "OO", &one, &other)) throw std::domain_error("");
+        Buffers buffers;
+        const Bytes a = buffers.take(one), b = buffers.take(other);
+        bool is_same = a.n_bytes == b.n_bytes;
+        if (is_same) {
+            Unlocked unlocked;
+            is_same = kernels().is_equal(a.data, b.data, a.n_bytes);
+        }
+        return PyBool_FromLong(is_same);
+    });
+}
+
 PyMethodDef METHODS[] = {
     {"isa", isa, METH_NOARGS, "The instruction set in use."},
     {"decode", decode_requests, METH_VARARGS, "Decode requests with so many threads: digest sums, or a fault."},
@@ -272,6 +287,7 @@ PyMethodDef METHODS[] = {
     {"plan_frames", plan_frames, METH_VARARGS, "Plan frames with so many threads: numbers, tables and scales of each."},
     {"digest_sums", digest_sums, METH_VARARGS, "Digest sums of parts of leaves."},
     {"xxh3_64", checksum, METH_O, "XXH3 of a buffer, 64 bits, seed 0."},
+    {"is_equal", equal, METH_VARARGS, "Whether two buffers hold the same bytes."},
     {nullptr, nullptr, 0, nullptr},
 };
 
