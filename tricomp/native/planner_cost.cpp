@@ -113,7 +113,9 @@ std::vector<std::pair<uint64_t, bool>> splits(const PlanRequest& request) {
         if (n_columns > 1 && n_rows > 1 && !is_dear && std::find(cuts.begin(), cuts.end(), cut) == cuts.end())
             cuts.push_back(cut);
     }
-    if (n_words >= 4 * BLOCK_COLUMNS) cuts.emplace_back(BLOCK_COLUMNS, false);
+    const auto is_short = [](const std::pair<uint64_t, bool>& cut) { return cut.first < LONG_COLUMNS; };
+    if (n_words >= 4 * BLOCK_COLUMNS && std::none_of(cuts.begin(), cuts.end(), is_short))
+        cuts.emplace_back(BLOCK_COLUMNS, false);
     return cuts;
 }
 
@@ -148,19 +150,20 @@ template <class Value>
 double vector_bits(const std::vector<Value>& values) {
     if (values.empty()) return 0.0;
     const auto ends = std::minmax_element(values.begin(), values.end());
-    const int32_t least = *ends.first, n_values = *ends.second - least + 1;
-    std::vector<uint32_t> counts(size_t(n_values), 0);
-    for (const Value value : values) counts[size_t(value - least)]++;
-    uint32_t step = 0;
-    for (size_t i = 1; i < counts.size() && step != 1; i++)
-        if (counts[i]) step = std::gcd(step, uint32_t(i));
+    const int32_t least = *ends.first;
+    uint32_t step = 0;  // the largest on which all values lie
+    for (const Value value : values) {
+        const uint32_t above = uint32_t(value - least);
+        if (step ? above % step != 0 : above != 0) step = std::gcd(step, above);
+        if (step == 1) break;
+    }
     step = std::max(step, 1u);
-    const uint32_t width = bit_length(uint32_t(n_values - 1) / step);
+    const uint32_t most = uint32_t(*ends.second - least) / step, width = bit_length(most);
     double packed = double(width * values.size());
     if (width <= 8 && packed > 4096) {
-        for (size_t i = 0; i < counts.size(); i += step) counts[i / step] = counts[i];
-        const double coded = entropy_bits(counts.data(), (counts.size() - 1) / step + 1) + double(STATE_BITS + 1500);
-        packed = std::min(packed, coded);
+        uint32_t counts[256] = {};
+        for (const Value value : values) counts[uint32_t(value - least) / step]++;
+        packed = std::min(packed, entropy_bits(counts, most + 1) + double(STATE_BITS + 1500));
     }
     return 80 + packed;
 }
@@ -205,14 +208,21 @@ std::vector<uint64_t> totals_of(const uint32_t* counts, size_t n_contexts, size_
 
 // The width of an index of the counted symbols, and how many words the dictionary then lacks.
 Index index_of(const Frame& frame, std::vector<uint64_t> totals) {
-    std::sort(totals.begin(), totals.end(), std::greater<uint64_t>());
     const uint64_t n_all = std::accumulate(totals.begin(), totals.end(), uint64_t(0));
+    // The most frequent 2^width come first, for ever smaller widths.
+    uint64_t covered[9];
+    for (uint32_t width = 8; width >= 1; width--) {
+        const size_t n = size_t(1) << width;
+        if (n < totals.size()) {
+            std::nth_element(totals.begin(), totals.begin() + long(n), totals.end(), std::greater<uint64_t>());
+            totals.resize(n);
+        }
+        covered[width] = std::accumulate(totals.begin(), totals.end(), uint64_t(0));
+    }
     Index best{0, 0};
-    uint64_t least = 0, covered = 0;
-    size_t at = 0;
+    uint64_t least = 0;
     for (uint32_t width = 1; width <= 8; width++) {
-        for (; at < std::min<size_t>(size_t(1) << width, totals.size()); at++) covered += totals[at];
-        const uint64_t n_missed = n_all - covered, cost = width * n_all + n_missed * (16 + frame.word_bits());
+        const uint64_t n_missed = n_all - covered[width], cost = width * n_all + n_missed * (16 + frame.word_bits());
         if (width == 1 || cost < least) {
             least = cost;
             best = {width, n_missed};

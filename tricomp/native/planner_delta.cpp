@@ -41,66 +41,104 @@ struct Fit {
     uint32_t context_shift = 0;
 };
 
-// Counts of what symbols are made of: a row for each of n_rows contexts or exponents. Codes, of both signs together or
-// alternating; those of no difference first.
-struct Codes {
-    std::vector<uint32_t> counts, totals;
-    size_t n_rows = 0, n_codes = 0, n_first = 1;  // n_first: codes that mean no difference
-};
+// Counts of the codes that occur, in n_rows contexts or exponents, at every k up to the finest and with each place of the
+// sign. Each is made when it is first asked for.
+class Codes {
+  public:
+    // counts: [n_rows][(W + 1) << k][2].
+    Codes(const uint32_t* counts, size_t n_rows, uint32_t word_bits, uint32_t k)
+        : n_rows_(n_rows), n_lengths_(word_bits + 1), zeros_(n_rows) {
+        const size_t n_codes = n_lengths_ << k, size = size_t(1) << k;
+        std::vector<uint32_t> totals(2 * n_codes, 0);
+        for (size_t row = 0; row < n_rows; row++) {
+            const uint32_t* given = counts + row * 2 * n_codes;
+            zeros_[row] = given[0] + given[1];
+            for (size_t i = 2; i < 2 * n_codes; i++) totals[i] += given[i];
+        }
+        size_t first = 2, last = 2 * n_codes;
+        while (first < last && !totals[first]) first++;
+        while (first < last && !totals[last - 1]) last--;
+        first_ = first / 2 / size;  // whole lengths
+        n_used_ = first < last ? (last - 1) / 2 / size + 1 - first_ : 0;
+        View& whole = views_[k][0];
+        whole.counts.resize(n_rows * n_used_ * size * 2);
+        for (size_t row = 0; row < n_rows; row++)
+            std::copy_n(counts + (row * n_codes + first_ * size) * 2, n_used_ * size * 2,
+                        whole.counts.data() + row * n_used_ * size * 2);
+        add_totals(whole, k, false);
+    }
 
-// counts: [n_rows][n_finest][2]; the lowest `drop` bits of each code are merged.
-void merge_codes(const uint32_t* counts, size_t n_rows, size_t n_finest, uint32_t drop, bool has_sign, Codes& codes) {
-    codes.n_rows = n_rows;
-    codes.n_codes = (n_finest >> drop) * (has_sign ? 1 : 2);
-    codes.n_first = has_sign ? 1 : 2;
-    codes.counts.assign(n_rows * codes.n_codes, 0);
-    codes.totals.assign(codes.n_codes, 0);
-    for (size_t row = 0; row < n_rows; row++) {
-        const uint32_t* given = counts + row * n_finest * 2;
-        uint32_t* out = codes.counts.data() + row * codes.n_codes;
-        for (size_t code = 0; code < n_finest; code++) {
-            const size_t coarse = code >> drop;
-            if (has_sign) {
-                out[coarse] += given[2 * code] + given[2 * code + 1];
-            } else {
-                out[2 * coarse] += given[2 * code];
-                out[2 * coarse + 1] += given[2 * code + 1];
+    // The counted codes in a window of symbols. context_of: of each row. Symbol 0: no difference.
+    template <class ContextOf>
+    void fill(uint32_t k, bool has_sign, size_t n_contexts, ContextOf context_of, Table& table) {
+        const View& view = at(k, has_sign);
+        const auto found =
+            densest(view.totals.data(), view.totals.size(), std::min(MAX_SYMBOLS, MAX_ENTRIES / n_contexts) - 1);
+        table.first = std::max<size_t>(found.first, 1);
+        table.n_contexts = n_contexts;
+        table.n_symbols = found.second - table.first + 1;
+        table.counts.assign(n_contexts * table.n_symbols, 0);
+        const size_t n_each = (has_sign ? 1 : 2) << k, begin = first_ * n_each, n = n_used_ * n_each;
+        const size_t first = std::max(table.first, begin), last = std::min(found.second, begin + n);
+        for (size_t row = 0; row < n_rows_; row++) {
+            uint32_t* out = table.counts.data() + context_of(row) * table.n_symbols;
+            out[0] += zeros_[row];
+            const uint32_t* given = view.counts.data() + row * n;
+            for (size_t code = first; code < last; code++) out[code - table.first + 1] += given[code - begin];
+        }
+        table.n_missed = 0;
+        for (size_t code = begin; code < begin + n; code++)
+            if (code < table.first || code >= found.second) table.n_missed += view.totals[code];
+    }
+
+    // Bits of the remainders of the table's words.
+    uint64_t low_bits(uint32_t k, bool has_sign, const Table& table) {
+        const std::vector<uint32_t>& totals = at(k, has_sign).totals;
+        uint64_t sum = 0;
+        for (size_t code = table.first; code < table.first + table.n_symbols - 1; code++) {
+            const size_t length = (has_sign ? code : code >> 1) >> k;
+            sum += uint64_t(totals[code]) * ((length > k + 1 ? length - 1 - k : 0) + has_sign);
+        }
+        return sum;
+    }
+
+  private:
+    struct View {
+        std::vector<uint32_t> counts;  // [n_rows][codes of the lengths that occur], of both signs in turn or together
+        std::vector<uint32_t> totals;  // of all codes
+    };
+
+    const View& at(uint32_t k, bool has_sign) {
+        View& view = views_[k][has_sign];
+        if (!view.totals.empty()) return view;
+        if (has_sign) {
+            const std::vector<uint32_t>& both = at(k, false).counts;
+            view.counts.resize(both.size() / 2);
+            for (size_t i = 0; i < view.counts.size(); i++) view.counts[i] = both[2 * i] + both[2 * i + 1];
+        } else {  // two codes of k + 1 become one
+            const std::vector<uint32_t>& finer = at(k + 1, false).counts;
+            view.counts.resize(finer.size() / 2);
+            for (size_t i = 0; i < view.counts.size(); i += 2) {
+                view.counts[i] = finer[2 * i] + finer[2 * i + 2];
+                view.counts[i + 1] = finer[2 * i + 1] + finer[2 * i + 3];
             }
         }
-        for (size_t code = codes.n_first; code < codes.n_codes; code++) codes.totals[code] += out[code];
+        add_totals(view, k, has_sign);
+        return view;
     }
-}
 
-// The counted codes in a window of symbols. context_of: of each row. Symbol 0: no difference.
-template <class ContextOf>
-void window(const Codes& codes, size_t n_contexts, ContextOf context_of, Table& table) {
-    const auto found =
-        densest(codes.totals.data(), codes.n_codes, std::min(MAX_SYMBOLS, MAX_ENTRIES / n_contexts) - 1);
-    table.first = std::max<size_t>(found.first, 1);
-    table.n_contexts = n_contexts;
-    table.n_symbols = found.second - table.first + 1;
-    table.counts.assign(n_contexts * table.n_symbols, 0);
-    const size_t first = std::max(table.first, codes.n_first);  // where nothing differs, the window is code 1
-    for (size_t row = 0; row < codes.n_rows; row++) {
-        const uint32_t* given = codes.counts.data() + row * codes.n_codes;
-        uint32_t* out = table.counts.data() + context_of(row) * table.n_symbols;
-        for (size_t code = 0; code < codes.n_first; code++) out[0] += given[code];
-        for (size_t code = first; code < found.second; code++) out[code - table.first + 1] += given[code];
+    void add_totals(View& view, uint32_t k, bool has_sign) {
+        const size_t n_each = (has_sign ? 1 : 2) << k, n = n_used_ * n_each;
+        view.totals.assign(n_lengths_ * n_each, 0);
+        uint32_t* out = view.totals.data() + first_ * n_each;
+        for (size_t row = 0; row < n_rows_; row++)
+            for (size_t i = 0; i < n; i++) out[i] += view.counts[row * n + i];
     }
-    table.n_missed = 0;
-    for (size_t code = 0; code < codes.n_codes; code++)
-        if (code < table.first || code >= found.second) table.n_missed += codes.totals[code];
-}
 
-// Bits of the remainders of the table's words.
-uint64_t low_bits(const Codes& codes, const Table& table, uint32_t k, bool has_sign) {
-    uint64_t sum = 0;
-    for (size_t code = table.first; code < table.first + table.n_symbols - 1; code++) {
-        const size_t length = (has_sign ? code : code >> 1) >> k;
-        sum += uint64_t(codes.totals[code]) * ((length > k + 1 ? length - 1 - k : 0) + has_sign);
-    }
-    return sum;
-}
+    size_t n_rows_, n_lengths_, first_ = 0, n_used_ = 0;  // lengths of differences that occur
+    std::vector<uint32_t> zeros_;
+    View views_[K_MOST + 1][2];
+};
 
 // The best place of the sign, then the best contexts, then the best k.
 Fit best_delta(Frame& frame, const Predicted& predicted, double side_bits) {
@@ -119,24 +157,17 @@ Fit best_delta(Frame& frame, const Predicted& predicted, double side_bits) {
     frame.stats.count_codes(kind, K_MOST, EXPONENTS, base, 0, frame.request.words, predicted, frame.thin, counts.data(),
                             frame.scratch.lanes.data());
     Table table;
-    Codes codes;
-    uint32_t merged_k = 0;
-    bool merged_sign = false;
+    Codes codes(counts.data(), EXPONENTS, kind.word_bits, K_MOST);
     const auto fit = [&](uint32_t k, bool has_sign, size_t n_contexts, uint32_t shift) {
-        if (!codes.n_rows || k != merged_k || has_sign != merged_sign) {
-            merge_codes(counts.data(), EXPONENTS, size_t(kind.word_bits + 1) << K_MOST, K_MOST - k, has_sign, codes);
-            merged_k = k;
-            merged_sign = has_sign;
-        }
         const int32_t start = int32_t(EXPONENTS) - int32_t(n_contexts << shift);
         const auto context_of = [=](size_t place) {
             const int32_t context = (int32_t(place) - start) >> shift;
             return size_t(std::min(std::max(context, 0), int32_t(n_contexts - 1)));
         };
-        window(codes, n_contexts, context_of, table);
+        codes.fill(k, has_sign, n_contexts, context_of, table);
         Fit found;
         found.bits = symbol_cost(frame, table.counts.data(), n_contexts, table.n_symbols, table.n_missed, side_bits);
-        found.bits += double(low_bits(codes, table, k, has_sign)) / double(n_words);
+        found.bits += double(codes.low_bits(k, has_sign, table)) / double(n_words);
         found.k = k;
         found.has_sign = has_sign;
         found.n_contexts = n_contexts;
@@ -165,10 +196,9 @@ void finish_delta(Frame& frame, const Fit& fit, const Predicted& predicted, Plan
     std::vector<uint32_t>& counts = frame.scratch.counts;
     frame.stats.count_codes(kind, fit.k, uint32_t(fit.n_contexts), fit.context_base, fit.context_shift, frame.request.words,
                             predicted, counted, counts.data(), frame.scratch.lanes.data());
-    Codes codes;
-    merge_codes(counts.data(), fit.n_contexts, size_t(kind.word_bits + 1) << fit.k, 0, fit.has_sign, codes);
+    Codes codes(counts.data(), fit.n_contexts, kind.word_bits, fit.k);
     Table table;
-    window(codes, fit.n_contexts, [](size_t row) { return row; }, table);
+    codes.fill(fit.k, fit.has_sign, fit.n_contexts, [](size_t row) { return row; }, table);
     plan.remainder = STACK;
     plan.k = fit.k;
     plan.has_sign = fit.has_sign;

@@ -678,28 +678,19 @@ void row_medians(const Kind& kind, const void* words, const void* reference, uin
                  const Runs& runs, float unit, uint16_t* medians) {
     constexpr size_t MOST = 64;  // columns of the lattice
     const Ratio<Word> ratio(kind);
-    alignas(64) Word some[MOST][MEDIAN_LANES], old[MOST][MEDIAN_LANES];
     alignas(64) uint16_t values[MOST][MEDIAN_LANES], found[MEDIAN_LANES];
     const size_t n = runs.n_columns();
+    std::memset(values, 0, sizeof values);
     for (uint64_t first = 0; first < n_rows; first += MEDIAN_LANES) {
         const size_t n_here = size_t(n_rows - first < MEDIAN_LANES ? n_rows - first : MEDIAN_LANES);
-        if (n_here < MEDIAN_LANES) {
-            std::memset(some, 0, sizeof some);
-            std::memset(old, 0, sizeof old);
-        }
         for (size_t lane = 0; lane < n_here; lane++) {
-            const Word* part = words_of<Word>(words) + (first + lane) * n_columns;
-            const Word* old_part = words_of<Word>(reference) + (first + lane) * n_columns;
-            size_t j = 0;
-            for (size_t run = 0; run < runs.n_runs; run++)
-                for (size_t i = 0; i < runs.length; i++, j++) {
-                    some[j][lane] = part[runs.starts[run] + i];
-                    old[j][lane] = old_part[runs.starts[run] + i];
-                }
+            Word some[MOST], old[MOST];
+            uint16_t factors[MOST];
+            gather_row(words_of<Word>(words) + (first + lane) * n_columns, runs, some);
+            gather_row(words_of<Word>(reference) + (first + lane) * n_columns, runs, old);
+            for (size_t j = 0; j < n; j++) factors[j] = factor_of(ratio.of(some[j], old[j]), unit);
+            for (size_t j = 0; j < n; j++) values[j][lane] = factors[j];
         }
-        for (size_t j = 0; j < n; j++)
-            for (size_t lane = 0; lane < MEDIAN_LANES; lane++)
-                values[j][lane] = factor_of(ratio.of(some[j][lane], old[j][lane]), unit);
         medians_of(values, n, found);
         std::memcpy(medians + first, found, n_here * sizeof(uint16_t));
     }

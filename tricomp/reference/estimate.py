@@ -25,6 +25,7 @@ Array = np.ndarray[Any, Any]
 SAMPLE_ROWS = 1024  # most rows of 128 words in a sample
 LEAST_SAMPLE_ROWS = 256  # a frame of no more rows is its own sample; beyond, an eighth of the rows is taken
 THIN_ROWS = 128  # the search looks at 128 to 255 rows of the sample
+LONG_COLUMNS = 4096  # rows so long may be cut into blocks
 BLOCK_COLUMNS = 256  # the split of frames without two dimensions: a scale for every 256 words
 RUN = 4  # columns of a lattice stand in runs of so many
 BLOCK_WORDS = 1 << 22  # of a leaf that are measured at a time
@@ -137,7 +138,7 @@ def in_blocks(n: int, width: int, measure: Callable[[slice], Array]) -> Array:
 
 
 def splits(shape: Sequence[int] | None, n_words: int) -> list[tuple[int, bool]]:
-    """(columns, whether columns get a scale): every cut of the shape in two, and blocks of consecutive words."""
+    """(columns, whether columns get a scale): every cut of the shape in two; or, and for long rows, blocks of words."""
     cuts = []
     if shape is not None:
         for axis in range(1, len(shape)):
@@ -146,7 +147,7 @@ def splits(shape: Sequence[int] | None, n_words: int) -> list[tuple[int, bool]]:
             is_dear = (n_rows + n_columns) * 4 > n_words  # scales for every few words, and long to fit
             if n_columns > 1 and n_rows > 1 and not is_dear and (n_columns, True) not in cuts:
                 cuts.append((n_columns, True))
-    if n_words >= 4 * BLOCK_COLUMNS:
+    if n_words >= 4 * BLOCK_COLUMNS and all(n_columns >= LONG_COLUMNS for n_columns, _ in cuts):
         cuts.append((BLOCK_COLUMNS, False))
     return cuts
 
