@@ -1,9 +1,10 @@
 """Run tests with a module that watches its own memory: `python -m tests.sanitize`.
 
 Builds the extension with AddressSanitizer and UndefinedBehaviorSanitizer (or, with --thread, ThreadSanitizer) into
-build/sanitize-*, and runs the tests that reach it once for every instruction set of this machine. The ordinary build and
-install are left alone. Further arguments go to pytest, in place of the tests' names if they name any. The hard thing: a
-sanitizer must be loaded before Python is, or it does not see the memory that others allocate.
+build/sanitize-*, and runs the tests that reach it once for every instruction set of this machine. The ordinary build
+and install are left alone. Further arguments go to pytest, in place of the tests' names if they name any.
+
+The hard thing: a sanitizer must be loaded before Python is, or it does not see the memory that others allocate.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from tests import native_build
 
-TESTS = ("native", "native_parts", "native_damage", "codec", "damage", "golden")
+TESTS = ("native", "native_parts", "native_damage", "planner", "codec", "damage", "golden")
 SETS = ("avx512", "avx2", "portable")
 # The report of a sanitizer is for the terminal, and its own handler of faults for it to keep.
 PYTEST = ("-p", "no:cacheprovider", "-p", "no:faulthandler", "--capture=sys")

@@ -189,7 +189,7 @@ template <class Word>
 ChunkFault cut(const Model& model, DecodeChunk& chunk, Sections<Word>& parts) {
     parts.indices = nullptr;
     const ChunkFault fault = cut_sections(model, chunk, parts);
-    if (fault == NO_FAULT || fault == NOT_RAW || parts.indices == nullptr) return fault;
+    if (parts.indices == nullptr || (fault == NO_FAULT && parts.stack_fault == NO_FAULT)) return fault;
     // Indices are checked while they are decoded. Where that will not happen, now: they stand first, so they are named first.
     alignas(64) uint8_t places[TILE];
     const size_t n_rows = (chunk.n_words + ROW - 1) / ROW;
