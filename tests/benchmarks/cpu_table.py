@@ -243,13 +243,13 @@ def report(results: Results, origin: str) -> str:
 {how(results)}
 tricomp is measured by `tricomp.encode` and `tricomp.decode`: planning, checksums and digests are in its times.
 Whatever was timed came back byte for byte first, and tricomp packed the same bytes with any number of threads and by
-every instruction set. *n apart*: packed against the state n steps earlier; the peers, which know no references, get
-the XOR of the two, and its time (numpy, one thread) counts in both directions. ZipNN gets bytes that it may destroy,
-copied off the clock. zstd unpacks on one thread. memcpy writes to memory that is there already; everybody else
-allocates what he gives back. blosc2 shuffles; its zstd is level 1, its lz4 level 5. The same matrix of all blocks is
-one leaf, as in models that scan over their layers, and everybody packs leaf by leaf; "100 leaves": every parameter of
-the small GPT by itself, as it is; "all in one leaf": all matrices, one after the other. float64: weights after a step
-along the momentum in float64; float8, int8: scaled weights.
+every instruction set. All take turns, another one first each time. *n apart*: packed against the state n steps earlier;
+the peers, which know no references, get the XOR of the two, and its time (numpy, one thread) counts in both directions.
+ZipNN gets bytes that it may destroy, copied off the clock. zstd unpacks on one thread. memcpy writes to memory that is
+there already; everybody else allocates what he gives back. blosc2 shuffles; its zstd is level 1, its lz4 level 5. The
+same matrix of all blocks is one leaf, as in models that scan over their layers, and everybody packs leaf by leaf; "100
+leaves": every parameter of the small GPT by itself, as it is; "all in one leaf": all matrices, one after the other.
+float64: weights after a step along the momentum in float64; float8, int8: scaled weights.
 The load of the machine was {load["before"]:.2f} before, {load["after"]:.2f} after; all took {results["seconds"]} s.
 
 ## Verdict
@@ -271,9 +271,10 @@ Medians of {runs["sets"]} runs, of the reference {runs["reference"]}; processes 
 ## Large files
 
 {files_table(results)}
-Files of safetensors on {files["file_system"]}, medians of {runs["files"]} runs. "Command" is `tricomp compress -T 0`
-and `tricomp decompress -T 0`, a new process each time (`tricomp --version`: {seconds["start"]}); "call" the same
-functions in a running Python, with all cores and with one. cp's cost: reading what the command reads and writing what
-it writes, put together from `cp --reflink=never` of either file and of either file to /dev/null. Plain cp of the raw
-file of {first["file"]}: {seconds["cp_raw_plain"]}, with --reflink=never {seconds["cp_raw"]}.
+Files of safetensors on {files["file_system"]}, medians of {runs["files"]} runs; as much memory as an output takes
+was written and freed just before, off the clock. "Command" is `tricomp compress -T 0` and `tricomp decompress -T 0`, a
+new process each time (`tricomp --version`: {seconds["start"]}); "call" the same functions in a running Python, with all
+cores and with one. cp's cost: reading what the command reads and writing what it writes, put together from
+`cp --reflink=never` of either file and of either file to /dev/null. Plain cp of the raw file of {first["file"]}:
+{seconds["cp_raw_plain"]}, with --reflink=never {seconds["cp_raw"]}.
 """

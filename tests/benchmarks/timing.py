@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ import tricomp
 Array = NDArray[Any]
 Raw = NDArray[np.uint8]
 Parts = list[Any]
+Item = TypeVar("Item")
 TIERS: tuple[Literal["dense", "fast"], ...] = ("dense", "fast")
 
 
@@ -85,6 +86,12 @@ def timed(call: Callable[[Parts], Parts], parts: Parts) -> tuple[float, Parts]:
     started = time.perf_counter()
     result = call(parts)
     return time.perf_counter() - started, result
+
+
+def rotated(items: Sequence[Item], turn: int) -> Sequence[Item]:
+    """The same in turn, but with another one first each time: nobody always follows the same one."""
+    first = turn % len(items)
+    return [*items[first:], *items[:first]]
 
 
 def gigabytes_per_second(n_bytes: int, seconds: Sequence[float]) -> float:
