@@ -17,7 +17,7 @@ constexpr uint64_t TOP_PERCENT = 97;
 constexpr size_t TOP_STEP = 4;  // rows of the thin sample of which one is looked at for that
 constexpr std::pair<size_t, uint32_t> WINDOWS[] = {{8, 0}, {8, 1}, {4, 1}, {4, 0}};  // contexts, log2 of exponents in one
 constexpr size_t PROBE_ROWS = 64, PROBE_COLUMNS = 16;  // of the sample on which factors are tried
-constexpr double DECAY_BITS = 0.05;  // what a factor must save where numbers have signs
+constexpr double DECAY_BITS = 0.03;  // what a factor must save where numbers have signs
 constexpr float RATIO_LOW = 0.26f, RATIO_HIGH = 3.9f;
 constexpr uint64_t FIT_COLUMNS = 64, FIT_ROWS = 512, FIT_WORDS = 1 << 16;
 constexpr int64_t FACTOR_ONE = 1 << FACTOR_BITS;
@@ -309,8 +309,9 @@ Tried best_factor(Frame& frame, const Probe& probe, size_t n_tried) {
     std::vector<uint64_t> candidates{uint64_t(1) << 30};
     const auto consider = [&](float ratio) { candidates.push_back(uint64_t(double(ratio) * double(1 << 30))); };
     for (size_t i = 0; i < n_tried && !known.empty(); i++) consider(known[known.size() * (2 * i + 1) / (2 * n_tried)]);
-    // A power of the decay is a float32 number: what is nearest to it is met more often than anything else.
-    if (!known.empty()) consider(commonest(known));
+    // A power of the decay is a float32 number: what is nearest to it is met more often than anything else. An index
+    // gains nothing from differences that are 0 alone.
+    if (!known.empty() && frame.is_dense()) consider(commonest(known));
     std::vector<uint32_t> products(probe.n + 32, 0);
     for (size_t i = 0; i < probe.n; i++) products[i] = std::min<uint32_t>(probe.spread[i], 0xFFFF) << FACTOR_BITS;
     Tried best{0, 0.0, 0.0};

@@ -43,7 +43,7 @@ TOP_PERCENT = 97
 TOP_STEP = 4  # rows of the thin sample of which one is looked at for that
 WINDOWS = ((8, 0), (8, 1), (4, 1), (4, 0))  # contexts, and log2 of the exponents in one
 PROBE_ROWS, PROBE_COLUMNS = 64, 16
-DECAY_BITS = 0.05  # what a factor must save where numbers have signs
+DECAY_BITS = 0.03  # what a factor must save where numbers have signs
 RATIO_LOW, RATIO_HIGH = 0.26, 3.9
 FIT_COLUMNS, FIT_ROWS, FIT_WORDS = 64, 512, 1 << 16
 
@@ -251,8 +251,9 @@ def _best_factor(
     ratios = _ratios(new, old, dtype) * (np.float32(1 << FACTOR_BITS) / spread.astype(np.float32))
     known = np.sort(ratios[(ratios > np.float32(RATIO_LOW)) & (ratios < np.float32(RATIO_HIGH))])
     tried = [known[len(known) * (2 * i + 1) // (2 * n_tried)] for i in range(n_tried)] if len(known) else []
-    if len(known):
-        # A power of the decay is a float32 number: what is nearest to it is met more often than anything else.
+    if len(known) and spec.tier == "dense":
+        # A power of the decay is a float32 number: what is nearest to it is met more often than anything else. An index
+        # gains nothing from differences that are 0 alone.
         _, firsts, counts = np.unique(known.view(np.uint32) >> 6, return_index=True, return_counts=True)
         tried.append(known[firsts[np.argmax(counts)] + int(counts.max()) // 2])
     candidates = [1 << 30, *(int(float(ratio) * (1 << 30)) for ratio in tried)]
