@@ -53,7 +53,7 @@ def test_the_tables_are_those_of_their_results_files() -> None:
     assert _rendered(README) == README
 
 
-@pytest.mark.parametrize("number", [r"\*\*(\d\d\.\d\d)\*\*", r"\*\*(\d\d\.\d %)\*\*"])
+@pytest.mark.parametrize("number", [r"\*\*(\d\d\.\d\d)\*\*", r"\*\*(\d\d\.\d %)\*\*", r"\*\*(\d[\d.]* / \d[\d.]*)\*\*"])
 def test_a_table_that_was_edited_is_noticed(number: str) -> None:
     first_number = re.search(number, README)
     assert first_number is not None
@@ -65,6 +65,12 @@ def _results(kind: str = "ratio") -> dict[str, Any]:
     assert file is not None
     found: dict[str, Any] = json.loads((ROOT / file[1]).read_text())
     return found
+
+
+def _table(kind: str) -> str:
+    found = re.search(rf"<!-- table:{kind} .*?<!-- /table:{kind} -->", README, re.DOTALL)
+    assert found is not None
+    return found[0]
 
 
 def test_results_name_machine_date_versions_and_data() -> None:
@@ -99,3 +105,26 @@ def test_results_hold_what_the_command_promises() -> None:
     assert results["inspect"]["file_bytes"] > 10e9
     assert results["inspect"]["seconds"] < 1
     assert results["inspect"]["peak_bytes"] < 100e6
+
+
+def test_results_of_speed_say_what_they_were_measured_with() -> None:
+    results = _results("cpu")
+    assert results["machine"]["cpu"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", results["date"])
+    assert {"tricomp", "numpy", "zipnn", "blosc2"} <= results["versions"].keys()
+    assert results["backend"] == "native"
+    assert results["isa"] in ("avx512", "avx2", "portable")
+    assert results["data"][0]["n_parameters"] > 10_000_000
+    assert 1 in results["threads"]
+
+
+def test_tricomp_is_faster_than_zipnn_in_every_row_that_is_shown() -> None:
+    rows = {row["work"]: row["results"] for row in _results("cpu")["works"]}
+    shown = re.findall(r"^\| ([^|]+) \|", _table("cpu"), re.MULTILINE)[1:]
+    assert len(shown) >= 10
+    for work in shown:
+        dense, zipnn = (
+            next(one for one in rows[work] if (one["who"], one["threads"]) == (who, 1))
+            for who in ("tricomp dense", "ZipNN")
+        )
+        assert all(dense[way] > zipnn[way] for way in ("in", "out")), work

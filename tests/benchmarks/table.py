@@ -126,8 +126,10 @@ def _rendered(kind: str, results: dict[str, Any]) -> str:
 
 def with_tables(readme: str, root: Path = ROOT, files: Mapping[str, str] | None = None) -> str:
     """The README's text with its tables rendered from the files that their markers name, or from others, by kind."""
-    if missing := {"ratio", "files"} - {match[1] for match in _MARKED.finditer(readme)}:
-        raise SystemExit(f"README.md lacks <!-- table:KIND FILE --> ... <!-- /table:KIND --> for {', '.join(missing)}")
+    missing = {"ratio", "files", "cpu"} - {match[1] for match in _MARKED.finditer(readme)}
+    if missing:
+        names = ", ".join(sorted(missing))
+        raise SystemExit(f"README.md lacks <!-- table:KIND FILE --> ... <!-- /table:KIND --> for {names}")
 
     def rendered(match: re.Match[str]) -> str:
         file = (files or {}).get(match[1], match[2])
