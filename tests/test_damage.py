@@ -275,8 +275,8 @@ def test_padding_between_chunks_is_zero():
                 for backend in ("reference", *(["native"] if native.is_there() else [])):
                     assert outcome(stored, backend)[1].startswith(text)
                     part = range(chunk << 10, (chunk + 1) << 10)
+                    parts = None if reference is None else [reference[part.start : part.stop]]
                     with pytest.raises(CorruptFrame, match="the padding after it is not zero"):
-                        parts = None if reference is None else [reference[part.start : part.stop]]
                         codec.decode_parts(stored[0], [part], parts, codec.Engine(backend=backend))
                 n_tried += 1
     assert n_tried > 5

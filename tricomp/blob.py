@@ -61,7 +61,7 @@ def encode(
     check = xxhash.xxh3_64()
     for part in parts:
         check.update(part)
-    return b"".join((*parts, b"\xcf", check.intdigest().to_bytes(8, "big")))
+    return codec.Engine(threads, backend).join([*parts, b"\xcf", check.intdigest().to_bytes(8, "big")])
 
 
 def decode(

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from tricomp import native
+from tricomp.bounds import Bytes
 from tricomp.dtypes import DType, Words
 from tricomp.errors import InvalidArgument
 from tricomp.job import DecodeJob, Encoded, EncodeJob, Room
@@ -41,7 +42,7 @@ class Backend:
 
     plan_frames: frames to plan -> jobs. encode: jobs, room -> Encoded. decode: jobs, into= -> words, and what they add
     to the digest of the frame's one leaf. digest_sums: parts of leaves, and the byte of its leaf at which each begins
-    -> what each adds to its digest.
+    -> what each adds to its digest. join: buffers -> their bytes in a row.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Backend:
     encode: Callable[..., list[Encoded]]
     decode: Callable[..., list[tuple[Words, int]]]
     digest_sums: Callable[..., list[int]]
+    join: Callable[..., bytes]
 
 
 def _reference() -> Backend:
@@ -64,13 +66,16 @@ def _reference() -> Backend:
         lambda jobs, room, threads: _encode.encode(jobs, room),
         summed,
         lambda parts, threads: [digest_sum(words, first) for words, first in parts],
+        lambda parts, threads: b"".join(parts),
     )
 
 
 def _native() -> Backend:
     from tricomp.native import decode, digest, encode, planner
 
-    return Backend("native", planner.plan_frames, encode.encode, decode.decode_summed, digest.digest_sums)
+    return Backend(
+        "native", planner.plan_frames, encode.encode, decode.decode_summed, digest.digest_sums, encode.join
+    )
 
 
 @cache
@@ -135,6 +140,10 @@ class Engine:
     def digest_sums(self, parts: Sequence[tuple[Words, int]]) -> list[int]:
         """What each part adds to its leaf's digest. parts: uint[n], and the byte, a multiple of 512, of the leaf."""
         return self.coder.digest_sums(parts, threads=self.n_threads)
+
+    def join(self, parts: Sequence[Bytes]) -> bytes:
+        """All parts in a row."""
+        return self.coder.join(parts, threads=self.n_threads)
 
     def digests(self, leaves: Sequence[Words]) -> list[int]:
         """The digest of each leaf. leaves: uint[n] each."""

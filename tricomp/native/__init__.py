@@ -1,10 +1,11 @@
 """The CPU backend: C++17 behind the plain C limited API, SIMD chosen at run time, threads over chunks, no GIL.
 
-Imports ground and numpy. It gives the bytes of `tricomp.reference`, and is asked for by the codec alone. The hard thing:
-the extension module may be missing (a wheel of Python alone) or refuse to load; that must be said once, and clearly.
+Imports ground and numpy. It gives the bytes of `tricomp.reference`, and is asked for by the codec alone. The hard
+thing: the extension module may be missing (a wheel of Python alone) or refuse to load; that must be said once, clearly.
 
 Environment: TRICOMP_NATIVE=require makes a missing module an error. TRICOMP_ISA=avx512|avx2|portable forces an
-instruction set; unset, the best that the processor has is taken. TRICOMP_NATIVE_MODULE names another build of the module.
+instruction set; unset, the best that the processor has is taken. TRICOMP_NATIVE_MODULE names another build of the
+module.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from tricomp.plan import Plan
 
 _ADVICE = "Restore the file from another copy, or list a store's intact steps: tricomp verify FOLDER."
 _NOTHING = np.zeros(0, np.uint8)
+LARGE_BYTES = 2 << 20  # of fresh memory, from which on large pages are asked for
 
 # In the order of ChunkFault in chunk.h.
 _CHUNK_FAULTS = (
@@ -97,6 +98,8 @@ def _room(job: DecodeJob, target: Words | None) -> Words:
     if plan.n_chunks and _head_bytes(plan) > len(job.cut):
         raise CorruptFrame(f"frame of {job.name!r}: {plan.n_words} words need a longer chunk directory than it has.")
     words: Words = np.empty(n_words, plan.dtype.word_dtype) if target is None else target
+    if target is None and words.nbytes >= LARGE_BYTES:
+        native.load().advise(words)
     if plan.predict == "constant":
         words[...] = plan.word
     elif plan.predict == "copy":

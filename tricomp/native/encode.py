@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from tricomp import native
+from tricomp.bounds import Bytes
 from tricomp.job import Encoded, EncodeJob, Room, Tables
 from tricomp.native.plan_numbers import pack
 
@@ -50,6 +51,12 @@ def encode(jobs: Sequence[EncodeJob], room: Callable[[], Room] = list, threads: 
             if first == 0:
                 sides[number] = side
     return [_assembled(*frame) for frame in zip(jobs, rooms, rows, sides, n_bytes, strict=True)]
+
+
+def join(parts: Sequence[Bytes], threads: int | None = None) -> bytes:
+    """All parts in a row."""
+    joined: bytes = native.load().join(list(parts), native.n_threads(threads))
+    return joined
 
 
 def _output(n_bytes: int) -> memoryview:

@@ -12,9 +12,14 @@
 #include <stdexcept>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "frame.h"
 #include "kernels.h"
 #include "planner_module.h"
+#include "threads.h"
 
 namespace tricomp {
 namespace {
@@ -251,6 +256,65 @@ PyObject* digest_sums(PyObject*, PyObject* args) {
     });
 }
 
+// Fresh memory comes in pages of 4 KiB, which cost more than what is then done with them; ask for large ones.
+void ask_for_large_pages(const void* memory, size_t n_bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr uintptr_t LARGE = uintptr_t(2) << 20;
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + LARGE - 1) / LARGE * LARGE;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + n_bytes) / LARGE * LARGE;
+    if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+    (void)memory;
+    (void)n_bytes;
+#endif
+}
+
+PyObject* advise(PyObject*, PyObject* object) {
+    return guarded([&]() -> PyObject* {
+        Buffers buffers;
+        const Bytes bytes = buffers.take(object);
+        ask_for_large_pages(bytes.data, bytes.n_bytes);
+        Py_RETURN_NONE;
+    });
+}
+
+// Buffers, threads -> all their bytes in a row.
+PyObject* join(PyObject*, PyObject* args) {
+    return guarded([&]() -> PyObject* {
+        PyObject* list;
+        Py_ssize_t n_threads;
+        if (!PyArg_ParseTuple(args, "O!n", &PyList_Type, &list, &n_threads)) throw std::domain_error("");
+        constexpr size_t SHARE = size_t(1) << 20;
+        struct Copy {
+            const uint8_t* from;
+            size_t to, n_bytes;
+        };
+        Buffers buffers;
+        std::vector<Copy> copies;
+        size_t n_bytes = 0;
+        for (Py_ssize_t i = 0; i < PyList_Size(list); i++) {
+            const Bytes part = buffers.take(PyList_GetItem(list, i));
+            for (size_t at = 0; at < part.n_bytes; at += SHARE)
+                copies.push_back({part.data + at, n_bytes + at, std::min(SHARE, part.n_bytes - at)});
+            n_bytes += part.n_bytes;
+        }
+        PyObject* joined = PyBytes_FromStringAndSize(nullptr, Py_ssize_t(n_bytes));
+        if (joined == nullptr) throw std::domain_error("");
+        char* out = PyBytes_AsString(joined);
+        try {
+            Unlocked unlocked;
+            ask_for_large_pages(out, n_bytes);
+            share(copies.size(), size_t(n_threads), [&] {
+                return [&](size_t i) { std::memcpy(out + copies[i].to, copies[i].from, copies[i].n_bytes); };
+            });
+        } catch (...) {
+            Py_DecRef(joined);
+            throw;
+        }
+        return joined;
+    });
+}
+
 PyObject* checksum(PyObject*, PyObject* object) {
     return guarded([&]() -> PyObject* {
         Buffers buffers;
@@ -286,6 +350,8 @@ PyMethodDef METHODS[] = {
     {"encode", encode_requests, METH_VARARGS, "Encode requests into an output: places, directory rows, side sections."},
     {"plan_frames", plan_frames, METH_VARARGS, "Plan frames with so many threads: numbers, tables and scales of each."},
     {"digest_sums", digest_sums, METH_VARARGS, "Digest sums of parts of leaves."},
+    {"advise", advise, METH_O, "Ask for large pages for memory that was not written yet."},
+    {"join", join, METH_VARARGS, "The bytes of buffers in a row, copied by so many threads."},
     {"xxh3_64", checksum, METH_O, "XXH3 of a buffer, 64 bits, seed 0."},
     {"is_equal", equal, METH_VARARGS, "Whether two buffers hold the same bytes."},
     {nullptr, nullptr, 0, nullptr},
