@@ -36,6 +36,8 @@ def core(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRICOMP_ISA", request.param)
         spec = importlib.util.spec_from_file_location("_core", path)
+        assert spec is not None
+        assert spec.loader is not None
         try:
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
@@ -239,9 +241,9 @@ def test_states_that_no_encoder_leaves(core):
     job = vector_job(dtypes.by_name("float32"), np.ones(512, np.int16))
     section += bytes(-len(section) % 16)
     assert expected_fault(job.plan, section) == fault_of(core, job, section) == ""
-    section = bytearray(section)
-    section[50] ^= 4
-    assert expected_fault(job.plan, section) == fault_of(core, job, section) != ""
+    damaged = bytearray(section)
+    damaged[50] ^= 4
+    assert expected_fault(job.plan, damaged) == fault_of(core, job, damaged) != ""
 
 
 def test_the_module_refuses_sides_of_wrong_sizes(core):

@@ -62,14 +62,14 @@ def join(parts: Sequence[Bytes], threads: int | None = None) -> bytes:
 def _output(n_bytes: int) -> memoryview:
     """Memory for a round: an earlier round's, if nobody has a view of it any more, else new."""
     if n_bytes > 2 * ROUND_BYTES:
-        return memoryview(np.empty(n_bytes, np.uint8))
+        return np.empty(n_bytes, np.uint8).data
     with _lock:
         for i in range(len(_kept)):
             if len(_kept[i]) >= n_bytes and sys.getrefcount(_kept[i]) == 2:  # the list's and the call's
-                return memoryview(_kept[i])
+                return _kept[i].data
         _kept.append(np.empty(max(n_bytes, ROUND_BYTES + (1 << 20)), np.uint8))
         del _kept[:-_MOST_KEPT]
-        return memoryview(_kept[-1])
+        return _kept[-1].data
 
 
 def _rounds(jobs: Sequence[EncodeJob]) -> list[list[tuple[int, int, int]]]:
