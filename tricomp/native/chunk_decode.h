@@ -111,6 +111,11 @@ INLINE uint8_t largest_of(const uint8_t* values, size_t n) {
     return largest;
 }
 
+// Places in a run of symbols become symbols; those after the last become it.
+INLINE void add_first(uint8_t first, uint8_t last, size_t n, uint8_t* places) {
+    for (size_t i = 0; i < n; i++) places[i] = uint8_t((places[i] < last ? places[i] : last) + first);
+}
+
 // Cut a payload that is not raw into its sections. Returns what is wrong.
 template <class Word>
 ChunkFault cut_sections(const Model& model, DecodeChunk& chunk, Sections<Word>& parts) {
@@ -277,8 +282,9 @@ void decode_group(const Model& model, DecodeChunk* const* chunks, Sections<Word>
                                 tiles[c]->symbols);
                     const uint8_t largest = largest_of(tiles[c]->symbols, n_rows * ROW);
                     parts[c].largest_index = largest > parts[c].largest_index ? largest : parts[c].largest_index;
+                    // An index outside is known at the end; until then, no symbol may be one that there is not.
                     if (model.is_run)
-                        for (size_t i = 0; i < n_rows * ROW; i++) tiles[c]->symbols[i] += model.dictionary[0];
+                        add_first(model.dictionary[0], uint8_t(model.n_dictionary - 1), n_rows * ROW, tiles[c]->symbols);
                     else
                         look_up(model.dictionary, model.n_dictionary, tiles[c]->symbols, n_rows * ROW, tiles[c]->symbols);
                 }
