@@ -127,7 +127,7 @@ def test_full_with_and_without_scales(tmp_path, tier, shape, make):
 
 
 def test_rows_of_lower_precision(tmp_path):
-    array = weights((64, 128))
+    array = weights((300, 256))
     array.view(np.uint32)[::2] &= np.uint32(0xFFFF0000)
     plans, _ = check_file(tmp_path / "a.tri", {"a": array})
     assert plans["a"].has_block_shifts

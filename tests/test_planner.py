@@ -66,7 +66,7 @@ def test_a_thin_sample_is_part_of_the_sample_of_a_frame_and_long_rows_stay_whole
         assert (sample.words == sample.positions).all()
         assert sample.n_words == n_words
         assert sample.n_sampled == sample.words.size
-        assert len(sample.firsts) <= max(n_words // 128 // 8, 257)
+        assert len(sample.firsts) <= max(n_words // 128 // 8, 513)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float64, np.float16])

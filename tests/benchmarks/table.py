@@ -100,7 +100,7 @@ def files_report(results: dict[str, Any]) -> str:
     inspect = results["inspect"]
     lines = ["| MB/s of raw, one core, one run | compress | decompress |", "|---|---:|---:|"]
     for row in results["files"]:
-        rates = [f"{row['raw'] / 1e6 / row['seconds'][key]:.0f}" for key in ("compress", "decompress")]
+        rates = [f"{row['raw'] / 1e6 / max(row['seconds'][key], 1e-3):.0f}" for key in ("compress", "decompress")]
         lines.append(f"| {row['file']} | {' | '.join(rates)} |")
     return f"""# Files benchmark, {results["date"]}
 

@@ -15,7 +15,7 @@ namespace tricomp {
 namespace planning {
 
 constexpr size_t SAMPLE_ROWS = 1024;  // most rows of 128 words in a sample
-constexpr size_t LEAST_SAMPLE_ROWS = 256;  // a frame of no more rows is its own sample; beyond, an eighth of the rows is taken
+constexpr size_t LEAST_SAMPLE_ROWS = 512;  // a frame of no more rows is its own sample; beyond, an eighth of the rows is taken
 constexpr size_t THIN_ROWS = 128;  // the search looks at 128 to 255 rows of the sample
 constexpr uint64_t LONG_COLUMNS = 4096;  // rows so long may be cut into blocks
 constexpr uint64_t BLOCK_COLUMNS = 256;  // the split of frames without two dimensions: a scale for every 256 words

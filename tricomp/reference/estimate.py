@@ -23,7 +23,7 @@ from tricomp.reference.side import vector_step
 Array = np.ndarray[Any, Any]
 
 SAMPLE_ROWS = 1024  # most rows of 128 words in a sample
-LEAST_SAMPLE_ROWS = 256  # a frame of no more rows is its own sample; beyond, an eighth of the rows is taken
+LEAST_SAMPLE_ROWS = 512  # a frame of no more rows is its own sample; beyond, an eighth of the rows is taken
 THIN_ROWS = 128  # the search looks at 128 to 255 rows of the sample
 LONG_COLUMNS = 4096  # rows so long may be cut into blocks
 BLOCK_COLUMNS = 256  # the split of frames without two dimensions: a scale for every 256 words
