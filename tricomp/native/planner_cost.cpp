@@ -85,7 +85,7 @@ void Frame::take_sample() {
     sample.width = width;
     n_sampled = sample.n_words();
     thin = sample;
-    thin.step = std::max<size_t>(firsts.size() / THIN_ROWS, 1);
+    thin.step = (std::max<size_t>(firsts.size() / THIN_ROWS, 1) - 1) | 1;  // odd: rows that take turns are met alike
 }
 
 SampleRows Frame::counted(size_t n_contexts) const {

@@ -254,7 +254,7 @@ Packing pack(Frame& frame, uint32_t k, bool has_sign) {
     double plane_bits = 0.0;
     uint32_t coded_planes = 0;
     SampleRows some = frame.thin;
-    some.step *= std::max<size_t>(frame.thin.n_rows() / PLANE_ROWS, 1);
+    some.step *= (std::max<size_t>(frame.thin.n_rows() / PLANE_ROWS, 1) - 1) | 1;
     for (uint32_t from = shift, plane = 0; from < n_bits; from += 8, plane++) {
         const uint32_t width = std::min(n_bits - from, 8u);
         double coded = double(width);

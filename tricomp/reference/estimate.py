@@ -89,7 +89,8 @@ class Sample:
 
     def thin(self) -> Sample:
         """The part on which choices are weighed."""
-        return self.every(max(len(self.firsts) // THIN_ROWS, 1))
+        # An odd step, so that rows that take turns are met alike.
+        return self.every(max(len(self.firsts) // THIN_ROWS, 1) - 1 | 1)
 
     def counted(self, n_contexts: int) -> Sample:
         """The part on which tables are counted: one table needs less than several."""

@@ -258,7 +258,7 @@ def plane_octets(words: Words, plan: Plan, plane: int) -> Array:
 
 def _plane_bits(plan: Plan, thin: Sample, plane: int) -> float:
     """Bits per word of a byte plane, as rANS would code it."""
-    some = thin.words[:: max(len(thin.firsts) // PLANE_ROWS, 1)]
+    some = thin.words[:: max(len(thin.firsts) // PLANE_ROWS, 1) - 1 | 1]
     counts = np.bincount(plane_octets(some, plan, plane))
     n_present = float(np.count_nonzero(counts))
     fixed = float(8 * (1 << plan.plane_widths[plane]) + STATE_BITS * plan.n_chunks) / plan.n_words
