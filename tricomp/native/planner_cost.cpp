@@ -147,7 +147,7 @@ Runs columns_below(const Runs& all, uint64_t n, std::vector<uint64_t>& starts) {
 }
 
 template <class Value>
-double vector_bits(const std::vector<Value>& values) {
+double vector_bits(const std::vector<Value>& values, size_t n) {
     if (values.empty()) return 0.0;
     const auto ends = std::minmax_element(values.begin(), values.end());
     const int32_t least = *ends.first;
@@ -159,17 +159,22 @@ double vector_bits(const std::vector<Value>& values) {
     }
     step = std::max(step, 1u);
     const uint32_t most = uint32_t(*ends.second - least) / step, width = bit_length(most);
-    double packed = double(width * values.size());
+    double packed = double(width * n);
     if (width <= 8 && packed > 4096) {
         uint32_t counts[256] = {};
         for (const Value value : values) counts[uint32_t(value - least) / step]++;
-        packed = std::min(packed, entropy_bits(counts, most + 1) + double(STATE_BITS + 1500));
+        double coded = entropy_bits(counts, most + 1);
+        if (values.size() < n) {
+            const size_t n_present = most + 1 - size_t(std::count(counts, counts + most + 1, 0u));
+            coded = (coded + LEARNING * double(n_present)) / double(values.size()) * double(n);
+        }
+        packed = std::min(packed, coded + double(STATE_BITS + 1500));
     }
     return 80 + packed;
 }
 
-template double vector_bits(const std::vector<int16_t>&);
-template double vector_bits(const std::vector<uint16_t>&);
+template double vector_bits(const std::vector<int16_t>&, size_t);
+template double vector_bits(const std::vector<uint16_t>&, size_t);
 
 std::pair<size_t, size_t> densest(const uint32_t* counts, size_t n, size_t widest) {
     size_t first = 0, last = n;

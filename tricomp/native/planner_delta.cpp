@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 
 #include "planner_parts.h"
 
@@ -213,7 +214,7 @@ struct Probe {
     std::vector<uint64_t> words, reference;  // as many bytes as are needed
     std::vector<uint64_t> positions;
     std::vector<uint32_t> spread;  // factor of row and column, one = 2^15
-    size_t n = 0;
+    size_t n = 0, n_columns = 0;  // words, in runs of so many
 };
 
 Probe probe_of(const Frame& frame) {
@@ -222,6 +223,7 @@ Probe probe_of(const Frame& frame) {
     rows.step *= std::max<size_t>(frame.thin.n_rows() / PROBE_ROWS, 1);
     const size_t n_columns = std::min(rows.width, PROBE_COLUMNS), n_bytes = frame.word_bits() / 8;
     probe.n = rows.n_rows() * n_columns;
+    probe.n_columns = n_columns;
     const size_t room = (probe.n * n_bytes + 32 * n_bytes) / 8 + 1;
     probe.words.assign(room, 0);
     probe.reference.assign(room, 0);
@@ -347,46 +349,114 @@ void round_factors(std::vector<uint16_t>& factors) {
     }
 }
 
-// Row and column factors, beside the common one, from the reference to the words: medians over a lattice.
-Factors fit_factors(Frame& frame, uint64_t common, uint64_t n_columns, bool has_column_scale) {
+// Rows and columns of a split, ascending: those that a probe's words stand in, and rows that columns are measured on.
+struct Places {
+    std::vector<uint64_t> rows, columns;
+};
+
+// first, first + 1 .. to last where it is not there yet. numbers: ascending.
+void append(std::vector<uint64_t>& numbers, uint64_t first, uint64_t last) {
+    for (first = std::max(first, numbers.empty() ? 0 : numbers.back() + 1); first <= last; first++) numbers.push_back(first);
+}
+
+Places places_of(const Probe& probe, uint64_t n_columns, uint64_t n_fitted, uint64_t step) {
+    Places places;
+    std::vector<std::pair<uint64_t, uint64_t>> runs;  // of columns, first and last
+    for (size_t i = 0; i < probe.n; i += probe.n_columns) {
+        const uint64_t first = probe.positions[i], last = probe.positions[i + probe.n_columns - 1];
+        const uint64_t row = first / n_columns, last_row = last / n_columns;
+        append(places.rows, row, last_row);
+        if (last_row > row) {
+            runs.emplace_back(0, last_row > row + 1 ? n_columns - 1 : last % n_columns);
+            runs.emplace_back(first % n_columns, n_columns - 1);
+        } else {
+            runs.emplace_back(first % n_columns, last % n_columns);
+        }
+    }
+    std::sort(runs.begin(), runs.end());
+    for (const auto& run : runs) append(places.columns, run.first, run.second);
+    std::vector<uint64_t> fitted, all;
+    for (uint64_t row = 0; row < n_fitted; row += step) fitted.push_back(row);
+    std::set_union(places.rows.begin(), places.rows.end(), fitted.begin(), fitted.end(), std::back_inserter(all));
+    places.rows.swap(all);
+    return places;
+}
+
+// The factors that the probe's words are multiplied by; factors: of all rows and columns, or of some.
+void spread_factors(const Factors& factors, const Places* some, Probe& probe) {
+    const uint64_t n_columns = factors.n_columns;
+    const auto place_of = [](const std::vector<uint64_t>& numbers, uint64_t number) {
+        return size_t(std::lower_bound(numbers.begin(), numbers.end(), number) - numbers.begin());
+    };
+    for (size_t i = 0; i < probe.n; i += probe.n_columns) {
+        uint64_t row = probe.positions[i] / n_columns, column = probe.positions[i] % n_columns;
+        size_t row_place = some ? place_of(some->rows, row) : size_t(row);
+        size_t column_place = some ? place_of(some->columns, column) : size_t(column);
+        for (size_t j = i; j < i + probe.n_columns; j++) {
+            uint64_t spread = factors.rows[row_place];
+            if (!factors.columns.empty()) spread = spread * factors.columns[column_place] >> FACTOR_BITS;
+            probe.spread[j] = uint32_t(spread);
+            column_place++;
+            if (++column == n_columns) {
+                column = 0;
+                column_place = 0;  // what comes before it among some columns is nothing
+                row_place++;
+            }
+        }
+    }
+}
+
+// Factors of one split, from the reference to the words, and what words then cost.
+struct Split {
+    Factors factors;
+    double bits = 0.0;  // per word
+};
+
+// Row and column factors, beside the common one: medians over a lattice. is_probed: for the probe's rows and columns
+// alone, which tell as well what a split is worth.
+Split try_split(Frame& frame, Probe& probe, uint64_t common, uint64_t n_columns, bool has_column_scale, bool is_probed) {
     const Kind& kind = frame.request.kind;
     const uint8_t* words = static_cast<const uint8_t*>(frame.request.words);
     const uint8_t* reference = static_cast<const uint8_t*>(frame.request.reference);
     const uint64_t n_whole = frame.n_words / n_columns, tail = frame.n_words % n_columns;
     const size_t past = size_t(n_whole * n_columns * (kind.word_bits / 8));
     const float one = float(FACTOR_ONE), unit = one / (float(common) / float(1 << 30));
-    Factors factors;
+    const uint64_t n_fitted = std::min(std::max<uint64_t>(FIT_WORDS / n_columns, 16), FIT_ROWS);
+    const uint64_t step = (n_whole + n_fitted - 1) / n_fitted;
+    Split split;
+    Factors& factors = split.factors;
     factors.n_columns = n_columns;
     factors.common = common;
-    factors.rows.resize(n_whole + (tail ? 1 : 0));
+    Places some;
+    if (is_probed) some = places_of(probe, n_columns, has_column_scale ? n_whole : 0, step);
+    factors.rows.resize(is_probed ? some.rows.size() : size_t(n_whole + (tail ? 1 : 0)));
+    const bool has_tail = is_probed ? some.rows.back() == n_whole : tail > 0;
+    const size_t n_rows = factors.rows.size() - has_tail;
     std::vector<uint64_t> starts, tail_starts;
     const uint64_t n_some = std::min(std::max<uint64_t>(FIT_WORDS / n_whole, 16), FIT_COLUMNS);
     const Runs runs = lattice_columns(n_columns, size_t(n_some / RUN), starts);
-    frame.stats.row_medians(kind, words, reference, n_columns, n_whole, runs, unit, factors.rows.data());
-    if (tail)
-        frame.stats.row_medians(kind, words + past, reference + past, n_columns, 1, columns_below(runs, tail, tail_starts),
-                                unit, factors.rows.data() + n_whole);
+    frame.stats.row_medians(kind, words, reference, n_columns, is_probed ? some.rows.data() : nullptr, n_rows, runs, unit,
+                            factors.rows.data());
+    if (has_tail)
+        frame.stats.row_medians(kind, words + past, reference + past, n_columns, nullptr, 1,
+                                columns_below(runs, tail, tail_starts), unit, factors.rows.data() + n_rows);
     round_factors(factors.rows);
-    if (!has_column_scale) return factors;
-    const uint64_t n_rows = std::min(std::max<uint64_t>(FIT_WORDS / n_columns, 16), FIT_ROWS);
-    const uint64_t step = (n_whole + n_rows - 1) / n_rows;
-    std::vector<float> units;
-    for (uint64_t row = 0; row < n_whole; row += step) units.push_back(unit * (one / float(factors.rows[row])));
-    factors.columns.resize(n_columns);
-    frame.stats.column_medians(kind, words, reference, n_columns, n_whole, step, units.data(), factors.columns.data());
-    round_factors(factors.columns);
-    return factors;
-}
-
-double side_bits_of(const Factors& factors) { return vector_bits(factors.rows) + vector_bits(factors.columns); }
-
-void spread_factors(const Factors& factors, Probe& probe) {
-    for (size_t i = 0; i < probe.n; i++) {
-        const uint64_t position = probe.positions[i];
-        uint64_t spread = factors.rows[position / factors.n_columns];
-        if (!factors.columns.empty()) spread = spread * factors.columns[position % factors.n_columns] >> FACTOR_BITS;
-        probe.spread[i] = uint32_t(spread);
+    double side_bits = vector_bits(factors.rows, size_t(n_whole + (tail ? 1 : 0)));
+    if (has_column_scale) {
+        std::vector<float> units;
+        for (size_t row = 0; row < n_rows; row++)
+            if ((is_probed ? some.rows[row] : row) % step == 0) units.push_back(unit * (one / float(factors.rows[row])));
+        factors.columns.resize(is_probed ? some.columns.size() : size_t(n_columns));
+        frame.stats.column_medians(kind, words, reference, n_columns, n_whole, step, is_probed ? some.columns.data() : nullptr,
+                                   factors.columns.size(), units.data(), factors.columns.data());
+        round_factors(factors.columns);
+        side_bits += vector_bits(factors.columns, size_t(n_columns));
     }
+    spread_factors(factors, is_probed ? &some : nullptr, probe);
+    const Tried tried = best_factor(frame, probe, 5);
+    split.bits = tried.cost + side_bits / double(frame.n_words);
+    factors.common = tried.common;
+    return split;
 }
 
 }  // namespace
@@ -417,27 +487,33 @@ bool scaled_delta_choice(Frame& frame, Choice& choice) {
     const bool has_signs = count_negative(frame, probe) * 1000 > probe.n;
     const Tried common = best_factor(frame, probe, has_signs ? 3 : 5);
     if (has_signs && common.cost > common.plain - DECAY_BITS) return false;
-    Factors best;
-    best.rows.assign(1, uint16_t(FACTOR_ONE));
-    best.n_columns = frame.n_words;
-    best.common = common.common;
-    double fewest = common.cost;
+    Split best;
+    best.factors.rows.assign(1, uint16_t(FACTOR_ONE));
+    best.factors.n_columns = frame.n_words;
+    best.factors.common = common.common;
+    best.bits = common.cost;
     if (!has_signs) {
+        const bool is_probed = frame.n_words > FIT_WORDS;
+        const Factors unsplit = best.factors;
+        std::pair<uint64_t, bool> chosen;
         for (const auto& cut : splits(frame.request)) {
-            Factors factors = fit_factors(frame, common.common, cut.first, cut.second);
-            spread_factors(factors, probe);
-            const Tried tried = best_factor(frame, probe, 5);
-            const double bits = tried.cost + side_bits_of(factors) / double(frame.n_words);
-            if (bits < fewest) {
-                fewest = bits;
-                factors.common = tried.common;
-                best = std::move(factors);
+            Split split = try_split(frame, probe, common.common, cut.first, cut.second, is_probed);
+            if (split.bits < best.bits) {
+                best = std::move(split);
+                chosen = cut;
             }
         }
+        if (is_probed && chosen.first) {
+            best = try_split(frame, probe, common.common, chosen.first, chosen.second, false);
+            if (!(best.bits < common.cost)) best.factors = unsplit;
+        }
     }
-    const Fit fit = best_delta(frame, best.of(frame.request.reference), side_bits_of(best));
+    const Factors& factors = best.factors;
+    double side_bits = vector_bits(factors.rows, factors.rows.size());
+    side_bits += vector_bits(factors.columns, factors.columns.size());
+    const Fit fit = best_delta(frame, factors.of(frame.request.reference), side_bits);
     choice.bits = fit.bits + SIMPLER_BITS;
-    choice.finish = [&frame, fit, best = std::move(best)](PlanResult& plan) {
+    choice.finish = [&frame, fit, best = std::move(best.factors)](PlanResult& plan) {
         plan.predict = SCALED_DELTA;
         plan.has_reference = true;
         plan.n_columns = best.n_columns;

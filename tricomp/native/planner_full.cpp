@@ -342,7 +342,8 @@ Choice full_choice(Frame& frame, double rival) {
         for (size_t i = 0; i < cuts.size(); i++) {
             if (gains[i] <= least || gains[i] < first - NEAR_GAIN) continue;
             Scales fitted = fit_scales(frame, cuts[i].first, cuts[i].second);
-            const double side_bits = vector_bits(fitted.rows) + vector_bits(fitted.columns);
+            const double side_bits =
+                vector_bits(fitted.rows, fitted.rows.size()) + vector_bits(fitted.columns, fitted.columns.size());
             const Fit scaled = best_full(frame, &fitted, side_bits);
             if (scaled.bits < best.bits) {
                 best = scaled;

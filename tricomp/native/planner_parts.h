@@ -97,7 +97,8 @@ double entropy_bits(const Count* counts, size_t n) {
     return double(int64_t(total * logarithm(total) - parts)) / ONE;
 }
 
-template <class Value> double vector_bits(const std::vector<Value>&);
+// Bits of a vector of n values of the side section, roughly. values: all of them or some.
+template <class Value> double vector_bits(const std::vector<Value>& values, size_t n);
 inline double patch_bits(const Frame& frame, double share) { return share * double(16 + frame.word_bits()); }
 
 // Bits per word of the counted symbols in the tier asked for, with their tables, patches, and extra_bits a frame.

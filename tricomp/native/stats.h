@@ -65,6 +65,17 @@ INLINE const Word* words_of(const void* words) {
     return static_cast<const Word*>(words);
 }
 
+// Asks for a row some rows ahead, for rows of a sample stand so far apart that no processor foresees the next.
+template <class Word>
+INLINE void prefetch_row(const Word* words, const SampleRows& rows, size_t row) {
+    constexpr size_t AHEAD = 6, LINE = 64 / sizeof(Word);
+    const size_t place = (row + AHEAD) * rows.step;
+    if (place >= rows.n_all) return;
+    const Word* part = words + rows.firsts[place];
+    for (size_t i = 0; i < rows.width; i += LINE) __builtin_prefetch(part + i);
+    __builtin_prefetch(part + rows.width - 1);
+}
+
 // Exact passes over a frame.
 
 template <class Word>
@@ -104,6 +115,7 @@ template <class Word>
 size_t count_negative(const void* words, const SampleRows& rows) {
     size_t n_negative = 0;
     for (size_t row = 0; row < rows.n_rows(); row++) {
+        prefetch_row(words_of<Word>(words), rows, row);
         const Word* part = words_of<Word>(words) + rows.first(row);
         Word n_here = 0;  // at most ROW
         each(rows.width, [&](size_t i) { n_here = Word(n_here + Word(part[i] >> (BITS<Word> - 1))); });
@@ -146,6 +158,7 @@ void count_highs(const Kind& kind, uint32_t k, const void* words, const SampleRo
     Histogram histogram(lanes, size_t(n_values) + 1);
     uint16_t indices[ROW];
     for (size_t row = 0; row < rows.n_rows(); row++) {
+        prefetch_row(words_of<Word>(words), rows, row);
         const Word* part = words_of<Word>(words) + rows.first(row);
         each(rows.width, [&](size_t i) {
             const uint16_t high = uint16_t(Word(part[i] & Word(~TOP_BIT<Word>)) >> shift);
@@ -173,6 +186,7 @@ void range_of_highs(const Kind& kind, uint32_t k, const void* words, const Sampl
     }
     int16_t level[ROW];
     for (size_t row = 0; row < rows.n_rows(); row++) {
+        prefetch_row(words_of<Word>(words), rows, row);
         const Word* part = words_of<Word>(words) + rows.first(row);
         spread_levels(levels, rows.first(row), rows.width, level);
         each(rows.width, [&](size_t i) {
@@ -198,6 +212,7 @@ void count_scaled_highs(const Kind& kind, uint32_t k, const void* words, const S
     uint16_t indices[ROW];
     int16_t level[ROW];
     for (size_t row = 0; row < rows.n_rows(); row++) {
+        prefetch_row(words_of<Word>(words), rows, row);
         const Word* part = words_of<Word>(words) + rows.first(row);
         spread_levels(levels, rows.first(row), rows.width, level);
         each(rows.width, [&](size_t i) {
@@ -232,6 +247,7 @@ void count_plane(const void* words, const SampleRows& rows, uint32_t n_low, bool
     Histogram histogram(lanes, size_t(1) << width);
     uint16_t indices[ROW];
     for (size_t row = 0; row < rows.n_rows(); row++) {
+        prefetch_row(words_of<Word>(words), rows, row);
         const Word* part = words_of<Word>(words) + rows.first(row);
         each(rows.width, [&](size_t i) {
             const Lane word = part[i];
@@ -387,6 +403,10 @@ class PredictedRows {
         std::memset(given_, 0, sizeof given_);
     }
 
+    INLINE void prefetch(const SampleRows& rows, size_t row) const {
+        if (reference_) prefetch_row(reference_, rows, row);
+    }
+
     INLINE const Word* at(uint64_t first, size_t n) {
         if (!reference_) return row_;
         const Word* given = reference_ + first;
@@ -426,6 +446,7 @@ INLINE void count_exponents_of(const Kind& kind, const Predicted& predicted, con
     PredictedRows<Word> predictions(kind, predicted);
     uint16_t indices[ROW];
     for (size_t row = 0; row < rows.n_rows(); row++) {
+        predictions.prefetch(rows, row);
         const Word* old = predictions.at(rows.first(row), rows.width);
         each(rows.width, [&](size_t i) { indices[i] = uint16_t(exponent.template of<IS_FLOAT>(old[i])); });
         histogram.add(indices, rows.width);
@@ -500,6 +521,8 @@ void count_codes_of(const Kind& kind, uint32_t k, uint32_t n_contexts, int32_t b
     alignas(64) uint16_t indices[ROW];
     Word padded[ROW] = {};
     for (size_t row = 0; row < rows.n_rows(); row++) {
+        prefetch_row(words, rows, row);
+        predictions.prefetch(rows, row);
         const Word *part = words + rows.first(row), *old = predictions.at(rows.first(row), rows.width);
         if (rows.width < ROW) {  // of frames that are shorter than a row
             std::memcpy(padded, part, rows.width * sizeof(Word));
@@ -674,20 +697,30 @@ INLINE uint16_t factor_of(float ratio, float unit) {
 }
 
 template <class Word>
-void row_medians(const Kind& kind, const void* words, const void* reference, uint64_t n_columns, uint64_t n_rows,
-                 const Runs& runs, float unit, uint16_t* medians) {
+void row_medians(const Kind& kind, const void* words, const void* reference, uint64_t n_columns, const uint64_t* rows,
+                 uint64_t n_rows, const Runs& runs, float unit, uint16_t* medians) {
     constexpr size_t MOST = 64;  // columns of the lattice
+    constexpr uint64_t AHEAD = 8;  // rows
     const Ratio<Word> ratio(kind);
     alignas(64) uint16_t values[MOST][MEDIAN_LANES], found[MEDIAN_LANES];
     const size_t n = runs.n_columns();
     std::memset(values, 0, sizeof values);
+    const auto start = [=](uint64_t row) { return (rows ? rows[row] : row) * n_columns; };
     for (uint64_t first = 0; first < n_rows; first += MEDIAN_LANES) {
         const size_t n_here = size_t(n_rows - first < MEDIAN_LANES ? n_rows - first : MEDIAN_LANES);
         for (size_t lane = 0; lane < n_here; lane++) {
             Word some[MOST], old[MOST];
             uint16_t factors[MOST];
-            gather_row(words_of<Word>(words) + (first + lane) * n_columns, runs, some);
-            gather_row(words_of<Word>(reference) + (first + lane) * n_columns, runs, old);
+            const uint64_t at = start(first + lane);
+            if (first + lane + AHEAD < n_rows) {
+                const uint64_t next = start(first + lane + AHEAD);
+                for (size_t run = 0; run < runs.n_runs; run++) {
+                    __builtin_prefetch(words_of<Word>(words) + next + runs.starts[run]);
+                    __builtin_prefetch(words_of<Word>(reference) + next + runs.starts[run]);
+                }
+            }
+            gather_row(words_of<Word>(words) + at, runs, some);
+            gather_row(words_of<Word>(reference) + at, runs, old);
             for (size_t j = 0; j < n; j++) factors[j] = factor_of(ratio.of(some[j], old[j]), unit);
             for (size_t j = 0; j < n; j++) values[j][lane] = factors[j];
         }
@@ -698,26 +731,30 @@ void row_medians(const Kind& kind, const void* words, const void* reference, uin
 
 template <class Word>
 void column_medians(const Kind& kind, const void* words, const void* reference, uint64_t n_columns, uint64_t n_rows,
-                    uint64_t step, const float* units, uint16_t* medians) {
+                    uint64_t step, const uint64_t* columns, uint64_t n_medians, const float* units, uint16_t* medians) {
     constexpr size_t MOST = 512;  // rows
     const Ratio<Word> ratio(kind);
     Word some[MEDIAN_LANES] = {}, old[MEDIAN_LANES] = {};
     alignas(64) uint16_t values[MOST][MEDIAN_LANES], found[MEDIAN_LANES];
-    for (uint64_t first = 0; first < n_columns; first += MEDIAN_LANES) {
-        const size_t n_here = size_t(n_columns - first < MEDIAN_LANES ? n_columns - first : MEDIAN_LANES);
+    for (uint64_t first = 0; first < n_medians; first += MEDIAN_LANES) {
+        const size_t n_here = size_t(n_medians - first < MEDIAN_LANES ? n_medians - first : MEDIAN_LANES);
         size_t n = 0;
         for (uint64_t row = 0; row < n_rows; row += step, n++) {
-            const Word* part = words_of<Word>(words) + row * n_columns + first;
-            const Word* old_part = words_of<Word>(reference) + row * n_columns + first;
-            if (n_here < MEDIAN_LANES) {
-                std::memcpy(some, part, n_here * sizeof(Word));
-                std::memcpy(old, old_part, n_here * sizeof(Word));
-                part = some;
-                old_part = old;
+            const Word *part = words_of<Word>(words) + row * n_columns, *old_part = words_of<Word>(reference) + row * n_columns;
+            if (columns) {
+                for (size_t lane = 0; lane < n_here; lane++) {
+                    some[lane] = part[columns[first + lane]];
+                    old[lane] = old_part[columns[first + lane]];
+                }
+            } else if (n_here < MEDIAN_LANES) {
+                std::memcpy(some, part + first, n_here * sizeof(Word));
+                std::memcpy(old, old_part + first, n_here * sizeof(Word));
             }
+            const bool is_copied = columns || n_here < MEDIAN_LANES;
+            const Word *new_words = is_copied ? some : part + first, *old_words = is_copied ? old : old_part + first;
             const float unit = units[n];
             for (size_t lane = 0; lane < MEDIAN_LANES; lane++)
-                values[n][lane] = factor_of(ratio.of(part[lane], old_part[lane]), unit);
+                values[n][lane] = factor_of(ratio.of(new_words[lane], old_words[lane]), unit);
         }
         medians_of(values, n, found);
         std::memcpy(medians + first, found, n_here * sizeof(uint16_t));

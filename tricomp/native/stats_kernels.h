@@ -104,12 +104,13 @@ struct Stats {
     // by length and sign if there is room for them. n: any; there is room up to a multiple of 32.
     uint64_t (*try_factor)(const Kind&, uint64_t factor, const void* words, const void* reference, const uint32_t* products,
                            size_t n, uint32_t* counts);
-    // Lower medians of ratio x unit as factors, one = 2^15, of each row over the lattice.
-    void (*row_medians)(const Kind&, const void* words, const void* reference, uint64_t n_columns, uint64_t n_rows,
-                        const Runs&, float unit, uint16_t* medians);
-    // The same of each column over every step-th row; units: of each such row.
+    // Lower medians of ratio x unit as factors, one = 2^15, of rows over the lattice. rows: null: the first n_rows.
+    void (*row_medians)(const Kind&, const void* words, const void* reference, uint64_t n_columns, const uint64_t* rows,
+                        uint64_t n_rows, const Runs&, float unit, uint16_t* medians);
+    // The same of columns over every step-th row; units: of each such row. columns: null: the first n_medians.
     void (*column_medians)(const Kind&, const void* words, const void* reference, uint64_t n_columns, uint64_t n_rows,
-                           uint64_t step, const float* units, uint16_t* medians);
+                           uint64_t step, const uint64_t* columns, uint64_t n_medians, const float* units,
+                           uint16_t* medians);
 
     void (*widen)(const void* words, uint64_t first, size_t n, uint64_t* out);
 };

@@ -167,15 +167,20 @@ def entropy_bits(counts: Array) -> float:
     return (total * int(logarithm(np.array(total))) - int((counts * logarithm(counts)).sum())) / ONE
 
 
-def vector_bits(values: Array | None) -> float:
-    """Bits of a vector of the side section, roughly."""
+def vector_bits(values: Array | None, n: int | None = None) -> float:
+    """Bits of a vector of the side section, roughly. n: how many values it has, where only some are given."""
     if values is None or len(values) == 0:
         return 0.0
     numbers = (values.astype(np.int64) - int(values.min())) // vector_step(values)
+    n_all = len(values) if n is None else n
     width = int(numbers.max()).bit_length()
-    packed = float(width * len(values))
+    packed = float(width * n_all)
     if width <= 8 and packed > 4096:
-        packed = min(packed, entropy_bits(np.bincount(numbers)) + (STATE_BITS + 1500))
+        counts = np.bincount(numbers)
+        coded = entropy_bits(counts)
+        if len(values) < n_all:
+            coded = (coded + LEARNING * int(np.count_nonzero(counts))) / len(values) * n_all
+        packed = min(packed, coded + (STATE_BITS + 1500))
     return 80 + packed
 
 

@@ -189,17 +189,29 @@ def scaled_delta_choice(
     common, fewest, plain = _best_factor(new, old, flat, plan.dtype, 3 if has_signs else 5, spec)
     if has_signs and fewest > plain - DECAY_BITS:
         return None
-    best = replace(plan, factor=common), Scales(np.full(1, 1 << FACTOR_BITS, np.uint16), None)
+    unsplit = replace(plan, factor=common), Scales(np.full(1, 1 << FACTOR_BITS, np.uint16), None)
+    best, cost = unsplit, fewest
     positions = thin.positions[probe]
-    for n_columns, has_column_scale in [] if has_signs else splits(shape, len(words)):
-        scales = fit_factors(words, reference, common, blank.dtype, n_columns, has_column_scale)
-        split = replace(plan, n_columns=n_columns, has_column_scale=has_column_scale)
-        spread = spread_factors(scales, n_columns, positions)
-        factor, bits, _ = _best_factor(new, old, spread, split.dtype, 5, spec)
-        bits += (vector_bits(scales.rows) + vector_bits(scales.columns)) / len(words)
+
+    def try_split(n_columns: int, has_column_scale: bool, is_probed: bool) -> tuple[float, tuple[Plan, Scales]]:
+        """Bits per word, and the split with its factors: of the probe's rows and columns alone, or of all."""
+        some = _places(positions, n_columns, len(words) // n_columns, has_column_scale) if is_probed else None
+        scales = fit_factors(words, reference, common, blank.dtype, n_columns, has_column_scale, some)
+        side_bits = vector_bits(scales.rows, -(-len(words) // n_columns)) + vector_bits(scales.columns, n_columns)
+        spread = spread_factors(scales, n_columns, positions, some)
+        factor, bits, _ = _best_factor(new, old, spread, plan.dtype, 5, spec)
+        split = replace(plan, n_columns=n_columns, has_column_scale=has_column_scale, factor=factor)
+        return bits + side_bits / len(words), (split, scales)
+
+    is_probed = len(words) > FIT_WORDS
+    chosen = None
+    for cut in [] if has_signs else splits(shape, len(words)):
+        bits, split = try_split(*cut, is_probed)
         if bits < fewest:
-            fewest = bits
-            best = replace(split, factor=factor), scales
+            fewest, best, chosen = bits, split, cut
+    if is_probed and chosen is not None:
+        bits, split = try_split(*chosen, False)
+        best = split if bits < cost else unsplit
     plan, scales = best
     side_bits = vector_bits(scales.rows) + vector_bits(scales.columns)
     fit = _best_delta(thin, _scaled(thin, plan, scales), plan, side_bits, spec)
@@ -211,11 +223,20 @@ def scaled_delta_choice(
     return Choice(fit.bits + SIMPLER_BITS, finish)
 
 
-def spread_factors(scales: Scales, n_columns: int, positions: Array) -> Array:
-    """Factors of row and column at some positions, one = 2^15; uint64[...]."""
-    spread = scales.rows.astype(np.uint64)[positions // n_columns]
+def _places(positions: Array, n_columns: int, n_whole: int, has_column_scale: bool) -> tuple[Array, Array]:
+    """Rows and columns of a split, ascending: those of some positions, and rows that columns are measured on."""
+    fitted = np.arange(0, n_whole if has_column_scale else 0, _column_step(n_whole, n_columns))
+    return np.union1d(positions // n_columns, fitted), np.unique(positions % n_columns)
+
+
+def spread_factors(scales: Scales, n_columns: int, positions: Array, some: tuple[Array, Array] | None = None) -> Array:
+    """Factors of row and column at some positions, one = 2^15; uint64[...]. some: rows and columns that scales has."""
+    rows, columns = positions // n_columns, positions % n_columns
+    if some is not None:
+        rows, columns = np.searchsorted(some[0], rows), np.searchsorted(some[1], columns)
+    spread = scales.rows.astype(np.uint64)[rows]
     if scales.columns is not None:
-        spread = spread * scales.columns.astype(np.uint64)[positions % n_columns] >> np.uint64(FACTOR_BITS)
+        spread = spread * scales.columns.astype(np.uint64)[columns] >> np.uint64(FACTOR_BITS)
     return spread
 
 
@@ -270,10 +291,24 @@ def _best_factor(
     return candidates[best], costs[best], costs[0]
 
 
+def _column_step(n_whole: int, n_columns: int) -> int:
+    """Rows of which the first is one that the factors of columns are measured on."""
+    return -(-n_whole // min(max(FIT_WORDS // n_columns, 16), FIT_ROWS))
+
+
 def fit_factors(
-    words: Words, reference: Words, common: int, dtype: DType, n_columns: int, has_column_scale: bool
+    words: Words,
+    reference: Words,
+    common: int,
+    dtype: DType,
+    n_columns: int,
+    has_column_scale: bool,
+    some: tuple[Array, Array] | None = None,
 ) -> Scales:
-    """Row and column factors, beside the common one, from the reference to the words: medians over a lattice."""
+    """Row and column factors, beside the common one, from the reference to the words: medians over a lattice.
+
+    some: the rows and columns to fit, ascending; else all of them.
+    """
     n_whole = len(words) // n_columns
     grid = words[: n_whole * n_columns].reshape(n_whole, n_columns)
     old = reference[: n_whole * n_columns].reshape(n_whole, n_columns)
@@ -284,24 +319,32 @@ def fit_factors(
         rounded = _ratios(new, ref, dtype) * unit + np.float32(0.5)
         return np.minimum(rounded, np.float32(65535)).astype(np.uint16)
 
-    some = lattice_columns(n_columns, min(max(FIT_WORDS // n_whole, 16), FIT_COLUMNS) // RUN)
-    rows = in_blocks(
-        n_whole, len(some), lambda part: _medians(quotients(grid[part][:, some], old[part][:, some], unit), 1)
-    )
-    if n_whole * n_columns < len(words):
-        tail = n_whole * n_columns + some[some < len(words) - n_whole * n_columns]
+    lattice = lattice_columns(n_columns, min(max(FIT_WORDS // n_whole, 16), FIT_COLUMNS) // RUN)
+    has_tail = n_whole * n_columns < len(words) if some is None else bool(some[0][-1] == n_whole)
+    chosen = np.arange(n_whole) if some is None else some[0][: len(some[0]) - has_tail]
+
+    def row_middles(part: slice) -> Array:
+        places = chosen[part, None], lattice
+        return _medians(quotients(grid[places], old[places], unit), 1)
+
+    rows = in_blocks(len(chosen), len(lattice), row_middles)
+    if has_tail:
+        tail = n_whole * n_columns + lattice[lattice < len(words) - n_whole * n_columns]
         rows = np.append(rows, _medians(quotients(words[None, tail], reference[None, tail], unit), 1))
     row_factors = _factor(rows)
     if not has_column_scale:
         return Scales(row_factors, None)
-    step = -(-n_whole // min(max(FIT_WORDS // n_columns, 16), FIT_ROWS))
+    step = _column_step(n_whole, n_columns)
     few, few_old = grid[::step], old[::step]
-    units = unit * (np.float32(1 << FACTOR_BITS) / row_factors[:n_whole][::step, None].astype(np.float32))
+    if some is not None:
+        few, few_old = few[:, some[1]], few_old[:, some[1]]
+    is_fitted = chosen % step == 0
+    units = unit * (np.float32(1 << FACTOR_BITS) / row_factors[: len(chosen), None][is_fitted].astype(np.float32))
 
-    def middles(part: slice) -> Array:
+    def column_middles(part: slice) -> Array:
         return _medians(quotients(few[:, part], few_old[:, part], units), 0)
 
-    return Scales(row_factors, _factor(in_blocks(n_columns, len(few), middles)))
+    return Scales(row_factors, _factor(in_blocks(few.shape[1], len(few), column_middles)))
 
 
 def _medians(values: Array, axis: int) -> Array:
