@@ -38,19 +38,30 @@ ROOT = Path(__file__).resolve().parents[1]
 def assert_equal(jobs, threads=1):
     """Both backends encode jobs to the same bytes and plans, and decode these to the same words."""
     expected = reference_encode.encode(jobs)
-    found = native_encode.encode(jobs, threads=threads)
+    found = native_encode.encode([replace(job, wants_reference_sum=True) for job in jobs], threads=threads)
     for job, one, other in zip(jobs, expected, found, strict=True):
         assert one.plan == other.plan, job.plan.describe()
         assert one.n_bytes == other.n_bytes
         assert one.data == other.data, job.plan.describe()
+        if other.digest_sum is not None:
+            assert_sums(job, other.digest_sum, other.reference_sum)
     waiting = [
-        DecodeJob(one.plan, one.data, job.reference, job.source) for job, one in zip(jobs, expected, strict=True)
+        DecodeJob(one.plan, one.data, job.reference, job.source, wants_reference_sum=True)
+        for job, one in zip(jobs, expected, strict=True)
     ]
     poisoned = [np.full(len(job.words), 0xA5, job.words.dtype) for job in jobs]
     back = native_decode.decode_summed(waiting, threads, poisoned)
-    for job, (words, total) in zip(jobs, back, strict=True):
+    for job, (words, total, reference_sum) in zip(jobs, back, strict=True):
         assert words.tobytes() == job.words.tobytes(), job.plan.describe()
-        assert native_digest.digest_end(total, words.nbytes) == reference_digest.digest(job.words)
+        assert_sums(job, total, reference_sum)
+
+
+def assert_sums(job, total, reference_sum):
+    """The digests of a job's words, and of its reference if that has words like them."""
+    assert native_digest.digest_end(total, job.words.nbytes) == reference_digest.digest(job.words)
+    if job.reference is not None and job.plan.predict != "cast":
+        told = native_digest.digest_end(reference_sum, job.reference.nbytes)
+        assert told == reference_digest.digest(job.reference), job.plan.describe()
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -148,7 +159,7 @@ def test_parts_of_a_frame():
     for start, stop in ((0, 2048), (2048, 8192), (38_912, 40_000), (0, 40_000), (4096, 4096)):
         for given_data in (data, Slices()):
             job = DecodeJob(plan, given_data, start=start, stop=stop)
-            ((found, total),) = native_decode.decode_summed([job], 2)
+            ((found, total, _),) = native_decode.decode_summed([job], 2)
             assert found.tobytes() == words[start:stop].tobytes()
             assert total == reference_digest.digest_sum(words[start:stop], 4 * start) if stop > start else total == 0
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from tricomp import dtypes, native
+from tricomp import codec, dtypes, native
 from tricomp.errors import CorruptFrame
 from tricomp.job import EncodeJob, Scales, Side, Tables
 from tricomp.plan import Plan
@@ -142,8 +142,8 @@ def random_job(rng, kind):
 
 def written(core, job):
     """The side section that the module writes for a job; no chunk is encoded."""
-    request = (*_request(job), 0, 0)
-    ((_, _, _, side),) = core.encode([request], np.empty(core.room_for([request]), np.uint8), 1)
+    request = (*_request(job), 0, 0, False)
+    ((_, _, _, side, _),) = core.encode([request], np.empty(core.room_for([request]), np.uint8), 1)
     return side
 
 
@@ -153,7 +153,7 @@ def fault_of(core, job, section):
     head = bytes(section) + bytes(-(-plan.n_chunks * 4 * (6 + len(plan.plane_widths)) // 16) * 16)
     numbers = _request(replace(job, plan=replace(plan, side_check=xxhash.xxh3_64_intdigest(head))))[0]
     nothing = np.zeros(0, job.words.dtype)
-    found = core.decode([(numbers, head, head, 0, len(head), nothing, nothing, 0, 0)], 1)
+    found = core.decode([(numbers, head, head, 0, len(head), nothing, nothing, 0, 0, False)], 1)
     if isinstance(found, list):
         return ""
     assert found[0] == 2, found
@@ -267,3 +267,14 @@ def test_the_module_refuses_sides_of_wrong_sizes(core):
         for other in broken:
             with pytest.raises(ValueError, match="frequencies|dictionary|palette|scales"):
                 written(core, replace(job, side=other))
+
+
+def test_sealed_bytes(core):
+    data = np.random.default_rng(0).integers(0, 256, 5 << 20, np.uint8).tobytes()
+    for sizes in ((), (0,), (7, 0, 9), (240,), (1, 240), (1023, 1, 1024), (100_000, 1, 200_000), (3 << 20, 5, 2 << 20)):
+        ends = np.cumsum([0, *sizes])
+        parts = [data[start:end] for start, end in itertools.pairwise(ends)]
+        expected = b"".join(parts) + b"\xcf" + xxhash.xxh3_64_digest(b"".join(parts))
+        assert codec.Engine(backend="reference").seal(parts) == expected, sizes
+        for threads in (1, 3):
+            assert core.seal(parts, threads) == expected, (sizes, threads)

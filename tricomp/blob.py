@@ -10,7 +10,6 @@ from typing import Any
 
 import msgpack
 import numpy as np
-import xxhash
 
 from tricomp import bounds, codec
 from tricomp.bounds import Bytes, Limits
@@ -44,11 +43,9 @@ def encode(
     check_spec(spec)
     snapshot = snapshot_of(["array"], [np.asanyarray(array)])
     leaf = snapshot.layout.leaves[0]
-    base = None if reference is None else snapshot_of(["array"], [_fitting(reference, leaf)])
-    (frame,) = codec.encode(snapshot, base, spec, threads, backend)
-    parent = None
-    if base is not None and frame.plan.reference == "parent":
-        (parent,) = codec.digests([base.words(0)], threads, backend)
+    base = None if reference is None else to_words(_fitting(reference, leaf), "reference")
+    engine = codec.Engine(threads, backend)
+    frame, parent = codec.encode_leaf(snapshot, base, spec or Spec(), engine)
     header = {
         "tricomp": FORMAT,
         "dtype": leaf.dtype.number,
@@ -57,11 +54,7 @@ def encode(
         "plan": frame.plan.to_wire(),
         "parent": parent,
     }
-    parts: list[Bytes] = [msgpack.packb(header), *in_bins(frame.pieces(), bin_sizes(frame.n_bytes))]
-    check = xxhash.xxh3_64()
-    for part in parts:
-        check.update(part)
-    return codec.Engine(threads, backend).join([*parts, b"\xcf", check.intdigest().to_bytes(8, "big")])
+    return engine.seal([msgpack.packb(header), *in_bins(frame.pieces(), bin_sizes(frame.n_bytes))])
 
 
 def decode(
@@ -102,12 +95,20 @@ def decode_into(
         raise CorruptFrame(f"{_WHAT}: its plan does not fit {leaf.dtype.name}{list(leaf.shape)}.")
     if octets is not None and octets.nbytes != leaf.n_bytes:
         raise InvalidArgument(f"out: has {octets.nbytes} bytes, and {leaf.n_bytes} were encoded.")
-    parent = _parent(header.get("parent"), reference, leaf, engine) if plan.reference == "parent" else None
+    stored = header.get("parent")
+    parent = _parent(stored, reference, leaf) if plan.reference == "parent" else None
     into = None if octets is None else [octets.view(leaf.dtype.word_dtype)]
     try:
-        ((words,), (computed,)) = codec.decode_many([StoredFrame([leaf], plan, data, parent)], engine, into)[0]
+        frame = StoredFrame([leaf], plan, data, parent)
+        (((words,), (computed,), came),) = codec.decode_many([frame], engine, into, wants_parents=True)
+    except CorruptFrame:
+        if parent is not None:
+            _require_parent(stored, engine.digests([parent])[0])
+        raise
     except MemoryError:
         raise LimitExceeded(f"{_WHAT}: no memory for {leaf.n_bytes} bytes.") from None
+    if came is not None:
+        _require_parent(stored, came)
     if computed != header["digest"]:
         raise CorruptFrame(f"{_WHAT}: digest {header['digest']:016x} stored, {computed:016x} computed.")
     return from_words(words, leaf.dtype, leaf.shape)
@@ -124,19 +125,20 @@ def _fitting(reference: Array, leaf: Leaf) -> Array:
     return reference
 
 
-def _parent(stored: Any, reference: Array | None, leaf: Leaf, engine: codec.Engine) -> Words:
+def _parent(stored: Any, reference: Array | None, leaf: Leaf) -> Words:
     if type(stored) is not int:
         raise CorruptFile(f"{_WHAT}: was encoded against a reference, and does not say which.")
     if reference is None:
         raise WrongReference(f"{_WHAT}: was encoded against a reference of digest {stored:016x}. Pass reference=.")
-    words = to_words(_fitting(reference, leaf), "reference")
-    (came,) = engine.digests([words])
+    return to_words(_fitting(reference, leaf), "reference")
+
+
+def _require_parent(stored: Any, came: int) -> None:
     if came != stored:
         raise WrongReference(
             f"{_WHAT}: was encoded against a reference of digest {stored:016x}, this one has {came:016x}. "
             f"Pass the array it was encoded against."
         )
-    return words
 
 
 def _read(blob: memoryview, limits: Limits) -> tuple[dict[str, Any], Bytes]:

@@ -302,7 +302,7 @@ class Frames:
             if str(error).startswith(f"{self.name}: "):
                 raise
             raise CorruptFrame(f"{self.name}: {error}") from error
-        for entry, (words, digests) in zip(waiting, found, strict=True):
+        for entry, (words, digests, _) in zip(waiting, found, strict=True):
             for number, digest in zip(entry.leaves, digests, strict=True):
                 self.compare(number, digest)
             decoded.update(zip(entry.leaves, words, strict=True))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -59,13 +59,17 @@ class Side:
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """One frame to encode. words, reference: uint[n_words]. For `cast`: source is the dtype of the reference."""
+    """One frame to encode. words, reference: uint[n_words]. For `cast`: source is the dtype of the reference.
+
+    wants_reference_sum: see Encoded.
+    """
 
     plan: Plan
     side: Side
     words: Words
     reference: Words | None = None
     source: DType | None = None
+    wants_reference_sum: bool = False
 
 
 class Room(Protocol):
@@ -78,12 +82,18 @@ class Room(Protocol):
 
 @dataclass(frozen=True)
 class Encoded:
-    """A frame's data in pieces, and its plan, completed by side_bytes and side_check."""
+    """A frame's data in pieces, and its plan, completed by side_bytes and side_check.
+
+    digest_sum: what the words add to the digest of the frame's one leaf, see digest_end, where the backend took it on
+    the way; reference_sum: what the reference adds to its own, where the job wanted it too.
+    """
 
     plan: Plan
     n_bytes: int
     head: bytes
     payloads: Iterable[Bytes]
+    digest_sum: int | None = None
+    reference_sum: int | None = None
 
     def pieces(self) -> Iterator[Bytes]:
         """The data in order."""
@@ -102,7 +112,7 @@ class DecodeJob:
     """One frame to decode, or the words [start, stop) of it. For `cast`: source is the reference's dtype.
 
     reference: uint[stop - start] as the plan asks. start: of a chunk; stop: of one, or the frame's end; None: the end.
-    name: what errors call the frame, a leaf's path.
+    name: what errors call the frame, a leaf's path. wants_reference_sum: see Summed.
     """
 
     plan: Plan
@@ -112,6 +122,7 @@ class DecodeJob:
     name: str = "array"
     start: int = 0
     stop: int | None = None
+    wants_reference_sum: bool = False
 
     @property
     def end(self) -> int:
@@ -121,3 +132,14 @@ class DecodeJob:
     def cut(self) -> memoryview | Cut:
         """The frame's bytes, to be sliced."""
         return memoryview(self.data).cast("B") if isinstance(self.data, bytes | memoryview) else self.data
+
+
+class Summed(NamedTuple):
+    """Decoded words, and what they add to the digest of the frame's one leaf, see digest_end.
+
+    reference_sum: what the reference adds to its own digest, where the job wanted it.
+    """
+
+    words: Words
+    digest_sum: int
+    reference_sum: int | None = None

@@ -49,7 +49,11 @@ class Comparison:
 
 
 def main(
-    *, steps: int | None = None, every: int | None = None, directory: str | None = None, as_json: bool = False,
+    *,
+    steps: int | None = None,
+    every: int | None = None,
+    directory: str | None = None,
+    as_json: bool = False,
     is_quick: bool = False,
 ) -> int:
     """Run the demo and print what it found. Returns 0 only if the resumed run equals the uninterrupted one bit for bit.

@@ -5,7 +5,7 @@ threads.
 """
 
 from tricomp.codec.decoding import Decoded, StoredFrame, breakdown, decode, decode_many, decode_parts
-from tricomp.codec.encoding import Reference, bounded, encode
+from tricomp.codec.encoding import Reference, bounded, encode, encode_leaf
 from tricomp.codec.engine import Engine, digest, digests, live
 from tricomp.plan import Frame
 from tricomp.reference.digest import digest_end
@@ -25,5 +25,6 @@ __all__ = [
     "digest_end",
     "digests",
     "encode",
+    "encode_leaf",
     "live",
 ]

@@ -7,6 +7,7 @@ other before a backend sees them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -37,10 +38,14 @@ class StoredFrame(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """Words of each leaf of a frame, in memory of their own that they share, and the digest of each leaf."""
+    """Words of each leaf of a frame, in memory of their own that they share, and the digest of each leaf.
+
+    parent: the digest of the frame's reference words, where it was wanted.
+    """
 
     words: list[Words]
     digests: list[int]
+    parent: int | None = None
 
 
 def decode(
@@ -58,25 +63,35 @@ def decode(
 
 
 def decode_many(
-    frames: Sequence[StoredFrame], engine: Engine | None = None, into: Sequence[Words] | None = None
+    frames: Sequence[StoredFrame],
+    engine: Engine | None = None,
+    into: Sequence[Words] | None = None,
+    wants_parents: bool = False,
 ) -> list[Decoded]:
     """Words and digests of each leaf of each frame. into: arrays to decode to, one for each frame.
 
-    The digests are told, and not compared with any. Raises CorruptFrame, and WrongReference when a reference is missing
-    or of another size.
+    The digests are told, and not compared with any; with wants_parents those of references too. Raises CorruptFrame,
+    and WrongReference when a reference is missing or of another size.
     """
     engine = engine or Engine()
-    found = engine.decode([_job(frame, range(frame.plan.n_words)) for frame in frames], into)
+    jobs = [_job(frame, range(frame.plan.n_words)) for frame in frames]
+    if wants_parents:
+        jobs = [replace(job, wants_reference_sum=frame.parent is not None) for job, frame in zip(jobs, frames)]
+    found = engine.decode(jobs, into)
     parts: list[list[Words]] = []
     shared: list[Words] = []
-    for frame, (words, _) in zip(frames, found, strict=True):
+    for frame, (words, *_) in zip(frames, found, strict=True):
         ends = accumulate((leaf.n_words for leaf in frame.leaves), initial=0)
         parts.append([words] if len(frame.leaves) == 1 else [words[start:end] for start, end in pairwise(ends)])
         shared += parts[-1] if len(frame.leaves) > 1 else []
     told = iter(engine.digests(shared) if shared else [])
     return [
-        Decoded(words, [digest_end(found[k][1], words[0].nbytes)] if len(words) == 1 else [next(told) for _ in words])
-        for k, words in enumerate(parts)
+        Decoded(
+            words,
+            [digest_end(whole.digest_sum, whole.words.nbytes)] if len(words) == 1 else [next(told) for _ in words],
+            None if whole.reference_sum is None else digest_end(whole.reference_sum, whole.words.nbytes),
+        )
+        for words, whole in zip(parts, found, strict=True)
     ]
 
 
@@ -98,7 +113,7 @@ def decode_parts(
         words = references[i] if references else None
         sibling = None if frame.sibling is None or words is None else (frame.sibling[0], words)
         jobs.append(_job(frame._replace(parent=words, sibling=sibling), part))
-    return (engine or Engine()).decode(jobs, into)
+    return [(found.words, found.digest_sum) for found in (engine or Engine()).decode(jobs, into)]
 
 
 def breakdown(plan: Plan, data: Bytes | Cut) -> dict[str, int]:

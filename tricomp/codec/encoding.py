@@ -21,10 +21,11 @@ from tricomp.codec.engine import Engine, FrameToPlan
 from tricomp.codec.siblings import siblings
 from tricomp.dtypes import Words
 from tricomp.errors import InvalidArgument
-from tricomp.job import EncodeJob, Side
+from tricomp.job import Encoded, EncodeJob, Side
 from tricomp.layout import Leaf, Snapshot
 from tricomp.plan import Frame, Plan, Spec
 from tricomp.reference.bits import is_equal, round_mantissa
+from tricomp.reference.digest import digest_end
 from tricomp.spool import MEMORY_BYTES, Scratch, Spool
 
 _log = logging.getLogger("tricomp")
@@ -66,6 +67,11 @@ class _Digests:
         if missing:
             self._known.update(zip(missing, self._engine.digests([self._snapshot.words(i) for i in missing])))
         return [self._known[i] for i in wanted]
+
+    def learn(self, number: int, coded: Encoded) -> None:
+        """Take what encoding told of the digest of a frame's one leaf."""
+        if coded.digest_sum is not None:
+            self._known[number] = digest_end(coded.digest_sum, self._snapshot.words(number).nbytes)
 
 
 def encode(
@@ -200,11 +206,42 @@ def _encoded(
     leaves = snapshot.layout.leaves
     large = [i for task in batch for i in task.leaves if i not in found]
     old = {**found, **dict(zip(large, _counterparts([leaves[i] for i in large], reference)))}
-    digests.of(i for task in batch for i in task.leaves)  # of all together
     jobs = _jobs(snapshot, old, batch, spec, engine)
     del old
+    encoded = _encode_jobs(jobs, engine)
+    for task, coded in zip(batch, encoded, strict=True):
+        if len(task.leaves) == 1:
+            digests.learn(*task.leaves, coded)
+    digests.of(i for task in batch for i in task.leaves)  # of the others, all together
+    return [
+        Frame(task.leaves, coded.plan, tuple(digests.of(task.leaves)), coded.n_bytes, coded.pieces)
+        for task, coded in zip(batch, encoded, strict=True)
+    ]
+
+
+def encode_leaf(snapshot: Snapshot, reference: Words | None, spec: Spec, engine: Engine) -> tuple[Frame, int | None]:
+    """The frame of a Snapshot of one leaf, and the digest of the reference if the frame was coded against it.
+
+    reference: uint[n_words]. Raises InvalidArgument.
+    """
+    snapshot = bounded(snapshot, spec)
+    (job,) = _jobs(snapshot, {0: reference}, [_Task((0,))], spec, engine)
+    if job.reference is not None:
+        job = replace(job, wants_reference_sum=True)
+    (coded,) = _encode_jobs([job], engine)
+    digests = _Digests(snapshot, engine)
+    digests.learn(0, coded)
+    (digest,) = digests.of([0])
+    parent = None
+    if coded.plan.reference == "parent" and reference is not None:
+        told = coded.reference_sum
+        parent = engine.digests([reference])[0] if told is None else digest_end(told, reference.nbytes)
+    return Frame((0,), coded.plan, (digest,), coded.n_bytes, coded.pieces), parent
+
+
+def _encode_jobs(jobs: Sequence[EncodeJob], engine: Engine) -> list[Encoded]:
+    """Encode; what came out larger than its words, by more than a raw frame would, is raw after all."""
     encoded = engine.encode(jobs, Spool)
-    # What came out larger than its words, by more than a raw frame would, is raw after all.
     worse = [
         k
         for k, (job, coded) in enumerate(zip(jobs, encoded, strict=True))
@@ -214,10 +251,7 @@ def _encoded(
     for k, coded in zip(worse, engine.encode(raw, Spool) if raw else [], strict=True):
         if coded.n_bytes < encoded[k].n_bytes:
             encoded[k] = coded
-    return [
-        Frame(task.leaves, coded.plan, tuple(digests.of(task.leaves)), coded.n_bytes, coded.pieces)
-        for task, coded in zip(batch, encoded, strict=True)
-    ]
+    return encoded
 
 
 def _raw(plan: Plan) -> Plan:

@@ -15,12 +15,13 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from tricomp import native
 from tricomp.bounds import Bytes
 from tricomp.dtypes import DType, Words
 from tricomp.errors import InvalidArgument
-from tricomp.job import DecodeJob, Encoded, EncodeJob, Room
+from tricomp.job import DecodeJob, Encoded, EncodeJob, Room, Summed
 from tricomp.plan import Spec
 from tricomp.reference import decode as _decode
 from tricomp.reference import encode as _encode
@@ -40,25 +41,40 @@ FrameToPlan = tuple[Words, Words | None, DType, Sequence[int] | None, Spec, int 
 class Backend:
     """What the codec calls of a backend; all but the reference's planner and encoder take threads=.
 
-    plan_frames: frames to plan -> jobs. encode: jobs, room -> Encoded. decode: jobs, into= -> words, and what they add
-    to the digest of the frame's one leaf. digest_sums: parts of leaves, and the byte of its leaf at which each begins
-    -> what each adds to its digest. join: buffers -> their bytes in a row.
+    plan_frames: frames to plan -> jobs. encode: jobs, room -> Encoded. decode: jobs, into= -> Summed. digest_sums:
+    parts of leaves, and the byte of its leaf at which each begins -> what each adds to its digest. seal: buffers ->
+    their bytes in a row, and their XXH3 as msgpack has it.
     """
 
     name: str
     plan_frames: Callable[..., list[EncodeJob]]
     encode: Callable[..., list[Encoded]]
-    decode: Callable[..., list[tuple[Words, int]]]
+    decode: Callable[..., list[Summed]]
     digest_sums: Callable[..., list[int]]
-    join: Callable[..., bytes]
+    seal: Callable[..., bytes]
 
 
 def _reference() -> Backend:
     """tricomp.reference: on one thread, whatever threads says."""
 
-    def summed(jobs: Sequence[DecodeJob], threads: int, into: Sequence[Words] | None) -> list[tuple[Words, int]]:
-        found = zip(jobs, _decode.decode(jobs, into), strict=True)
-        return [(words, digest_sum(words, job.start * words.itemsize)) for job, words in found]
+    def summed(jobs: Sequence[DecodeJob], threads: int, into: Sequence[Words] | None) -> list[Summed]:
+        def sum_of(job: DecodeJob, words: Words) -> int:
+            return digest_sum(words, job.start * words.itemsize)
+
+        return [
+            Summed(
+                words,
+                sum_of(job, words),
+                sum_of(job, job.reference) if job.wants_reference_sum and job.reference is not None else None,
+            )
+            for job, words in zip(jobs, _decode.decode(jobs, into), strict=True)
+        ]
+
+    def seal(parts: Sequence[Bytes], threads: int) -> bytes:
+        check = xxhash.xxh3_64()
+        for part in parts:
+            check.update(part)
+        return b"".join([*parts, b"\xcf", check.digest()])
 
     return Backend(
         "reference",
@@ -66,16 +82,14 @@ def _reference() -> Backend:
         lambda jobs, room, threads: _encode.encode(jobs, room),
         summed,
         lambda parts, threads: [digest_sum(words, first) for words, first in parts],
-        lambda parts, threads: b"".join(parts),
+        seal,
     )
 
 
 def _native() -> Backend:
     from tricomp.native import decode, digest, encode, planner
 
-    return Backend(
-        "native", planner.plan_frames, encode.encode, decode.decode_summed, digest.digest_sums, encode.join
-    )
+    return Backend("native", planner.plan_frames, encode.encode, decode.decode_summed, digest.digest_sums, encode.seal)
 
 
 @cache
@@ -130,20 +144,17 @@ class Engine:
         """Encode frames. room: makes the place where the payloads of one frame wait."""
         return self.coder.encode(jobs, room, threads=self.n_threads)
 
-    def decode(self, jobs: Sequence[DecodeJob], into: Sequence[Words] | None = None) -> list[tuple[Words, int]]:
-        """The words that each job asks for, in memory of their own, or in that of into, one array a job.
-
-        With each come what they add to the digest of the frame's leaf, if it has but one: see digest_end.
-        """
+    def decode(self, jobs: Sequence[DecodeJob], into: Sequence[Words] | None = None) -> list[Summed]:
+        """The words that each job asks for, in memory of their own, or in that of into, one array a job."""
         return self.coder.decode(jobs, threads=self.n_threads, into=into)
 
     def digest_sums(self, parts: Sequence[tuple[Words, int]]) -> list[int]:
         """What each part adds to its leaf's digest. parts: uint[n], and the byte, a multiple of 512, of the leaf."""
         return self.coder.digest_sums(parts, threads=self.n_threads)
 
-    def join(self, parts: Sequence[Bytes]) -> bytes:
-        """All parts in a row."""
-        return self.coder.join(parts, threads=self.n_threads)
+    def seal(self, parts: Sequence[Bytes]) -> bytes:
+        """All parts in a row, and their checksum: a msgpack uint64 of XXH3 with 64 bits."""
+        return self.coder.seal(parts, threads=self.n_threads)
 
     def digests(self, leaves: Sequence[Words]) -> list[int]:
         """The digest of each leaf. leaves: uint[n] each."""

@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "model.h"
+#include "chunk.h"
 #include "isa.h"
 
 TRICOMP_BEGIN
@@ -214,22 +215,32 @@ struct XxhSums {
 
 #endif
 
-// 241 bytes and more.
-inline uint64_t xxh_long(const uint8_t* bytes, size_t n_bytes) {
+// Take what is there of the bytes, of which n_bytes have come; the last block waits for the end.
+inline void xxh3_take(Xxh3& state, const uint8_t* bytes, size_t n_bytes) {
     const uint8_t* secret = XXH_SECRET;
+    const size_t n_blocks = n_bytes ? (n_bytes - 1) / XXH_BLOCK : 0;
     const uint64_t first[8] = {XXH_PRIME32_3, XXH_PRIME64_1, XXH_PRIME64_2, XXH_PRIME64_3,
                                XXH_PRIME64_4, XXH_PRIME32_2, XXH_PRIME64_5, XXH_PRIME32_1};
     XxhSums sums;
-    sums.begin(first);
-    const size_t n_blocks = (n_bytes - 1) / XXH_BLOCK;
-    for (size_t block = 0; block < n_blocks; block++) {
-        const uint8_t* stripes = bytes + XXH_BLOCK * block;
+    sums.begin(state.n_blocks ? state.sums : first);
+    for (; state.n_blocks < n_blocks; state.n_blocks++) {
+        const uint8_t* stripes = bytes + XXH_BLOCK * state.n_blocks;
 #pragma GCC unroll 16
         for (size_t i = 0; i < XXH_BLOCK / XXH_STRIPE; i++) sums.take(stripes + XXH_STRIPE * i, secret + 8 * i);
         sums.scramble(secret + XXH_SECRET_BYTES - XXH_STRIPE);
     }
-    const uint8_t* stripes = bytes + XXH_BLOCK * n_blocks;
-    const size_t n_stripes = (n_bytes - 1 - XXH_BLOCK * n_blocks) / XXH_STRIPE;
+    sums.end(state.sums);
+}
+
+// XXH3, 64 bits, of all n_bytes bytes. bytes may be null where there are none.
+inline uint64_t xxh3_end(Xxh3& state, const uint8_t* bytes, size_t n_bytes) {
+    if (n_bytes <= 240) return n_bytes <= 16 ? xxh_tiny(bytes, n_bytes) : xxh_short(bytes, n_bytes);
+    xxh3_take(state, bytes, n_bytes);
+    const uint8_t* secret = XXH_SECRET;
+    XxhSums sums;
+    sums.begin(state.sums);
+    const uint8_t* stripes = bytes + XXH_BLOCK * state.n_blocks;
+    const size_t n_stripes = (n_bytes - 1 - XXH_BLOCK * state.n_blocks) / XXH_STRIPE;
     for (size_t i = 0; i < n_stripes; i++) sums.take(stripes + XXH_STRIPE * i, secret + 8 * i);
     sums.take(bytes + n_bytes - XXH_STRIPE, secret + XXH_SECRET_BYTES - XXH_STRIPE - 7);
     uint64_t last[8];
@@ -244,8 +255,8 @@ inline uint64_t xxh_long(const uint8_t* bytes, size_t n_bytes) {
 
 // XXH3, 64 bits, of n_bytes bytes. bytes may be null where there are none.
 inline uint64_t xxh3_64(const uint8_t* bytes, size_t n_bytes) {
-    if (n_bytes <= 16) return xxh_tiny(bytes, n_bytes);
-    return n_bytes <= 240 ? xxh_short(bytes, n_bytes) : xxh_long(bytes, n_bytes);
+    Xxh3 state = {};
+    return xxh3_end(state, bytes, n_bytes);
 }
 
 TRICOMP_END

@@ -33,6 +33,7 @@ struct EncodeChunk {
     const void* reference;  // null: none
     uint64_t first;  // position in the frame
     size_t n_words;
+    bool wants_reference_sum;
 };
 
 // A row of the directory, as numbers.
@@ -48,8 +49,9 @@ struct DecodeChunk {
     void* words;
     uint64_t first;  // position in the frame
     size_t n_words;
+    bool wants_reference_sum;
     // Results.
-    uint64_t digest_sum;
+    uint64_t digest_sum, reference_sum;  // what the words and the reference add to digests; see digest.h
     ChunkFault fault;
     uint64_t details[2];
 };
@@ -63,6 +65,14 @@ struct Payload {
     Part parts[48];
     size_t n_parts, n_bytes;
     Row row;  // but for the checksum
+    uint64_t digest_sum, reference_sum;  // what the words and the reference add to digests; see digest.h
+};
+
+// The checksum of bytes that come one after the other and stay where they are: what is known of the whole blocks taken
+// so far. All zero: none was.
+struct Xxh3 {
+    uint64_t sums[8];
+    size_t n_blocks;
 };
 
 // Memory that one thread uses while it encodes: 2.1 MiB, whatever the leaf. 64-byte aligned; all of it is scratch.

@@ -241,6 +241,17 @@ void decode_planes(const Model& model, Sections<Word>& parts, size_t row, size_t
     join_planes<Word>(model, planes, n_rows * ROW, tile.remainders);
 }
 
+// What the words of positions [start, start + n) of a chunk, and those of its reference if that is wanted, add to digests.
+template <class Word>
+INLINE void take_sums(DecodeChunk& chunk, size_t start, size_t n) {
+    const uint64_t at = (chunk.first + start) * sizeof(Word);
+    const auto sum = [&](const void* words) {
+        return digest_sum(reinterpret_cast<const uint8_t*>(static_cast<const Word*>(words) + start), n * sizeof(Word), at);
+    };
+    chunk.digest_sum += sum(chunk.words);
+    if (chunk.wants_reference_sum) chunk.reference_sum += sum(chunk.reference);
+}
+
 // Chunks of one frame and of one length, none of them raw or faulty so far.
 template <class Word>
 void decode_group(const Model& model, DecodeChunk* const* chunks, Sections<Word>* parts, size_t n_chunks,
@@ -255,7 +266,6 @@ void decode_group(const Model& model, DecodeChunk* const* chunks, Sections<Word>
         decoders[c] = &parts[c].symbols;
         contexts[c] = tiles[c]->contexts;
         symbols[c] = tiles[c]->symbols;
-        chunks[c]->digest_sum = 0;
     }
     const bool is_symbolic = model.entropy != NO_ENTROPY;
     for (size_t start = 0; start < n_words; start += TILE) {
@@ -305,8 +315,7 @@ void decode_group(const Model& model, DecodeChunk* const* chunks, Sections<Word>
                 base_words<Word>(model, chunks[c]->reference, start, n, words);
             }
             apply_patches<Word>(parts[c], start, n, words);
-            chunks[c]->digest_sum += digest_sum(reinterpret_cast<const uint8_t*>(words), n * sizeof(Word),
-                                                (chunks[c]->first + start) * sizeof(Word));
+            take_sums<Word>(*chunks[c], start, n);
         }
     }
     for (size_t c = 0; c < n_chunks; c++) {
@@ -334,7 +343,7 @@ void decode_chunks_of(const Model& model, DecodeChunk* chunks, size_t n_chunks, 
         const uint64_t stored = load_u32(chunk.row) | uint64_t(load_u32(chunk.row + 4)) << 32;
         const uint64_t computed = xxh3_64(chunk.payload, chunk.n_bytes);
         chunk.fault = NO_FAULT;
-        chunk.digest_sum = 0;
+        chunk.digest_sum = chunk.reference_sum = 0;
         if (stored != computed) {
             chunk.fault = WRONG_CHECKSUM;
             chunk.details[0] = stored;
@@ -352,8 +361,7 @@ void decode_chunks_of(const Model& model, DecodeChunk* chunks, size_t n_chunks, 
                 chunk.fault = RAW_WITH_FIELDS;
             } else {
                 std::memcpy(chunk.words, chunk.payload, n_bytes);
-                chunk.digest_sum = digest_sum(static_cast<const uint8_t*>(chunk.words), n_bytes,
-                                              chunk.first * sizeof(Word));
+                take_sums<Word>(chunk, 0, chunk.n_words);
             }
             continue;
         }

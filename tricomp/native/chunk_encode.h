@@ -71,7 +71,18 @@ void encode_chunk_of(const Model& model, const EncodeChunk& chunk, EncodeScratch
     Row& row = payload.row;
     std::memset(&row, 0, sizeof row);
     payload.n_parts = payload.n_bytes = 0;
-    if (model.predict != RAW) {
+    payload.digest_sum = payload.reference_sum = 0;
+    const auto take_sums = [&](size_t start, size_t n) {
+        const uint64_t at = (chunk.first + start) * sizeof(Word);
+        const auto sum = [&](const Word* these) {
+            return digest_sum(reinterpret_cast<const uint8_t*>(these + start), n * sizeof(Word), at);
+        };
+        payload.digest_sum += sum(words);
+        if (chunk.wants_reference_sum) payload.reference_sum += sum(reference);
+    };
+    if (model.predict == RAW) {
+        take_sums(0, chunk.n_words);
+    } else {
         constexpr size_t SHARE = TILE * sizeof(Word) / 4;
         Tile<Word>& tile = *reinterpret_cast<Tile<Word>*>(scratch.tile);
         const bool is_symbolic = model.entropy != NO_ENTROPY;
@@ -97,6 +108,7 @@ void encode_chunk_of(const Model& model, const EncodeChunk& chunk, EncodeScratch
             } else {
                 base_patches<Word>(model, words + start, chunk.reference, start, n, tile);
             }
+            take_sums(start, n);  // while the words are in the first cache
             next.fetch(SHARE);
             patches -= tile.n_patches;
             n_patches += tile.n_patches;

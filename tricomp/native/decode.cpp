@@ -103,7 +103,7 @@ Fault decode(std::vector<DecodeRequest>& requests, size_t n_threads) {
         groups.insert(groups.end(), frame->groups.begin(), frame->groups.end());
     }
     std::vector<Fault> faults(groups.size());
-    std::vector<uint64_t> sums(groups.size());
+    std::vector<uint64_t> sums(groups.size()), reference_sums(groups.size());
     share(groups.size(), n_threads, [&] {
         Lent<DecodeScratch> scratch;
         return [&, scratch](size_t item) {
@@ -132,6 +132,7 @@ Fault decode(std::vector<DecodeRequest>& requests, size_t n_threads) {
                 chunk.reference = request.reference == nullptr
                                       ? nullptr
                                       : static_cast<const uint8_t*>(request.reference) + offset * source_bytes;
+                chunk.wants_reference_sum = request.wants_reference_sum;
                 // Padding after this chunk, where another follows, is zero: no checksum covers it.
                 const uint64_t room = request.payloads.n_bytes - at;
                 chunk.details[0] = chunk.details[1] = 0;
@@ -150,6 +151,7 @@ Fault decode(std::vector<DecodeRequest>& requests, size_t n_threads) {
             kernels().decode_chunks(model, chunks, group.n_chunks, *scratch);
             for (size_t c = group.n_chunks; c-- > 0;) {
                 sums[item] += chunks[c].digest_sum;
+                reference_sums[item] += chunks[c].reference_sum;
                 if (chunks[c].fault != NO_FAULT && (!fault.stage || fault.chunk >= group.first_chunk + c))
                     fault = {3, chunks[c].fault, group.request, group.first_chunk + c,
                              {chunks[c].details[0], chunks[c].details[1]}};
@@ -158,7 +160,10 @@ Fault decode(std::vector<DecodeRequest>& requests, size_t n_threads) {
     });
     for (const Fault& fault : faults)
         if (fault.stage) return fault;
-    for (size_t item = 0; item < groups.size(); item++) requests[groups[item].request].digest_sum += sums[item];
+    for (size_t item = 0; item < groups.size(); item++) {
+        requests[groups[item].request].digest_sum += sums[item];
+        requests[groups[item].request].reference_sum += reference_sums[item];
+    }
     return Fault();
 }
 

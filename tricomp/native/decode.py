@@ -16,13 +16,13 @@ from tricomp import native
 from tricomp.bounds import Bytes
 from tricomp.dtypes import Words
 from tricomp.errors import CorruptFrame
-from tricomp.job import DecodeJob
+from tricomp.job import DecodeJob, Summed
 from tricomp.native.plan_numbers import pack
 from tricomp.plan import Plan
 
 _ADVICE = "Restore the file from another copy, or list a store's intact steps: tricomp verify FOLDER."
 _NOTHING = np.zeros(0, np.uint8)
-LARGE_BYTES = 2 << 20  # of fresh memory, from which on large pages are asked for
+LARGE_BYTES = 2 << 20  # a large page: fresh memory in small ones costs more than decoding
 
 # In the order of ChunkFault in chunk.h.
 _CHUNK_FAULTS = (
@@ -58,16 +58,15 @@ _SIDE_FAULTS = (
 
 def decode(jobs: Sequence[DecodeJob], threads: int | None = None, into: Sequence[Words] | None = None) -> list[Words]:
     """The words that each job asks for. into: arrays to put them in. Raises CorruptFrame, naming chunk and frame."""
-    return [words for words, _ in decode_summed(jobs, threads, into)]
+    return [found.words for found in decode_summed(jobs, threads, into)]
 
 
 def decode_summed(
     jobs: Sequence[DecodeJob], threads: int | None = None, into: Sequence[Words] | None = None
-) -> list[tuple[Words, int]]:
+) -> list[Summed]:
     """The same, each with the sum of its words' digest, at the place where they stand in their frame."""
     core, n_threads = native.load(), native.n_threads(threads)
     out: list[Words] = []
-    sums: list[int] = []
     for number, job in enumerate(jobs):
         target = None if into is None else into[number]
         words, n_stored = _room(job, target), len(job.cut)
@@ -81,15 +80,19 @@ def decode_summed(
     found = core.decode(requests, n_threads) if requests else []
     if isinstance(found, tuple):
         raise _fault(jobs[waiting[found[2]]], *found)
-    sums = [0] * len(jobs)
-    for number, total in zip(waiting, found, strict=True):
-        sums[number] = total
-    parts = [(out[number].view(np.uint8), jobs[number].start * out[number].itemsize) for number in known]
-    for number, total in zip(known, core.digest_sums(parts, n_threads), strict=True):
-        sums[number] = total
+    sums = [(0, 0)] * len(jobs)
+    for number, added in zip(waiting, found, strict=True):
+        sums[number] = added
+    if known:
+        parts = [(out[number].view(np.uint8), jobs[number].start * out[number].itemsize) for number in known]
+        for number, total in zip(known, core.digest_sums(parts, n_threads), strict=True):
+            sums[number] = (total, total)  # a reference here is what was copied
     for number in empty:
         _check_head(jobs[number])
-    return list(zip(out, sums, strict=True))
+    return [
+        Summed(words, total, reference if job.wants_reference_sum and job.reference is not None else None)
+        for job, words, (total, reference) in zip(jobs, out, sums, strict=True)
+    ]
 
 
 def _room(job: DecodeJob, target: Words | None) -> Words:
@@ -97,14 +100,24 @@ def _room(job: DecodeJob, target: Words | None) -> Words:
     plan, n_words = job.plan, job.end - job.start
     if plan.n_chunks and _head_bytes(plan) > len(job.cut):
         raise CorruptFrame(f"frame of {job.name!r}: {plan.n_words} words need a longer chunk directory than it has.")
-    words: Words = np.empty(n_words, plan.dtype.word_dtype) if target is None else target
-    if target is None and words.nbytes >= LARGE_BYTES:
-        native.load().advise(words)
+    words = _fresh(n_words, plan.dtype.word_dtype) if target is None else target
     if plan.predict == "constant":
         words[...] = plan.word
     elif plan.predict == "copy":
         assert job.reference is not None
         words[...] = job.reference
+    return words
+
+
+def _fresh(n_words: int, dtype: np.dtype[Any]) -> Words:
+    """Memory for words; where it is large, from the beginning of a large page on, and in large pages."""
+    n_bytes = n_words * dtype.itemsize
+    if n_bytes < LARGE_BYTES:
+        return np.empty(n_words, dtype)
+    room = np.empty(n_bytes + LARGE_BYTES, np.uint8)
+    first = -room.__array_interface__["data"][0] % LARGE_BYTES
+    words: Words = room[first : first + n_bytes].view(dtype)
+    native.load().advise(words)
     return words
 
 
@@ -131,7 +144,7 @@ def _request(job: DecodeJob, words: Words) -> tuple[Any, ...]:
         payloads = data[at:stop]
     reference = None if job.reference is None else np.require(job.reference, requirements=("C", "A"))
     numbers = pack(plan, job.source, job.reference is not None)
-    return numbers, head, payloads, at, len(data), reference, words, job.start, job.end
+    return numbers, head, payloads, at, len(data), reference, words, job.start, job.end, job.wants_reference_sum
 
 
 def _span(job: DecodeJob, head: Bytes) -> tuple[int, int]:

@@ -26,6 +26,7 @@ struct Frame {
 struct Item {
     size_t request;
     uint64_t chunk;
+    uint64_t digest_sum = 0, reference_sum = 0;
 };
 
 // Where payloads go: handed out in the order of the items.
@@ -77,7 +78,7 @@ void encode(std::vector<EncodeRequest>& requests, size_t n_threads, uint8_t* out
     for (size_t number = 0; number < requests.size(); number++) {
         frames.push_back(std::make_unique<Frame>());
         for (uint64_t chunk = 0; chunk < requests[number].n_chunks; chunk++)
-            items.push_back({number, requests[number].first_chunk + chunk});
+            items.push_back({number, requests[number].first_chunk + chunk, 0, 0});
     }
     share(requests.size(), n_threads, [&] {
         return [&](size_t number) {
@@ -101,7 +102,7 @@ void encode(std::vector<EncodeRequest>& requests, size_t n_threads, uint8_t* out
             throw;
         }
         return [&, memory = *lent](size_t number) {
-            const Item item = items[number];
+            Item& item = items[number];
             EncodeRequest& request = requests[item.request];
             const Model& model = frames[item.request]->model;
             const size_t word_bytes = model.kind.word_bits / 8;
@@ -113,8 +114,11 @@ void encode(std::vector<EncodeRequest>& requests, size_t n_threads, uint8_t* out
             chunk.reference = request.reference == nullptr
                                   ? nullptr
                                   : static_cast<const uint8_t*>(request.reference) + chunk.first * source_bytes;
+            chunk.wants_reference_sum = request.wants_reference_sum;
             Payload& payload = memory->payload;
             kernels().encode_chunk(model, chunk, memory->scratch, payload);
+            item.digest_sum = payload.digest_sum;
+            item.reference_sum = payload.reference_sum;
             const bool is_last = item.chunk + 1 == n_chunks_of(model);
             const size_t n_bytes = payload.n_bytes, n_padded = is_last ? n_bytes : size_t(aligned(n_bytes));
             uint8_t* place = nullptr;
@@ -131,6 +135,10 @@ void encode(std::vector<EncodeRequest>& requests, size_t n_threads, uint8_t* out
                         row_bytes(model));
         };
     });
+    for (const Item& item : items) {
+        requests[item.request].digest_sum += item.digest_sum;
+        requests[item.request].reference_sum += item.reference_sum;
+    }
 }
 
 }  // namespace tricomp

@@ -39,24 +39,29 @@ def encode(jobs: Sequence[EncodeJob], room: Callable[[], Room] = list, threads: 
     rows: list[list[bytes]] = [[] for _ in jobs]
     sides = [b""] * len(jobs)
     n_bytes = [0] * len(jobs)
+    sums = [(0, 0)] * len(jobs)
     for members in _rounds(jobs):
-        part = [(*requests[number], first, n_chunks) for number, first, n_chunks in members]
+        part = [
+            (*requests[number], first, n_chunks, jobs[number].wants_reference_sum)
+            for number, first, n_chunks in members
+        ]
         view = _output(core.room_for(part))
         coded = core.encode(part, view, n_threads)
         is_large = 8 * sum(end - begin for begin, end, *_ in coded) > len(view)  # else little would hold all of it
-        for (number, first, _), (begin, end, found, side) in zip(members, coded):
+        for (number, first, _), (begin, end, found, side, added) in zip(members, coded):
             rooms[number].append(view[begin:end] if is_large else bytes(view[begin:end]))
             rows[number].append(found)
             n_bytes[number] += end - begin
+            sums[number] = (sums[number][0] + added[0], sums[number][1] + added[1])
             if first == 0:
                 sides[number] = side
-    return [_assembled(*frame) for frame in zip(jobs, rooms, rows, sides, n_bytes, strict=True)]
+    return [_assembled(*frame) for frame in zip(jobs, rooms, rows, sides, n_bytes, sums, strict=True)]
 
 
-def join(parts: Sequence[Bytes], threads: int | None = None) -> bytes:
-    """All parts in a row."""
-    joined: bytes = native.load().join(list(parts), native.n_threads(threads))
-    return joined
+def seal(parts: Sequence[Bytes], threads: int | None = None) -> bytes:
+    """All parts in a row, and their checksum: a msgpack uint64 of XXH3 with 64 bits."""
+    sealed: bytes = native.load().seal(list(parts), native.n_threads(threads))
+    return sealed
 
 
 def _output(n_bytes: int) -> memoryview:
@@ -121,11 +126,13 @@ def _flat(words: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.require(words, requirements=("C", "A"))
 
 
-def _assembled(job: EncodeJob, payloads: Room, rows: list[bytes], side: bytes, n_bytes: int) -> Encoded:
+def _assembled(
+    job: EncodeJob, payloads: Room, rows: list[bytes], side: bytes, n_bytes: int, sums: tuple[int, int]
+) -> Encoded:
     """Put the head before the payloads."""
     if not rows:
         return Encoded(job.plan, 0, b"", ())
     directory = b"".join(rows)
     head = side + directory + bytes(-len(directory) % ALIGN)
     plan = replace(job.plan, side_bytes=len(side), side_check=native.load().xxh3_64(head))
-    return Encoded(plan, len(head) + n_bytes, head, payloads)
+    return Encoded(plan, len(head) + n_bytes, head, payloads, sums[0], sums[1] if job.wants_reference_sum else None)

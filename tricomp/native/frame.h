@@ -51,8 +51,9 @@ struct DecodeRequest {
     const void* reference = nullptr;  // words [start, stop)
     void* words = nullptr;
     uint64_t start = 0, stop = 0;
+    bool wants_reference_sum = false;
     // Results.
-    uint64_t digest_sum = 0;
+    uint64_t digest_sum = 0, reference_sum = 0;
 };
 
 // Where decoding failed. stage: 0 nowhere, 1 the frame, 2 its side section, 3 a chunk.
@@ -71,8 +72,9 @@ struct EncodeRequest {
     const void* words = nullptr;  // of the whole frame
     const void* reference = nullptr;
     uint64_t first_chunk = 0, n_chunks = 0;
-    bool wants_side = false;
+    bool wants_side = false, wants_reference_sum = false;
     // Results.
+    uint64_t digest_sum = 0, reference_sum = 0;  // what the words and the reference add to digests
     size_t begin = 0, end = 0;  // of the payloads in the output; padded to 16 but after the frame's last chunk
     std::vector<uint8_t> rows;
     std::vector<uint8_t> side;

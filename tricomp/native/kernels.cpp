@@ -14,7 +14,8 @@ namespace tricomp {
 extern const Kernels TRICOMP_JOIN(TRICOMP_ISA, _kernels);
 const Kernels TRICOMP_JOIN(TRICOMP_ISA, _kernels) = {
     TRICOMP_TEXT(TRICOMP_ISA), TRICOMP_ISA::encode_chunk, TRICOMP_ISA::lay_down, TRICOMP_ISA::decode_chunks,
-    TRICOMP_ISA::xxh3_64,      TRICOMP_ISA::digest_sum,   TRICOMP_ISA::is_equal,
+    TRICOMP_ISA::xxh3_64,      TRICOMP_ISA::xxh3_take,    TRICOMP_ISA::xxh3_end,
+    TRICOMP_ISA::digest_sum,   TRICOMP_ISA::is_equal,
     TRICOMP_ISA::encode_stream, TRICOMP_ISA::decode_stream, TRICOMP_ISA::stats::price_tables,
     TRICOMP_ISA::stats::majority,
     {TRICOMP_ISA::stats::stats_of<uint8_t>(), TRICOMP_ISA::stats::stats_of<uint16_t>(),

@@ -13,6 +13,8 @@ struct Kernels {
     void (*lay_down)(Payload&, uint8_t* out);
     void (*decode_chunks)(const Model&, DecodeChunk*, size_t n_chunks, DecodeScratch&);
     uint64_t (*xxh3_64)(const uint8_t*, size_t n_bytes);
+    void (*xxh3_take)(Xxh3&, const uint8_t*, size_t n_bytes);
+    uint64_t (*xxh3_end)(Xxh3&, const uint8_t*, size_t n_bytes);
     uint64_t (*digest_sum)(const uint8_t*, size_t n_bytes, uint64_t first_byte);
     bool (*is_equal)(const uint8_t*, const uint8_t*, size_t n_bytes);
     size_t (*encode_stream)(const Tables&, const uint16_t* rows, size_t n_rows, uint8_t* end, uint8_t* states);

@@ -6,8 +6,10 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <new>
 #include <stdexcept>
 #include <vector>
@@ -97,6 +99,15 @@ size_t source_bytes(const PlanNumbers& plan) {
     return size_t(plan.fields[plan.fields[P_PREDICT] == CAST ? P_SOURCE_WORD_BITS : P_WORD_BITS]) / 8;
 }
 
+// Only of a reference with words like the frame's own: what a cast is from has no digest here.
+bool plan_has_reference(const PlanNumbers& plan) {
+    return plan.fields[P_HAS_REFERENCE] && plan.fields[P_PREDICT] != CAST;
+}
+
+PyObject* pair(uint64_t one, uint64_t other) {
+    return Py_BuildValue("(KK)", (unsigned long long)one, (unsigned long long)other);
+}
+
 PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(kernels().name); }
 
 PyObject* decode_requests(PyObject*, PyObject* args) {
@@ -118,6 +129,7 @@ PyObject* decode_requests(PyObject*, PyObject* args) {
             const Bytes words = buffers.take(item(given, 6), true);
             request.start = number(item(given, 7));
             request.stop = number(item(given, 8));
+            request.wants_reference_sum = number(item(given, 9)) && plan_has_reference(request.plan);
             const PlanNumbers& plan = request.plan;
             const uint64_t n_words = uint64_t(plan.fields[P_N_WORDS]), size = uint64_t(1) << plan.fields[P_CHUNK_LOG2];
             require(request.start <= request.stop && request.stop <= n_words && request.start % size == 0 &&
@@ -144,7 +156,7 @@ PyObject* decode_requests(PyObject*, PyObject* args) {
                                  (unsigned long long)fault.details[1]);
         PyObject* sums = PyList_New(Py_ssize_t(requests.size()));
         for (size_t i = 0; sums != nullptr && i < requests.size(); i++)
-            PyList_SetItem(sums, Py_ssize_t(i), PyLong_FromUnsignedLongLong(requests[i].digest_sum));
+            PyList_SetItem(sums, Py_ssize_t(i), pair(requests[i].digest_sum, requests[i].reference_sum));
         return sums;
     });
 }
@@ -165,6 +177,7 @@ std::vector<EncodeRequest> encode_requests_of(PyObject* list, Buffers& buffers) 
         const Bytes words = buffers.take(item(given, 7)), reference = buffers.take(item(given, 8));
         request.first_chunk = number(item(given, 9));
         request.n_chunks = number(item(given, 10));
+        request.wants_reference_sum = number(item(given, 11)) && plan_has_reference(request.plan);
         request.wants_side = request.first_chunk == 0;
         const PlanNumbers& plan = request.plan;
         Model model;
@@ -217,9 +230,10 @@ PyObject* encode_requests(PyObject*, PyObject* args) {
             auto text = [](const std::vector<uint8_t>& bytes) {
                 return bytes.empty() ? "" : reinterpret_cast<const char*>(bytes.data());
             };
-            PyObject* result = Py_BuildValue("(nny#y#)", Py_ssize_t(request.begin), Py_ssize_t(request.end),
+            PyObject* result = Py_BuildValue("(nny#y#N)", Py_ssize_t(request.begin), Py_ssize_t(request.end),
                                              text(request.rows), Py_ssize_t(request.rows.size()), text(request.side),
-                                             Py_ssize_t(request.side.size()));
+                                             Py_ssize_t(request.side.size()),
+                                             pair(request.digest_sum, request.reference_sum));
             if (result == nullptr) {
                 Py_DecRef(results);
                 return nullptr;
@@ -278,40 +292,80 @@ PyObject* advise(PyObject*, PyObject* object) {
     });
 }
 
-// Buffers, threads -> all their bytes in a row.
-PyObject* join(PyObject*, PyObject* args) {
+// Copies parts to where they belong, in shares that any thread may take, and keeps the checksum of what is there.
+class Sealing {
+  public:
+    explicit Sealing(uint8_t* out) : out_(out) {}
+
+    void add(const Bytes& part) {
+        for (size_t at = 0; at < part.n_bytes; at += SHARE)
+            copies_.push_back({part.data + at, n_bytes_ + at, std::min(SHARE, part.n_bytes - at)});
+        n_bytes_ += part.n_bytes;
+    }
+
+    // The checksum of all.
+    uint64_t run(size_t n_threads) {
+        std::vector<std::atomic<bool>> is_there(copies_.size());
+        size_t n_taken = 0;
+        std::mutex baton;  // who holds it takes what is there into the checksum; nobody waits for it
+        share(copies_.size(), n_bytes_ < FEW_BYTES ? 1 : n_threads, [&] {
+            return [&](size_t i) {
+                const Copy& copy = copies_[i];
+                std::memcpy(out_ + copy.to, copy.from, copy.n_bytes);
+                is_there[i].store(true, std::memory_order_release);
+                std::unique_lock<std::mutex> held(baton, std::try_to_lock);
+                if (!held) return;
+                while (n_taken < copies_.size() && is_there[n_taken].load(std::memory_order_acquire)) n_taken++;
+                if (n_taken) kernels().xxh3_take(check_, out_, copies_[n_taken - 1].to + copies_[n_taken - 1].n_bytes);
+            };
+        });
+        return kernels().xxh3_end(check_, out_, n_bytes_);
+    }
+
+  private:
+    static constexpr size_t SHARE = size_t(128) << 10;  // fits the second cache
+    static constexpr size_t FEW_BYTES = size_t(2) << 20;  // copied before another thread has begun
+
+    struct Copy {
+        const uint8_t* from;
+        size_t to, n_bytes;
+    };
+
+    uint8_t* out_;
+    std::vector<Copy> copies_;
+    size_t n_bytes_ = 0;
+    Xxh3 check_ = {};
+};
+
+// Buffers, threads -> all their bytes in a row, and their checksum as msgpack has it: 0xCF, then big-endian.
+PyObject* seal(PyObject*, PyObject* args) {
     return guarded([&]() -> PyObject* {
         PyObject* list;
         Py_ssize_t n_threads;
         if (!PyArg_ParseTuple(args, "O!n", &PyList_Type, &list, &n_threads)) throw std::domain_error("");
-        constexpr size_t SHARE = size_t(1) << 20;
-        struct Copy {
-            const uint8_t* from;
-            size_t to, n_bytes;
-        };
         Buffers buffers;
-        std::vector<Copy> copies;
+        std::vector<Bytes> parts;
         size_t n_bytes = 0;
         for (Py_ssize_t i = 0; i < PyList_Size(list); i++) {
-            const Bytes part = buffers.take(PyList_GetItem(list, i));
-            for (size_t at = 0; at < part.n_bytes; at += SHARE)
-                copies.push_back({part.data + at, n_bytes + at, std::min(SHARE, part.n_bytes - at)});
-            n_bytes += part.n_bytes;
+            parts.push_back(buffers.take(PyList_GetItem(list, i)));
+            n_bytes += parts.back().n_bytes;
         }
-        PyObject* joined = PyBytes_FromStringAndSize(nullptr, Py_ssize_t(n_bytes));
-        if (joined == nullptr) throw std::domain_error("");
-        char* out = PyBytes_AsString(joined);
+        PyObject* sealed = PyBytes_FromStringAndSize(nullptr, Py_ssize_t(n_bytes + 9));
+        if (sealed == nullptr) throw std::domain_error("");
+        uint8_t* out = reinterpret_cast<uint8_t*>(PyBytes_AsString(sealed));
         try {
             Unlocked unlocked;
-            ask_for_large_pages(out, n_bytes);
-            share(copies.size(), size_t(n_threads), [&] {
-                return [&](size_t i) { std::memcpy(out + copies[i].to, copies[i].from, copies[i].n_bytes); };
-            });
+            ask_for_large_pages(out, n_bytes + 9);
+            Sealing sealing(out);
+            for (const Bytes& part : parts) sealing.add(part);
+            const uint64_t check = sealing.run(size_t(n_threads));
+            out[n_bytes] = 0xCF;
+            for (size_t i = 0; i < 8; i++) out[n_bytes + 1 + i] = uint8_t(check >> (56 - 8 * i));
         } catch (...) {
-            Py_DecRef(joined);
+            Py_DecRef(sealed);
             throw;
         }
-        return joined;
+        return sealed;
     });
 }
 
@@ -345,13 +399,14 @@ PyObject* equal(PyObject*, PyObject* args) {
 
 PyMethodDef METHODS[] = {
     {"isa", isa, METH_NOARGS, "The instruction set in use."},
-    {"decode", decode_requests, METH_VARARGS, "Decode requests with so many threads: digest sums, or a fault."},
+    {"decode", decode_requests, METH_VARARGS, "Decode requests with so many threads: digest sums of words and reference, or a fault."},
     {"room_for", room_for, METH_O, "Bytes of output that requests may need."},
-    {"encode", encode_requests, METH_VARARGS, "Encode requests into an output: places, directory rows, side sections."},
+    {"encode", encode_requests, METH_VARARGS, "Encode requests into an output: places, directory rows, side sections, "
+     "digest sums."},
     {"plan_frames", plan_frames, METH_VARARGS, "Plan frames with so many threads: numbers, tables and scales of each."},
     {"digest_sums", digest_sums, METH_VARARGS, "Digest sums of parts of leaves."},
     {"advise", advise, METH_O, "Ask for large pages for memory that was not written yet."},
-    {"join", join, METH_VARARGS, "The bytes of buffers in a row, copied by so many threads."},
+    {"seal", seal, METH_VARARGS, "The bytes of buffers in a row and their checksum, by so many threads."},
     {"xxh3_64", checksum, METH_O, "XXH3 of a buffer, 64 bits, seed 0."},
     {"is_equal", equal, METH_VARARGS, "Whether two buffers hold the same bytes."},
     {nullptr, nullptr, 0, nullptr},
