@@ -597,6 +597,24 @@ def test_blobs(shape, dtype):
         back[...] = 0
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_large_blobs(threads):
+    """Their checksum is taken beside decoding, and damage is still called damage, wherever it is."""
+    rng = np.random.default_rng(0)
+    array = rng.standard_normal((1000, 1500), np.float32)
+    reference = array + rng.standard_normal(array.shape, np.float32) / 1000
+    blob = tricomp.encode(array, reference, threads=threads)
+    assert len(blob) > 2 << 20
+    assert tricomp.decode(blob, reference, threads).tobytes() == array.tobytes()
+    with pytest.raises(WrongReference, match="this one has"):
+        tricomp.decode(blob, array, threads)
+    for at in [*rng.integers(10, 400, 40), *rng.integers(400, len(blob), 20), len(blob) - 1]:
+        damaged = bytearray(blob)
+        damaged[at] ^= 1 << rng.integers(8)
+        with pytest.raises(CorruptFile, match="it is cut or damaged"):
+            tricomp.decode(bytes(damaged), reference, threads)
+
+
 def test_wrong_references_of_blobs():
     array = np.arange(100.0).reshape(4, 25)
     blob = tricomp.encode(array, array)

@@ -6,6 +6,9 @@ must be told from damage, so the header holds the digest of the reference's word
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgpack
@@ -22,6 +25,7 @@ from tricomp.plan import Plan, Spec, check_spec
 
 Array = np.ndarray[Any, Any]
 _WHAT = "blob"
+_LARGE_BYTES = 2 << 20  # of a blob whose checksum is worth a thread
 _KINDS = {"dtype": int, "shape": list, "digest": int, "plan": dict}
 
 
@@ -87,7 +91,15 @@ def decode_into(
     if isinstance(blob, memoryview) and not blob.c_contiguous:
         raise InvalidArgument("decode: the bytes do not stand in a row in memory. Pass bytes(blob).")
     engine = codec.Engine(threads, backend)
-    header, data = _read(memoryview(blob).cast("B"), limits)
+    view = memoryview(blob).cast("B")
+    with _sound(view, engine):
+        return _decoded(view, octets, reference, limits, engine)
+
+
+def _decoded(
+    view: memoryview, octets: Array | None, reference: Array | None, limits: Limits, engine: codec.Engine
+) -> Array:
+    header, data = _read(view, limits)
     leaf = Leaf("array", by_number(header["dtype"]), tuple(header["shape"]))
     limits.check("max_decoded_bytes", leaf.n_bytes, _WHAT)
     plan = Plan.from_wire(header["plan"], "array")
@@ -141,16 +153,45 @@ def _require_parent(stored: Any, came: int) -> None:
         )
 
 
-def _read(blob: memoryview, limits: Limits) -> tuple[dict[str, Any], Bytes]:
-    """Header and frame of a blob, its checksum compared."""
+@contextmanager
+def _sound(blob: memoryview, engine: codec.Engine) -> Iterator[None]:
+    """Compare the checksum of a blob before it is decoded, or at the same time where there are threads for it.
+
+    Then what decoding raises of a damaged blob gives way to what is wrong with it. Raises CorruptFile,
+    UnsupportedVersion.
+    """
     if len(blob) < 20 or not 0x80 <= blob[0] <= 0x8F or blob[1:9] != START:
         raise CorruptFile(f"{_WHAT}: {len(blob)} bytes that are no blob of tricomp.encode, or a cut one.")
     if blob[9] != FORMAT:
         raise UnsupportedVersion(f"{_WHAT}: was written by format {blob[9]}; this tricomp reads {FORMAT}. Upgrade it.")
     body = blob[:-9]
-    stored, computed = int.from_bytes(blob[-8:], "big"), check_of(body)
+    if engine.n_threads == 1 or len(body) < _LARGE_BYTES:
+        _compare(blob, check_of(body))
+        yield
+        return
+    computed: list[int] = []
+    thread = threading.Thread(target=lambda: computed.append(check_of(body)), name="tricomp-check")
+    try:
+        thread.start()
+    except RuntimeError:  # the interpreter is at its end
+        thread.run()
+    try:
+        yield
+    finally:
+        if thread.ident is not None:
+            thread.join()
+        _compare(blob, computed[0])
+
+
+def _compare(blob: memoryview, computed: int) -> None:
+    stored = int.from_bytes(blob[-8:], "big")
     if blob[-9] != 0xCF or stored != computed:
         raise CorruptFile(f"{_WHAT}: checksum {stored:016x} stored, {computed:016x} computed: it is cut or damaged.")
+
+
+def _read(blob: memoryview, limits: Limits) -> tuple[dict[str, Any], Bytes]:
+    """Header and frame of a blob."""
+    body = blob[:-9]
     walker = msgpack.Unpacker(max_buffer_size=1 << 16, strict_map_key=False)
     walker.feed(body[: 1 << 16])
     try:

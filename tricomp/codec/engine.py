@@ -11,7 +11,7 @@ import operator
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -126,12 +126,12 @@ class Engine:
         if _chosen(self.backend) == "native":
             _ = self.coder
 
-    @property
+    @cached_property
     def n_threads(self) -> int:
         """Threads to work on."""
         return cores() if self.threads is None else self.threads
 
-    @property
+    @cached_property
     def coder(self) -> Backend:
         """The backend's functions."""
         return _backend(_chosen(self.backend))

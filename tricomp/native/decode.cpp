@@ -28,7 +28,8 @@ struct Frame {
     Model model;
     SideData side;
     const uint8_t* rows;  // of the directory
-    std::vector<Group> groups;
+    uint64_t first_chunk;  // of those that are asked for
+    std::vector<uint64_t> offsets;  // of their payloads in the payloads
     Fault fault;
 };
 
@@ -42,7 +43,6 @@ uint32_t field(const uint8_t* row, size_t number) {
 void open(const DecodeRequest& request, size_t number, Frame& frame) {
     Model& model = frame.model;
     Fault& fault = frame.fault;
-    std::vector<Group>& groups = frame.groups;
     if (!model_of(request.plan, model)) throw std::invalid_argument("a plan that contradicts itself");
     const uint64_t n_chunks = n_chunks_of(model);
     const size_t n_row_bytes = row_bytes(model);
@@ -64,14 +64,14 @@ void open(const DecodeRequest& request, size_t number, Frame& frame) {
     const uint8_t* rows = request.head.data + request.plan.side_bytes();
     const uint64_t first = request.start >> model.chunk_log2;
     const uint64_t stop = (request.stop + (uint64_t(1) << model.chunk_log2) - 1) >> model.chunk_log2;
+    frame.first_chunk = first;
+    frame.offsets.reserve(size_t(stop > first ? stop - first : 0));
     uint64_t at = head_bytes, end = head_bytes;
     bool is_inside = true;
     for (uint64_t chunk = 0; chunk < n_chunks; chunk++) {
         const uint64_t n_bytes = field(rows + chunk * n_row_bytes, 2);
         if (chunk >= first && chunk < stop) {
-            if (groups.empty() || groups.back().n_chunks == MAX_GROUP)
-                groups.push_back({number, chunk, 0, at - request.payloads_at});
-            groups.back().n_chunks++;
+            frame.offsets.push_back(at - request.payloads_at);
             is_inside &= at >= request.payloads_at && at - request.payloads_at <= request.payloads.n_bytes &&
                          n_bytes <= request.payloads.n_bytes - (at - request.payloads_at);
         }
@@ -89,6 +89,25 @@ void open(const DecodeRequest& request, size_t number, Frame& frame) {
     fault.stage = 0;
 }
 
+// All chunks, in groups. The last ones are smaller, so that no thread is left with much to do when the others are done.
+std::vector<Group> groups_of(const std::vector<std::unique_ptr<Frame>>& frames, size_t n_threads) {
+    size_t n_left = 0;
+    for (const auto& frame : frames) n_left += frame->offsets.size();
+    std::vector<Group> groups;
+    for (size_t number = 0; number < frames.size(); number++) {
+        const std::vector<uint64_t>& offsets = frames[number]->offsets;
+        for (size_t i = 0; i < offsets.size();) {
+            size_t n = MAX_GROUP;
+            while (n > 1 && n_threads > 1 && n_left <= n * n_threads) n /= 2;
+            n = std::min(n, offsets.size() - i);
+            groups.push_back({number, frames[number]->first_chunk + i, n, offsets[i]});
+            i += n;
+            n_left -= n;
+        }
+    }
+    return groups;
+}
+
 }  // namespace
 
 Fault decode(std::vector<DecodeRequest>& requests, size_t n_threads) {
@@ -97,11 +116,9 @@ Fault decode(std::vector<DecodeRequest>& requests, size_t n_threads) {
     share(requests.size(), n_threads, [&] {
         return [&](size_t number) { open(requests[number], number, *frames[number]); };
     });
-    std::vector<Group> groups;
-    for (const auto& frame : frames) {
+    for (const auto& frame : frames)
         if (frame->fault.stage) return frame->fault;
-        groups.insert(groups.end(), frame->groups.begin(), frame->groups.end());
-    }
+    const std::vector<Group> groups = groups_of(frames, n_threads);
     std::vector<Fault> faults(groups.size());
     std::vector<uint64_t> sums(groups.size()), reference_sums(groups.size());
     share(groups.size(), n_threads, [&] {
