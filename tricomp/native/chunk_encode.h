@@ -87,6 +87,7 @@ void encode_chunk_of(const Model& model, const EncodeChunk& chunk, EncodeScratch
         Tile<Word>& tile = *reinterpret_cast<Tile<Word>*>(scratch.tile);
         const bool is_symbolic = model.entropy != NO_ENTROPY;
         uint16_t* patches = scratch.patches + MAX_CHUNK;  // grows downwards, as tiles come
+        Word* patch_words = reinterpret_cast<Word*>(scratch.patch_words) + MAX_CHUNK;  // so do these
         size_t n_patches = 0;
         uint8_t* rans_end = scratch.rans + sizeof scratch.rans;
         uint8_t* stack_end = scratch.stack + sizeof scratch.stack;
@@ -112,7 +113,11 @@ void encode_chunk_of(const Model& model, const EncodeChunk& chunk, EncodeScratch
             next.fetch(SHARE);
             patches -= tile.n_patches;
             n_patches += tile.n_patches;
-            for (size_t i = 0; i < tile.n_patches; i++) patches[i] = uint16_t(start + tile.patches[i]);
+            patch_words -= tile.n_patches;
+            for (size_t i = 0; i < tile.n_patches; i++) {
+                patches[i] = uint16_t(start + tile.patches[i]);
+                patch_words[i] = words[patches[i]];
+            }
             if (model.entropy == RANS) {
                 rans_encode(model.symbols, symbols, tile.rows, n_tile_rows);
             } else if (model.entropy == INDEX) {
@@ -152,8 +157,6 @@ void encode_chunk_of(const Model& model, const EncodeChunk& chunk, EncodeScratch
             put_stream(payload, scratch.heads, LANES * SIZE, stack.words, n_word_bytes);
             row.fields[5] = uint32_t(n_word_bytes / SIZE);
         }
-        Word* patch_words = reinterpret_cast<Word*>(scratch.patch_words);
-        for (size_t i = 0; i < n_patches; i++) patch_words[i] = words[patches[i]];
         put(payload, patches, 2 * n_patches);
         put(payload, patch_words, sizeof(Word) * n_patches);
         row.fields[3] = uint32_t(n_patches);

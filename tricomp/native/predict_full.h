@@ -34,7 +34,8 @@ void split_full_words(const Model& model, const Word* words, size_t n, Tile<Word
     const Vec body = all<Lane>(Word(~TOP_BIT<Word>)), low = all<Lane>(Lane((Lane(1) << n_low) - 1));
     const Vec sign = all<Lane>(Lane(Lane(HAS_SIGN) << n_low)), width = all<Lane>(Lane(n_low + HAS_SIGN));
     const Vec most = all<Lane>(Lane((1u << 14) >> k));
-    const bool is_stack = model.remainder == STACK;
+    const bool is_stack = model.remainder == STACK, has_places = splits_to_places(model);
+    const Vec first = all<Lane>(Lane(has_places ? model.dictionary[0] : 0)), n_run = all<Lane>(Lane(model.n_dictionary));
     const uint8_t* contexts = HAS_LEVELS && model.n_contexts > 1 ? tile.contexts : nullptr;
     for (size_t i = 0; i < n; i += BLOCK) {
         Vec symbols[Vec::A_BLOCK], remainders[Vec::A_BLOCK];
@@ -57,11 +58,23 @@ void split_full_words(const Model& model, const Word* words, size_t n, Tile<Word
             const Mask<Lane> is_some = has_common(word, word), fits = is_less(place, n_places) & is_some;
             symbols[j] = keep(fits, place + one);
             remainders[j] = choose_bits(low, word, (word >> (BITS<Word> - 1 - n_low)) & sign);
-            bits |= (bits_of(is_some) ^ bits_of(fits)) << (j * Vec::N % BLOCK);
+            Mask<Lane> is_misfit = is_some ^ fits;
+            if (has_places) {
+                const Vec index = symbols[j] - first;
+                const Mask<Lane> is_inside = is_less(index, n_run) & ~is_misfit;
+                symbols[j] = keep(is_inside, index);
+                remainders[j] = keep(is_inside, remainders[j]);
+                is_misfit = ~is_inside;
+            }
+            bits |= bits_of(is_misfit) << (j * Vec::N % BLOCK);
         }
         std::memcpy(reinterpret_cast<uint8_t*>(misfits.bits) + i / 8, &bits, sizeof bits);
-        store_rows(symbols, contexts ? contexts + i : nullptr, model.n_symbols, tile.rows + i);
         store_words(remainders, tile.remainders + i);
+        if (has_places) {
+            store_block(symbols, tile.symbols + i);
+            continue;
+        }
+        store_rows(symbols, contexts ? contexts + i : nullptr, model.n_symbols, tile.rows + i);
         if (is_stack) {
             Vec lengths[Vec::A_BLOCK];
             for (size_t j = 0; j < Vec::A_BLOCK; j++) lengths[j] = keep(has_common(symbols[j], symbols[j]), width);

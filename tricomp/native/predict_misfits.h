@@ -24,6 +24,12 @@ INLINE const Word* stage(const Word* words, size_t n, Word* staged) {
     return staged;
 }
 
+// Whether split_full writes places in the dictionary at once, with 0 for words that do not fit: these are only patches
+// then, and nothing is mended.
+INLINE bool splits_to_places(const Model& model) {
+    return model.predict == FULL && model.is_run && model.remainder != STACK;
+}
+
 // One bit a word of a tile, position order.
 struct Misfits {
     uint64_t bits[TILE / 64];
@@ -137,6 +143,21 @@ INLINE size_t append_positions(uint32_t bits, size_t first, uint16_t* positions)
     return n_bits;
 }
 
+// The same of 64 bits, in a tile: in AVX-512, where most of them are clear, in the time of 32.
+INLINE size_t append_tile_positions(uint64_t bits, size_t first, uint16_t* positions) {
+#if TRICOMP_HAS_AVX512
+    const size_t n_bits = size_t(__builtin_popcountll(bits));
+    if (n_bits <= 32) {
+        const __m512i found = _mm512_maskz_compress_epi8(bits, counting_bytes());
+        const __m512i places = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(found));
+        _mm512_storeu_si512(positions, _mm512_add_epi16(places, _mm512_set1_epi16(short(first))));
+        return n_bits;
+    }
+#endif
+    const size_t n_low = append_positions(uint32_t(bits), first, positions);
+    return n_low + append_positions(uint32_t(bits >> 32), first + 32, positions + n_low);
+}
+
 // What stands in the place of a patch, by context.
 struct StandIns {
     alignas(64) uint16_t rows[32], lengths[32];
@@ -214,7 +235,8 @@ INLINE void add_outside(const Model& model, const uint16_t* rows, size_t n, Misf
 template <class Word>
 void mend_misfits(const Model& model, size_t n, Tile<Word>& tile, Misfits& misfits) {
     const size_t n_padded = whole_rows(n), n_bits = (n + 63) / 64;
-    if (model.has_missing) {
+    const bool has_places = splits_to_places(model);
+    if (model.has_missing && !has_places) {
         if (model.is_run) add_outside(model, tile.rows, n_padded, misfits);
         else add_missing(model, tile.rows, n_padded, misfits);
     }
@@ -222,7 +244,13 @@ void mend_misfits(const Model& model, size_t n, Tile<Word>& tile, Misfits& misfi
     uint64_t any = 0;
     for (size_t i = 0; i < n_bits; i++) any |= misfits.bits[i];
     tile.n_patches = 0;
-    if (any) {
+    if (any && has_places) {
+        // There are at least 32 fewer positions so far than there is room for.
+        for (size_t i = 0; i < n_bits; i++) {
+            if (!misfits.bits[i]) continue;
+            tile.n_patches += append_tile_positions(misfits.bits[i], 64 * i, tile.patches + tile.n_patches);
+        }
+    } else if (any) {
         const StandIns stand_ins(model);
         const uint8_t* contexts = model.n_contexts > 1 ? tile.contexts : nullptr;
         for (size_t i = 0; i < n_bits; i++)
@@ -230,7 +258,7 @@ void mend_misfits(const Model& model, size_t n, Tile<Word>& tile, Misfits& misfi
     }
     if (model.entropy == INDEX) {
         const uint8_t first = model.is_run ? model.dictionary[0] : 0;
-        for (size_t i = 0; i < n_padded; i++) tile.symbols[i] = uint8_t(tile.rows[i] - first);
+        for (size_t i = 0; i < n_padded && !has_places; i++) tile.symbols[i] = uint8_t(tile.rows[i] - first);
         if (!model.is_run) look_up_whole(model.places, model.n_symbols, tile.symbols, n_padded, tile.symbols);
         std::memset(tile.symbols + n, 0, n_padded - n);
     }

@@ -83,6 +83,8 @@ struct Mask {
     MaskOf<Lane> raw;
 
     friend INLINE Mask operator&(Mask a, Mask b) { return {MaskOf<Lane>(a.raw & b.raw)}; }
+    friend INLINE Mask operator^(Mask a, Mask b) { return {MaskOf<Lane>(a.raw ^ b.raw)}; }
+    friend INLINE Mask operator~(Mask a) { return {MaskOf<Lane>(~a.raw)}; }
 };
 
 #if TRICOMP_HAS_AVX512
@@ -99,6 +101,12 @@ INLINE Vector<Lane> vector_of(__m512i a) {
 INLINE __m512i counting() {  // 0 to 31
     return _mm512_cvtepu8_epi16(_mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19,
                                                  20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31));
+}
+
+INLINE __m512i counting_bytes() {  // 0 to 63
+    const __m512i low = _mm512_castsi256_si512(_mm512_cvtepi16_epi8(counting()));
+    return _mm512_or_si512(_mm512_shuffle_i64x2(low, low, 0x44), _mm512_setr_epi64(0, 0, 0, 0, 0x2020202020202020,
+                           0x2020202020202020, 0x2020202020202020, 0x2020202020202020));
 }
 
 template <class Lane>
