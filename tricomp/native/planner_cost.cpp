@@ -134,6 +134,22 @@ Runs lattice_columns(uint64_t n_columns, size_t n_runs, std::vector<uint64_t>& s
     return runs;
 }
 
+Runs block_columns(uint64_t n_columns, size_t n_blocks, size_t length, std::vector<uint64_t>& starts) {
+    starts.clear();
+    Runs runs;
+    if (n_columns <= n_blocks * length) {
+        starts.push_back(0);
+        runs.length = size_t(n_columns);
+    } else {
+        const uint64_t n_all = n_columns / length;
+        for (size_t i = 0; i < n_blocks; i++) starts.push_back((i * n_all + n_all / 2) / n_blocks * length);
+        runs.length = length;
+    }
+    runs.starts = starts.data();
+    runs.n_runs = starts.size();
+    return runs;
+}
+
 Runs columns_below(const Runs& all, uint64_t n, std::vector<uint64_t>& starts) {
     starts.clear();
     for (size_t run = 0; run < all.n_runs; run++)

@@ -21,6 +21,7 @@ constexpr size_t PROBE_ROWS = 64, PROBE_COLUMNS = 16;  // of the sample on which
 constexpr double DECAY_BITS = 0.03;  // what a factor must save where numbers have signs
 constexpr float RATIO_LOW = 0.26f, RATIO_HIGH = 3.9f;
 constexpr uint64_t FIT_COLUMNS = 64, FIT_ROWS = 512, FIT_WORDS = 1 << 16;
+constexpr size_t FIT_BLOCK = 8;  // columns that a row's factor is measured on stand in blocks of so many
 constexpr int64_t FACTOR_ONE = 1 << FACTOR_BITS;
 
 struct Factors {
@@ -434,7 +435,7 @@ Split try_split(Frame& frame, Probe& probe, uint64_t common, uint64_t n_columns,
     const size_t n_rows = factors.rows.size() - has_tail;
     std::vector<uint64_t> starts, tail_starts;
     const uint64_t n_some = std::min(std::max<uint64_t>(FIT_WORDS / n_whole, 16), FIT_COLUMNS);
-    const Runs runs = lattice_columns(n_columns, size_t(n_some / RUN), starts);
+    const Runs runs = block_columns(n_columns, size_t(n_some / FIT_BLOCK), FIT_BLOCK, starts);
     frame.stats.row_medians(kind, words, reference, n_columns, is_probed ? some.rows.data() : nullptr, n_rows, runs, unit,
                             factors.rows.data());
     if (has_tail)

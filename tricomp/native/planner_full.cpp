@@ -11,14 +11,17 @@ namespace {
 
 constexpr size_t LATTICE_RUNS = 16;  // runs a row of the lattice that tells whether a split is worth it
 constexpr size_t LATTICE_WORDS = MOST_LATTICE_WORDS;
-constexpr size_t FIT_RUNS = 32;  // runs that a row's scale is measured on
-static_assert(LATTICE_RUNS * RUN <= MOST_LATTICE_COLUMNS && FIT_RUNS * RUN <= ROW, "rows of lattices have room");
+constexpr size_t FIT_RUNS = 32;  // runs that a row's scale is measured on,
+constexpr size_t FIT_BLOCKS = 8, FIT_BLOCK = 16;  // or blocks of columns where runs would stand in a line of memory each
+static_assert(LATTICE_RUNS * RUN <= MOST_LATTICE_COLUMNS && FIT_RUNS * RUN <= ROW && FIT_BLOCKS * FIT_BLOCK <= ROW,
+              "rows of lattices have room");
 constexpr uint64_t FIT_ROWS = 256;  // most rows that a column's is measured on
 constexpr size_t PLANE_ROWS = 32;  // of the sample, to twice as many, on which byte planes are weighed
 constexpr double PLANE_BITS = 0.03;  // what coding a byte plane must save
 constexpr uint64_t SCALE_BITS = 5;  // of one scale of a vector, roughly
 constexpr double NEAR_GAIN = 0.1;  // splits that promise nearly as much as the best are all measured
 constexpr double HOPELESS_BITS = 4.0;  // what no scales have been seen to save
+constexpr int32_t HINT_OCTAVES = 4;  // about those that the thin sample has, where the rest of the sample may have words
 constexpr uint32_t PHASES[3] = {1, 4, 8};
 
 struct Scales {
@@ -35,6 +38,12 @@ struct Grid {
     uint32_t zeros[8] = {};
     int32_t low = 0;
     uint64_t n_outside = 0;
+};
+
+// Octaves, less those of the levels, that words may be looked for in.
+struct Octaves {
+    int32_t first = 0;
+    size_t n = 0;  // 0: nobody knows
 };
 
 void set_octaves(Grid& grid, const uint32_t* octaves, size_t n, int32_t first_octave, uint32_t k) {
@@ -60,7 +69,8 @@ std::vector<uint32_t> count_octaves(const Frame& frame, const SampleRows& rows, 
     return counts;
 }
 
-Grid count_highs(Frame& frame, const SampleRows& rows, const Scales* scales, uint32_t k) {
+// hint: if all words lie there, they are passed once.
+Grid count_highs(Frame& frame, const SampleRows& rows, const Scales* scales, uint32_t k, const Octaves& hint = {}) {
     const Kind& kind = frame.request.kind;
     const void* words = frame.request.words;
     std::vector<uint32_t>& counts = frame.scratch.counts;
@@ -86,6 +96,30 @@ Grid count_highs(Frame& frame, const SampleRows& rows, const Scales* scales, uin
     }
     grid.n_phases = 8;
     const Levels levels = scales->levels();
+    uint32_t* const lanes = frame.scratch.lanes.data();
+    const auto count = [&](int32_t first_octave, size_t n_octaves) {
+        grid.low = first_octave * (1 << k);
+        grid.n_values = n_octaves << k;
+        frame.stats.count_scaled_highs(kind, k, words, rows, levels, grid.low, uint32_t(grid.n_values), counts.data(), lanes);
+        std::copy_n(counts.begin() + long(8 * grid.n_values), 8, grid.zeros);
+        grid.n_outside = counts[8 * grid.n_values + 8];
+        return grid.n_outside == 0;
+    };
+    if (hint.n && count(hint.first, hint.n)) {
+        const size_t n_each = size_t(8) << k;
+        const auto is_in_use = [](uint32_t found) { return found != 0; };
+        const auto begin = counts.begin(), end = begin + long(8 * grid.n_values), used = std::find_if(begin, end, is_in_use);
+        if (used != end) {
+            size_t first = size_t(used - begin) / n_each, last = hint.n;
+            while (std::none_of(begin + long((last - 1) * n_each), begin + long(last * n_each), is_in_use)) last--;
+            if (last - first <= MAX_SYMBOLS - 1) {
+                grid.low = (hint.first + int32_t(first)) * (1 << k);
+                grid.n_values = (last - first) << k;
+                grid.counts.assign(begin + long(first * n_each), begin + long(last * n_each));
+                return grid;
+            }
+        }
+    }
     int32_t range[2];
     frame.stats.range_of_highs(kind, k, words, rows, levels, range);
     const bool is_empty = range[0] > range[1];
@@ -94,15 +128,11 @@ Grid count_highs(Frame& frame, const SampleRows& rows, const Scales* scales, uin
     if (n_octaves > MAX_SYMBOLS - 1) {  // seldom: which octaves are the densest must be counted first
         const std::vector<uint32_t> octaves = count_octaves(frame, rows, levels, first_octave, n_octaves);
         set_octaves(grid, octaves.data(), n_octaves, first_octave, k);
+        count(grid.low >> k, grid.n_values >> k);
     } else {
-        grid.low = first_octave * (1 << k);
-        grid.n_values = n_octaves << k;
+        count(first_octave, n_octaves);
     }
-    frame.stats.count_scaled_highs(kind, k, words, rows, levels, grid.low, uint32_t(grid.n_values), counts.data(),
-                                   frame.scratch.lanes.data());
     grid.counts.assign(counts.begin(), counts.begin() + long(8 * grid.n_values));
-    std::copy_n(counts.begin() + long(8 * grid.n_values), 8, grid.zeros);
-    grid.n_outside = counts[8 * grid.n_values + 8];
     return grid;
 }
 
@@ -149,12 +179,14 @@ void window(const Grid& grid, size_t n_contexts, Table& table) {
 struct Fit {
     double bits = 0.0;
     uint32_t k = 0, n_contexts = 1;
+    Octaves octaves;  // of the thin sample, and some about them
 };
 
 Fit best_full(Frame& frame, const Scales* scales, double side_bits) {
     const uint32_t k_most = std::min(MAX_MANTISSA_BITS, frame.request.kind.mantissa_bits);
     const bool has_phases = scales && frame.is_dense();
     Grid grid = count_highs(frame, frame.thin, scales, k_most);
+    const Octaves octaves{(grid.low >> k_most) - HINT_OCTAVES, (grid.n_values >> k_most) + 2 * HINT_OCTAVES};
     Table table;
     double bits[MAX_MANTISSA_BITS + 1][3];
     for (uint32_t k = k_most + 1; k-- > 0;) {
@@ -165,10 +197,10 @@ Fit best_full(Frame& frame, const Scales* scales, double side_bits) {
                                      grid.n_outside + table.n_missed, side_bits) - double(k);
         }
     }
-    Fit best{bits[0][0], 0, 1};
+    Fit best{bits[0][0], 0, 1, octaves};
     for (uint32_t k = 0; k <= k_most; k++)
         for (size_t i = 0; i < (has_phases ? 3 : 1); i++)
-            if (bits[k][i] < best.bits) best = {bits[k][i], k, PHASES[i]};
+            if (bits[k][i] < best.bits) best = {bits[k][i], k, PHASES[i], octaves};
     return best;
 }
 
@@ -200,7 +232,8 @@ Scales fit_scales(Frame& frame, uint64_t n_columns, bool has_column_scale) {
     const uint8_t* words = static_cast<const uint8_t*>(frame.request.words);
     const uint64_t n_whole = frame.n_words / n_columns, tail = frame.n_words % n_columns;
     std::vector<uint64_t> starts, tail_starts;
-    const Runs runs = lattice_columns(n_columns, FIT_RUNS, starts);
+    const Runs runs = n_columns > FIT_RUNS * FIT_BLOCK ? block_columns(n_columns, FIT_BLOCKS, FIT_BLOCK, starts)
+                                                       : lattice_columns(n_columns, FIT_RUNS, starts);
     Scales scales;
     scales.n_columns = n_columns;
     scales.rows.resize(n_whole + (tail ? 1 : 0));
@@ -294,7 +327,7 @@ void finish_full(Frame& frame, const Fit& fit, const Scales& scales, const Packi
                  PlanResult& plan) {
     const bool is_scaled = scales.n_columns > 0;
     const SampleRows counted = frame.counted(fit.n_contexts);
-    const Grid grid = count_highs(frame, counted, is_scaled ? &scales : nullptr, fit.k);
+    const Grid grid = count_highs(frame, counted, is_scaled ? &scales : nullptr, fit.k, fit.octaves);
     Table table;
     window(grid, fit.n_contexts, table);
     plan.predict = FULL;

@@ -19,7 +19,7 @@ constexpr size_t LEAST_SAMPLE_ROWS = 512;  // a frame of no more rows is its own
 constexpr size_t THIN_ROWS = 128;  // the search looks at 128 to 255 rows of the sample
 constexpr uint64_t LONG_COLUMNS = 4096;  // rows so long may be cut into blocks
 constexpr uint64_t BLOCK_COLUMNS = 256;  // the split of frames without two dimensions: a scale for every 256 words
-constexpr size_t RUN = 4;  // columns of a lattice stand in runs of so many
+constexpr size_t RUN = 4;  // columns of a lattice that is only probed stand in runs of so many
 constexpr uint64_t STATE_BITS = 1024 + 192;  // of one stream, with its part of the directory
 constexpr uint32_t PROB_BITS = 11;
 constexpr double LEARNING = 0.72;  // bits that a frequency costs in the words it was not counted on: 1 / (2 ln 2)
@@ -83,6 +83,8 @@ uint32_t bit_length(uint64_t);
 std::vector<std::pair<uint64_t, bool>> splits(const PlanRequest&);  // columns, whether columns get a scale
 // Columns of a lattice: all, or runs at even distances. starts holds what Runs points to.
 Runs lattice_columns(uint64_t n_columns, size_t n_runs, std::vector<uint64_t>& starts);
+// All, or `length` columns at a time from multiples of it, so that few lines of memory hold them.
+Runs block_columns(uint64_t n_columns, size_t n_blocks, size_t length, std::vector<uint64_t>& starts);
 // Of the columns below n alone, each for itself.
 Runs columns_below(const Runs&, uint64_t n, std::vector<uint64_t>& starts);
 

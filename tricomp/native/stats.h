@@ -276,11 +276,35 @@ INLINE int16_t rounded_mean(int32_t sum, int32_t count, int16_t unknown) {
     return int16_t(quotient - (above % below < 0));
 }
 
+template <size_t N>
+struct Number {
+    static constexpr size_t value = N;
+};
+
+// Asks for the words of a lattice's row.
+template <class Word>
+INLINE void prefetch_lattice(const Word* words, const Runs& runs) {
+    constexpr size_t LINE = 64 / sizeof(Word);
+    if (runs.n_runs == 1) {
+        for (size_t i = 0; i < runs.length; i += LINE) __builtin_prefetch(words + i);
+    } else {
+        for (size_t run = 0; run < runs.n_runs; run++) __builtin_prefetch(words + runs.starts[run]);
+    }
+}
+
 // The words of a lattice's row, one after the other.
 template <class Word>
 INLINE void gather_row(const Word* words, const Runs& runs, Word* out) {
+    const auto copy = [&](auto length) {
+        constexpr size_t N = decltype(length)::value;
+        for (size_t run = 0; run < runs.n_runs; run++) std::memcpy(out + N * run, words + runs.starts[run], N * sizeof(Word));
+    };
     if (runs.length == 4) {
-        for (size_t run = 0; run < runs.n_runs; run++) std::memcpy(out + 4 * run, words + runs.starts[run], 4 * sizeof(Word));
+        copy(Number<4>());
+    } else if (runs.length == 8) {
+        copy(Number<8>());
+    } else if (runs.length == 16) {
+        copy(Number<16>());
     } else {
         for (size_t run = 0; run < runs.n_runs; run++)
             for (size_t i = 0; i < runs.length; i++) *out++ = words[runs.starts[run] + i];
@@ -352,7 +376,9 @@ void row_means(const Kind& kind, const void* words, uint64_t n_columns, uint64_t
     const Octaves<Word> octave(kind);
     const Word* row_words = words_of<Word>(words);
     const size_t n = runs.n_columns();
+    constexpr uint64_t AHEAD = 4;
     for (uint64_t row = 0; row < n_rows; row++, row_words += n_columns) {
+        if (runs.length > 4 && row + AHEAD < n_rows) prefetch_lattice(row_words + AHEAD * n_columns, runs);
         Word some[ROW];
         gather_row(row_words, runs, some);
         int32_t sum = 0, count = 0;
@@ -700,7 +726,7 @@ template <class Word>
 void row_medians(const Kind& kind, const void* words, const void* reference, uint64_t n_columns, const uint64_t* rows,
                  uint64_t n_rows, const Runs& runs, float unit, uint16_t* medians) {
     constexpr size_t MOST = 64;  // columns of the lattice
-    constexpr uint64_t AHEAD = 8;  // rows
+    constexpr uint64_t AHEAD = 16;  // rows
     const Ratio<Word> ratio(kind);
     alignas(64) uint16_t values[MOST][MEDIAN_LANES], found[MEDIAN_LANES];
     const size_t n = runs.n_columns();
@@ -714,10 +740,8 @@ void row_medians(const Kind& kind, const void* words, const void* reference, uin
             const uint64_t at = start(first + lane);
             if (first + lane + AHEAD < n_rows) {
                 const uint64_t next = start(first + lane + AHEAD);
-                for (size_t run = 0; run < runs.n_runs; run++) {
-                    __builtin_prefetch(words_of<Word>(words) + next + runs.starts[run]);
-                    __builtin_prefetch(words_of<Word>(reference) + next + runs.starts[run]);
-                }
+                prefetch_lattice(words_of<Word>(words) + next, runs);
+                prefetch_lattice(words_of<Word>(reference) + next, runs);
             }
             gather_row(words_of<Word>(words) + at, runs, some);
             gather_row(words_of<Word>(reference) + at, runs, old);
@@ -733,6 +757,7 @@ template <class Word>
 void column_medians(const Kind& kind, const void* words, const void* reference, uint64_t n_columns, uint64_t n_rows,
                     uint64_t step, const uint64_t* columns, uint64_t n_medians, const float* units, uint16_t* medians) {
     constexpr size_t MOST = 512;  // rows
+    constexpr size_t AHEAD = 8, LINE = 8;  // rows; columns that most likely share a line of memory
     const Ratio<Word> ratio(kind);
     Word some[MEDIAN_LANES] = {}, old[MEDIAN_LANES] = {};
     alignas(64) uint16_t values[MOST][MEDIAN_LANES], found[MEDIAN_LANES];
@@ -749,6 +774,14 @@ void column_medians(const Kind& kind, const void* words, const void* reference, 
             } else if (n_here < MEDIAN_LANES) {
                 std::memcpy(some, part + first, n_here * sizeof(Word));
                 std::memcpy(old, old_part + first, n_here * sizeof(Word));
+            }
+            if (row + AHEAD * step < n_rows) {
+                const uint64_t next = AHEAD * step * n_columns;
+                for (size_t lane = 0; lane < n_here; lane += LINE) {
+                    const uint64_t column = columns ? columns[first + lane] : first + lane;
+                    __builtin_prefetch(part + next + column);
+                    __builtin_prefetch(old_part + next + column);
+                }
             }
             const bool is_copied = columns || n_here < MEDIAN_LANES;
             const Word *new_words = is_copied ? some : part + first, *old_words = is_copied ? old : old_part + first;

@@ -27,7 +27,7 @@ LEAST_SAMPLE_ROWS = 512  # a frame of no more rows is its own sample; beyond, an
 THIN_ROWS = 128  # the search looks at 128 to 255 rows of the sample
 LONG_COLUMNS = 4096  # rows so long may be cut into blocks
 BLOCK_COLUMNS = 256  # the split of frames without two dimensions: a scale for every 256 words
-RUN = 4  # columns of a lattice stand in runs of so many
+RUN = 4  # columns of a lattice that is only probed stand in runs of so many
 BLOCK_WORDS = 1 << 22  # of a leaf that are measured at a time
 STATE_BITS = 1024 + 192  # of one stream, with its part of the directory
 PROB_BITS = 11
@@ -159,6 +159,15 @@ def lattice_columns(n_columns: int, nruns: int) -> Array:
         return np.arange(n_columns)
     starts = np.arange(nruns) * (n_columns - RUN) // (nruns - 1)
     return (starts[:, None] + np.arange(RUN)).reshape(-1)
+
+
+def block_columns(n_columns: int, n_blocks: int, length: int) -> Array:
+    """All columns, or `length` at a time from multiples of it, so that few lines of memory hold them."""
+    if n_columns <= n_blocks * length:
+        return np.arange(n_columns)
+    n_all = n_columns // length
+    starts = (np.arange(n_blocks) * n_all + n_all // 2) // n_blocks * length
+    return (starts[:, None] + np.arange(length)).reshape(-1)
 
 
 def entropy_bits(counts: Array) -> float:

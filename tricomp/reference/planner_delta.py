@@ -18,15 +18,14 @@ from tricomp.job import Scales, Side
 from tricomp.plan import MAX_SYMBOLS, MAX_TABLE_ENTRIES, Plan, Spec
 from tricomp.reference.bits import bit_length, exponent, magnitude, trailing_zeros
 from tricomp.reference.estimate import (
-    RUN,
     SIMPLER_BITS,
     STATE_BITS,
     Choice,
     Sample,
+    block_columns,
     densest,
     entropy_bits,
     in_blocks,
-    lattice_columns,
     splits,
     symbol_cost,
     vector_bits,
@@ -46,6 +45,7 @@ PROBE_ROWS, PROBE_COLUMNS = 64, 16
 DECAY_BITS = 0.03  # what a factor must save where numbers have signs
 RATIO_LOW, RATIO_HIGH = 0.26, 3.9
 FIT_COLUMNS, FIT_ROWS, FIT_WORDS = 64, 512, 1 << 16
+FIT_BLOCK = 8  # columns that a row's factor is measured on stand in blocks of so many
 
 
 @dataclass(frozen=True)
@@ -319,7 +319,7 @@ def fit_factors(
         rounded = _ratios(new, ref, dtype) * unit + np.float32(0.5)
         return np.minimum(rounded, np.float32(65535)).astype(np.uint16)
 
-    lattice = lattice_columns(n_columns, min(max(FIT_WORDS // n_whole, 16), FIT_COLUMNS) // RUN)
+    lattice = block_columns(n_columns, min(max(FIT_WORDS // n_whole, 16), FIT_COLUMNS) // FIT_BLOCK, FIT_BLOCK)
     has_tail = n_whole * n_columns < len(words) if some is None else bool(some[0][-1] == n_whole)
     chosen = np.arange(n_whole) if some is None else some[0][: len(some[0]) - has_tail]
 
