@@ -74,11 +74,14 @@ void split_delta_words(const Model& model, const Word* words, size_t n, Tile<Wor
     typedef Vector<Lane> Vec;
     constexpr uint32_t LANE_BITS = BITS<Lane>;
     const OrderOf<Word, Lane> order(model.kind);
+    // Codes come by a way that adds something to all but 0: see cut_floats, and below.
+    constexpr bool IS_CUT = TRICOMP_HAS_AVX2 && sizeof(Lane) == 2;
     const uint32_t k = model.k, down = LANE_BITS - 1 - k;
     const Vec one = all<Lane>(1), ones = all<Lane>(Lane(~Lane(0))), most_low = all<Lane>(Lane(LANE_BITS - 1 - k));
+    [[maybe_unused]] const Vec least_cut = all<Lane>(Lane(127 + k));
     // One less than the symbol is the place, so that one comparison checks both ends; that of 0 is far from any.
-    const Lane most = Lane(Lane(LANE_BITS - 1) << k), before_first = Lane(Lane(model.base) + 1);
-    const Vec before = all<Lane>(Lane(before_first - (HAS_SIGN ? most : 2 * most)));
+    const Lane added = IS_CUT ? Lane(Lane(126) << k) : Lane(-(Lane(LANE_BITS - 1) << k));
+    const Vec before = all<Lane>(Lane(Lane(model.base) + 1 + (HAS_SIGN ? added : 2 * added)));
     const Vec n_places = all<Lane>(Lane(model.n_symbols - 1));
     const uint8_t* contexts = model.n_contexts > 1 ? tile.contexts : nullptr;
     for (size_t i = 0; i < n; i += BLOCK) {
@@ -89,12 +92,24 @@ void split_delta_words(const Model& model, const Word* words, size_t n, Tile<Wor
             const Vec word = order.ordered(load_signed<Lane>(words + at));
             const Vec change = wrap<Word>(word - load_signed<Lane>(tile.predicted + at));
             const Mask<Lane> is_below = is_negative(change);
-            const Vec size = absolute(change), zeros = leading_zeros(size);
-            Vec code = (shift_up(size, zeros) >> down) - (zeros << k);  // less LANE_BITS << k, and 1 << k
+            const Vec size = absolute(change);
+            Vec code, n_low;
+#if TRICOMP_HAS_AVX2
+            if constexpr (IS_CUT) {
+                const Vec cut = cut_floats(size);
+                code = cut >> (7 - k);
+                n_low = excess(cut >> 7, least_cut);
+            } else
+#endif
+            {
+                const Vec zeros = leading_zeros(size);
+                code = (shift_up(size, zeros) >> down) - (zeros << k);  // the leading one counts as 1 << k
+                n_low = excess(most_low, zeros);
+            }
             if (!HAS_SIGN) code = subtract_where(is_below, code + code, ones);
             const Vec place = code - before;
             const Mask<Lane> is_some = has_common(size, size), fits = is_less(place, n_places);
-            const Vec n_low = excess(most_low, zeros), above = ones_from(n_low);
+            const Vec above = ones_from(n_low);
             const Vec remainder = size & ~above;
             symbols[j] = keep(fits, place + one);
             remainders[j] = HAS_SIGN ? subtract_where(is_below, remainder, above) : remainder;  // adds 1 << n_low

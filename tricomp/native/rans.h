@@ -26,25 +26,27 @@ inline void rans_encode(const Tables& tables, RansEncoder& encoder, const uint16
 #endif
 }
 
-// Decodes n_rows rows of 128 positions of each of up to MAX_GROUP chunks. contexts: of every position, each below
+// Decodes n_rows rows of 128 positions of each of 1 to MAX_GROUP chunks. contexts: of every position, each below
 // n_contexts; null: one context. Whatever the words are, no more than 64 bytes past them are read.
 inline void rans_decode(const Tables& tables, RansDecoder* const* chunks, size_t n_chunks,
                         const uint8_t* const* contexts, uint8_t* const* symbols, size_t n_rows) {
 #if TRICOMP_HAS_AVX512
     if (!contexts && tables.fast && tables.fast->ranks.n_ranks && tables.fast->ranks.n_ranks <= 128) {
-        if (n_chunks & 4) decode_chunks_by_ranks<4>(tables, chunks, symbols, n_rows);
-        if (n_chunks & 2) decode_chunks_by_ranks<2>(tables, chunks, symbols, n_rows);
-        if (n_chunks & 1) decode_chunks_by_ranks<1>(tables, chunks + (n_chunks & 2), symbols + (n_chunks & 2), n_rows);
-        return;
+        switch (n_chunks) {
+            case 4: return decode_chunks_by_ranks<4>(tables, chunks, symbols, n_rows);
+            case 3: return decode_chunks_by_ranks<3>(tables, chunks, symbols, n_rows);
+            case 2: return decode_chunks_by_ranks<2>(tables, chunks, symbols, n_rows);
+            default: return decode_chunks_by_ranks<1>(tables, chunks, symbols, n_rows);
+        }
     }
 #endif
 #if TRICOMP_HAS_AVX2
-    const size_t rest = n_chunks & 2;
-    if (n_chunks & 4) decode_by_slots<4>(tables, chunks, contexts, symbols, n_rows);
-    if (n_chunks & 2) decode_by_slots<2>(tables, chunks, contexts, symbols, n_rows);
-    if (n_chunks & 1)
-        decode_by_slots<1>(tables, chunks + rest, contexts ? contexts + rest : nullptr, symbols + rest, n_rows);
-    return;
+    switch (n_chunks) {
+        case 4: return decode_by_slots<4>(tables, chunks, contexts, symbols, n_rows);
+        case 3: return decode_by_slots<3>(tables, chunks, contexts, symbols, n_rows);
+        case 2: return decode_by_slots<2>(tables, chunks, contexts, symbols, n_rows);
+        default: return decode_by_slots<1>(tables, chunks, contexts, symbols, n_rows);
+    }
 #else
     for (size_t c = 0; c < n_chunks; ++c)
         decode_rows_plainly(tables, *chunks[c], contexts ? contexts[c] : nullptr, symbols[c], n_rows);

@@ -455,6 +455,24 @@ INLINE void store_block(const Vector<Lane>* a, Word* out) {
 
 #endif
 
+#if TRICOMP_HAS_AVX2
+// Numbers of 16 bits as floats cut off after 7 bits of mantissa: above these the bit length + 126; 0 for 0. The fastest
+// way to a bit length and the bits below the leading one, where no instruction counts zeros in lanes of 16 bits.
+INLINE Vector<uint16_t> cut_floats(Vector<uint16_t> a) {
+#if TRICOMP_HAS_AVX512
+    const __m512 low = _mm512_cvtepi32_ps(_mm512_and_si512(zmm(a), _mm512_set1_epi32(0xFFFF)));
+    const __m512 high = _mm512_cvtepi32_ps(_mm512_srli_epi32(zmm(a), 16));
+    const __m512i first = _mm512_srli_epi32(_mm512_castps_si512(low), 16);
+    return vector_of<uint16_t>(_mm512_mask_mov_epi16(first, 0xAAAAAAAA, _mm512_castps_si512(high)));
+#else
+    const __m256 low = _mm256_cvtepi32_ps(_mm256_and_si256(__m256i(a.raw), _mm256_set1_epi32(0xFFFF)));
+    const __m256 high = _mm256_cvtepi32_ps(_mm256_srli_epi32(__m256i(a.raw), 16));
+    const __m256i first = _mm256_srli_epi32(_mm256_castps_si256(low), 16);
+    return {Vector<uint16_t>::Raw(_mm256_blend_epi16(first, _mm256_castps_si256(high), 0xAA))};
+#endif
+}
+#endif
+
 // N words in lanes that may be wider: Word unsigned, or signed to fill up with the sign.
 template <class Lane, class Word>
 INLINE Vector<Lane> load(const Word* words) {
@@ -555,6 +573,14 @@ INLINE void store_words(Vector<Lane>* a, Word* out) {
 template <class Lane>
 INLINE void store_rows(const Vector<Lane>* symbols, const uint8_t* contexts, uint32_t n_symbols, uint16_t* out) {
     typedef Vector<uint16_t> Halves;
+    if constexpr (sizeof(Lane) == 2) {
+        for (size_t j = 0; j < Vector<Lane>::A_BLOCK; j++) {
+            Halves row = symbols[j];
+            if (contexts) row.raw += load<uint16_t>(contexts + j * Halves::N).raw * uint16_t(n_symbols);
+            store(row, out + j * Halves::N);
+        }
+        return;
+    }
     store_block(symbols, out);
     for (size_t j = 0; contexts && j < BLOCK; j += Halves::N) {
         Halves row = load<uint16_t>(out + j);
