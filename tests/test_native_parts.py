@@ -153,7 +153,7 @@ def fault_of(core, job, section):
     head = bytes(section) + bytes(-(-plan.n_chunks * 4 * (6 + len(plan.plane_widths)) // 16) * 16)
     numbers = _request(replace(job, plan=replace(plan, side_check=xxhash.xxh3_64_intdigest(head))))[0]
     nothing = np.zeros(0, job.words.dtype)
-    found = core.decode([(numbers, head, head, 0, len(head), nothing, nothing, 0, 0, False)], 1)
+    found = core.decode([(numbers, head, head, 0, len(head), nothing, nothing, 0, 0, False, False)], 1)
     if isinstance(found, list):
         return ""
     assert found[0] == 2, found

@@ -111,7 +111,7 @@ def _decoded(
     parent = _parent(stored, reference, leaf) if plan.reference == "parent" else None
     into = None if octets is None else [octets.view(leaf.dtype.word_dtype)]
     try:
-        frame = StoredFrame([leaf], plan, data, parent)
+        frame = StoredFrame([leaf], plan, data, parent, is_checked=True)
         (((words,), (computed,), came),) = codec.decode_many([frame], engine, into, wants_parents=True)
     except CorruptFrame:
         if parent is not None:

@@ -112,7 +112,8 @@ class DecodeJob:
     """One frame to decode, or the words [start, stop) of it. For `cast`: source is the reference's dtype.
 
     reference: uint[stop - start] as the plan asks. start: of a chunk; stop: of one, or the frame's end; None: the end.
-    name: what errors call the frame, a leaf's path. wants_reference_sum: see Summed.
+    name: what errors call the frame, a leaf's path. wants_reference_sum: see Summed. is_checked: whoever asks compares
+    a checksum of all of data, so those of its chunks are left alone.
     """
 
     plan: Plan
@@ -123,6 +124,7 @@ class DecodeJob:
     start: int = 0
     stop: int | None = None
     wants_reference_sum: bool = False
+    is_checked: bool = False
 
     @property
     def end(self) -> int:

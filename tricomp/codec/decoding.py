@@ -27,7 +27,7 @@ class StoredFrame(NamedTuple):
     """A frame as it stands in a file.
 
     parent: the reference words of the frame's leaves, one after the other, when plan.reference is "parent". sibling:
-    the leaf that plan.sibling numbers and its words, when it is "sibling".
+    the leaf that plan.sibling numbers and its words, when it is "sibling". is_checked: see DecodeJob.
     """
 
     leaves: Sequence[Leaf]
@@ -35,6 +35,7 @@ class StoredFrame(NamedTuple):
     data: Bytes | Cut
     parent: Words | None = None
     sibling: tuple[Leaf, Words] | None = None
+    is_checked: bool = False
 
 
 class Decoded(NamedTuple):
@@ -76,7 +77,7 @@ def decode_many(
     engine = engine or Engine()
     jobs = [_job(frame, range(frame.plan.n_words)) for frame in frames]
     if wants_parents:
-        jobs = [replace(job, wants_reference_sum=frame.parent is not None) for job, frame in zip(jobs, frames)]
+        jobs = [replace(job, wants_reference_sum=job.plan.reference == "parent") for job in jobs]
     found = engine.decode(jobs, into)
     parts: list[list[Words]] = []
     shared: list[Words] = []
@@ -134,7 +135,7 @@ def _job(frame: StoredFrame, part: range) -> DecodeJob:
             f" of {leaves[0].dtype.name if leaves else 'no dtype'}."
         )
     if plan.reference == "none":
-        return DecodeJob(plan, frame.data, name=name, start=part.start, stop=part.stop)
+        return DecodeJob(plan, frame.data, name=name, start=part.start, stop=part.stop, is_checked=frame.is_checked)
     words, source = (frame.parent, plan.dtype) if plan.reference == "parent" else (None, plan.dtype)
     if plan.reference == "sibling" and frame.sibling is not None:
         words, source = frame.sibling[1], frame.sibling[0].dtype
@@ -147,4 +148,4 @@ def _job(frame: StoredFrame, part: range) -> DecodeJob:
     pair = (source.name, plan.dtype.name)
     if (pair not in CAST_PAIRS) if plan.predict == "cast" else (source != plan.dtype):
         raise CorruptFrame(f"frame of {name!r}: its reference of {pair[0]} does not fit a leaf of {pair[1]}.")
-    return DecodeJob(plan, frame.data, words, source, name, part.start, part.stop)
+    return DecodeJob(plan, frame.data, words, source, name, part.start, part.stop, is_checked=frame.is_checked)

@@ -241,15 +241,50 @@ void decode_planes(const Model& model, Sections<Word>& parts, size_t row, size_t
     join_planes<Word>(model, planes, n_rows * ROW, tile.remainders);
 }
 
-// What the words of positions [start, start + n) of a chunk, and those of its reference if that is wanted, add to digests.
+// What n words, decoded to the chunk's place `start`, and those of its reference if that is wanted, add to digests.
 template <class Word>
-INLINE void take_sums(DecodeChunk& chunk, size_t start, size_t n) {
+INLINE void take_sums(DecodeChunk& chunk, const Word* words, size_t start, size_t n) {
     const uint64_t at = (chunk.first + start) * sizeof(Word);
-    const auto sum = [&](const void* words) {
-        return digest_sum(reinterpret_cast<const uint8_t*>(static_cast<const Word*>(words) + start), n * sizeof(Word), at);
+    const auto sum = [&](const void* these) {
+        return digest_sum(static_cast<const uint8_t*>(these), n * sizeof(Word), at);
     };
-    chunk.digest_sum += sum(chunk.words);
-    if (chunk.wants_reference_sum) chunk.reference_sum += sum(chunk.reference);
+    chunk.digest_sum += sum(words);
+    if (chunk.wants_reference_sum) chunk.reference_sum += sum(static_cast<const Word*>(chunk.reference) + start);
+}
+
+// Whether words can be written to memory without going through the cache, which would be read from memory first.
+INLINE bool is_streamable(const void* words, size_t n_bytes) {
+#if TRICOMP_HAS_AVX2
+    return reinterpret_cast<uintptr_t>(words) % 64 == 0 && n_bytes % 64 == 0;
+#else
+    (void)words, (void)n_bytes;
+    return false;
+#endif
+}
+
+INLINE void stream(void* to, const void* from, size_t n_bytes) {
+#if TRICOMP_HAS_AVX2
+    for (size_t i = 0; i < n_bytes; i += 64) {
+        uint8_t* at = static_cast<uint8_t*>(to) + i;
+        const uint8_t* source = static_cast<const uint8_t*>(from) + i;
+#if TRICOMP_HAS_AVX512
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(at), _mm512_load_si512(source));
+#else
+        for (size_t half = 0; half < 64; half += 32)
+            _mm256_stream_si256(reinterpret_cast<__m256i*>(at + half),
+                                _mm256_load_si256(reinterpret_cast<const __m256i*>(source + half)));
+#endif
+    }
+#else
+    std::memcpy(to, from, n_bytes);
+#endif
+}
+
+// What was streamed is seen by all who see what this thread does next.
+INLINE void end_streams() {
+#if TRICOMP_HAS_AVX2
+    _mm_sfence();
+#endif
 }
 
 // Chunks of one frame and of one length, none of them raw or faulty so far.
@@ -278,11 +313,14 @@ void decode_group(const Model& model, DecodeChunk* const* chunks, Sections<Word>
         if (model.entropy == RANS)
             rans_decode(model.symbols, decoders, n_chunks, model.n_contexts > 1 ? contexts : nullptr, symbols, n_rows);
         for (size_t c = 0; c < n_chunks; c++) {
-            Word* words = static_cast<Word*>(chunks[c]->words) + start;
+            Word* target = static_cast<Word*>(chunks[c]->words) + start;
+            const bool is_streamed = chunks[c]->is_large && is_streamable(target, n * sizeof(Word));
+            Word* words = is_streamed ? reinterpret_cast<Word*>(scratch.words) : target;
             if (n_words - start > TILE) {
                 const Word* reference = static_cast<const Word*>(chunks[c]->reference);
                 const size_t n_next = n_words - start - TILE < TILE ? n_words - start - TILE : TILE;
-                Ahead(is_symbolic && reference ? reference + start + TILE : nullptr, words + TILE, n_next * sizeof(Word))
+                Ahead(is_symbolic && reference ? reference + start + TILE : nullptr,
+                      is_streamed ? nullptr : words + TILE, n_next * sizeof(Word))
                     .fetch(n_next * sizeof(Word));
             }
             if (is_symbolic) {
@@ -315,9 +353,11 @@ void decode_group(const Model& model, DecodeChunk* const* chunks, Sections<Word>
                 base_words<Word>(model, chunks[c]->reference, start, n, words);
             }
             apply_patches<Word>(parts[c], start, n, words);
-            take_sums<Word>(*chunks[c], start, n);
+            take_sums<Word>(*chunks[c], words, start, n);
+            if (is_streamed) stream(target, words, n * sizeof(Word));
         }
     }
+    end_streams();
     for (size_t c = 0; c < n_chunks; c++) {
         ChunkFault fault = NO_FAULT;
         if (model.entropy == RANS && !is_rans_at_end(parts[c].symbols)) fault = SYMBOLS_UNFINISHED;
@@ -341,7 +381,7 @@ void decode_chunks_of(const Model& model, DecodeChunk* chunks, size_t n_chunks, 
     for (size_t c = 0; c < n_chunks; c++) {
         DecodeChunk& chunk = chunks[c];
         const uint64_t stored = load_u32(chunk.row) | uint64_t(load_u32(chunk.row + 4)) << 32;
-        const uint64_t computed = xxh3_64(chunk.payload, chunk.n_bytes);
+        const uint64_t computed = chunk.is_checked ? stored : xxh3_64(chunk.payload, chunk.n_bytes);
         chunk.fault = NO_FAULT;
         chunk.digest_sum = chunk.reference_sum = 0;
         if (stored != computed) {
@@ -361,7 +401,7 @@ void decode_chunks_of(const Model& model, DecodeChunk* chunks, size_t n_chunks, 
                 chunk.fault = RAW_WITH_FIELDS;
             } else {
                 std::memcpy(chunk.words, chunk.payload, n_bytes);
-                take_sums<Word>(chunk, 0, chunk.n_words);
+                take_sums<Word>(chunk, static_cast<const Word*>(chunk.words), 0, chunk.n_words);
             }
             continue;
         }

@@ -16,6 +16,8 @@ namespace tricomp {
 
 namespace {
 
+constexpr uint64_t LARGE_BYTES = 1 << 20;  // decoded words that are written past the cache
+
 // Some chunks of one frame, next to each other, that are decoded together.
 struct Group {
     size_t request;
@@ -150,6 +152,8 @@ Fault decode(std::vector<DecodeRequest>& requests, size_t n_threads) {
                                       ? nullptr
                                       : static_cast<const uint8_t*>(request.reference) + offset * source_bytes;
                 chunk.wants_reference_sum = request.wants_reference_sum;
+                chunk.is_checked = request.is_checked;
+                chunk.is_large = (request.stop - request.start) * word_bytes >= LARGE_BYTES;
                 // Padding after this chunk, where another follows, is zero: no checksum covers it.
                 const uint64_t room = request.payloads.n_bytes - at;
                 chunk.details[0] = chunk.details[1] = 0;

@@ -144,7 +144,8 @@ def _request(job: DecodeJob, words: Words) -> tuple[Any, ...]:
         payloads = data[at:stop]
     reference = None if job.reference is None else np.require(job.reference, requirements=("C", "A"))
     numbers = pack(plan, job.source, job.reference is not None)
-    return numbers, head, payloads, at, len(data), reference, words, job.start, job.end, job.wants_reference_sum
+    flags = job.wants_reference_sum, job.is_checked
+    return numbers, head, payloads, at, len(data), reference, words, job.start, job.end, *flags
 
 
 def _span(job: DecodeJob, head: Bytes) -> tuple[int, int]:

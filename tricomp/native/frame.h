@@ -51,7 +51,7 @@ struct DecodeRequest {
     const void* reference = nullptr;  // words [start, stop)
     void* words = nullptr;
     uint64_t start = 0, stop = 0;
-    bool wants_reference_sum = false;
+    bool wants_reference_sum = false, is_checked = false;
     // Results.
     uint64_t digest_sum = 0, reference_sum = 0;
 };

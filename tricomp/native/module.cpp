@@ -130,6 +130,7 @@ PyObject* decode_requests(PyObject*, PyObject* args) {
             request.start = number(item(given, 7));
             request.stop = number(item(given, 8));
             request.wants_reference_sum = number(item(given, 9)) && plan_has_reference(request.plan);
+            request.is_checked = number(item(given, 10));
             const PlanNumbers& plan = request.plan;
             const uint64_t n_words = uint64_t(plan.fields[P_N_WORDS]), size = uint64_t(1) << plan.fields[P_CHUNK_LOG2];
             require(request.start <= request.stop && request.stop <= n_words && request.start % size == 0 &&
