@@ -120,6 +120,26 @@ def test_odd_frames(tier):
     assert {"palette", "full", "delta", "sparse", "constant", "copy"} <= assert_equal(frames)
 
 
+def test_threads_share_a_long_frame():
+    """Whole frames are compared, and their rows measured, in parts; what differs stands in the last one."""
+    shape = (9001, 250)
+    v = moments(shape)
+    late, rounded, few = np.zeros(shape, np.float32), weights(shape), v.copy()
+    late[-1, -1] = 1
+    rounded.view(np.uint32)[:] &= np.uint32(0xFFFFF000)
+    rounded.view(np.uint32)[-1, -1] |= np.uint32(0x100)
+    few.reshape(-1)[::3000] += 1
+    growth = np.linspace(0.8, 1.2, shape[0])[:, None] * np.random.default_rng(0).normal(1, 0.01, shape)
+    grown = v * growth.astype(np.float32)
+    found = [assert_equal([frame(new, old)], 3) for new, old in ((v, None), (rounded, None), (grown, v), (few, v))]
+    assert set.union(*found) == {"full", "scaled_delta", "sparse"}
+    found = [assert_equal([frame(new, old)], 3) for new, old in ((late, None), (v * 0, None), (v.copy(), v))]
+    assert found == [{"sparse"}, {"constant"}, {"copy"}]
+    changed = v.copy()
+    changed[-1, -1] *= 2
+    assert assert_equal([frame(changed, v)], 3) == {"sparse"}
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(dtypes.NAMES), st.lists(st.integers(0, 70), max_size=3), st.integers(0, 2**32), st.data())
 def test_any_words_at_all(name, shape, seed, data):

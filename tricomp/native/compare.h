@@ -1,6 +1,6 @@
-// Exact comparisons of whole arrays: equal, constant, how many words differ. They stop as soon as they can.
+// Exact comparisons of whole arrays: equal, how many words differ. They stop as soon as they can.
 //
-// Mirrors count_unequal, is_equal and is_constant of reference/bits.py. Imports no STL. The hard thing: compilers turn
+// Mirrors count_unequal and is_equal of reference/bits.py. Imports no STL. The hard thing: compilers turn
 // only loops without an early end into vectors, so each looks at a block, then asks whether to go on.
 #pragma once
 
@@ -54,12 +54,6 @@ inline size_t count_unequal(const Word* words, const Word* others, size_t n, siz
 template <class Word>
 inline size_t count_unequal_to(const Word* words, Word other, size_t n, size_t most = SIZE_MAX) {
     return count_where<Word>(n, most, [=](size_t i) { return static_cast<Word>(words[i] != other); });
-}
-
-// Whether all words are the same; true where there are none.
-template <class Word>
-inline bool is_constant(const Word* words, size_t n) {
-    return n == 0 || count_unequal_to(words, words[0], n, 0) == 0;
 }
 
 TRICOMP_END

@@ -3,6 +3,7 @@
 #include "planner.h"
 
 #include <algorithm>
+#include <atomic>
 #include <mutex>
 
 #include "planner_parts.h"
@@ -15,20 +16,48 @@ namespace {
 
 constexpr double HOPELESS_BITS = 1.5;  // a delta that costs so much more than no reference is not tried with scales
 constexpr size_t FEW_ROWS = 16;  // rows of the thin sample that tell whether few distinct words are to be expected
+constexpr uint64_t FIRST_BYTES = 64 << 10;  // looked at before all others, for most frames that differ do so at once
 constexpr double NEAR_BITS = 0.5;  // a sparse frame that seems to cost so much more than another is not counted
+
+// Whether a test of parts of the words, given by their first byte and number, holds for all of them.
+template <class Test>
+bool holds(const Frame& frame, Test test) {
+    const uint64_t word_bytes = frame.word_bits() / 8, n_first = std::min(frame.n_words, FIRST_BYTES / word_bytes);
+    if (!test(0, n_first)) return false;
+    std::atomic<bool> is_sound{true};
+    in_parts(frame, frame.n_words - n_first, PART_BYTES / word_bytes, [&](uint64_t first, uint64_t n) {
+        if (is_sound && !test((n_first + first) * word_bytes, n)) is_sound = false;
+    });
+    return is_sound;
+}
+
+// How many words do: count(first byte, n, most) of parts. Any number above `most` once there are more.
+template <class Count>
+size_t total(const Frame& frame, size_t most, Count count) {
+    const uint64_t word_bytes = frame.word_bits() / 8;
+    std::atomic<size_t> n_found{0};
+    in_parts(frame, frame.n_words, PART_BYTES / word_bytes, [&](uint64_t first, uint64_t n) {
+        const size_t before = n_found;
+        if (before <= most) n_found += count(first * word_bytes, size_t(n), most - before);
+    });
+    return n_found;
+}
 
 // Constant or copy, if the whole frame is.
 bool is_exact(const Frame& frame, PlanResult& plan) {
     const PlanRequest& request = frame.request;
-    if (frame.stats.is_constant(request.words, size_t(frame.n_words))) {
+    const uint8_t* words = static_cast<const uint8_t*>(request.words);
+    const uint64_t word = frame.n_words ? frame.word(0) : 0;
+    if (holds(frame, [&](uint64_t at, uint64_t n) { return !frame.stats.count_unequal_to(words + at, word, size_t(n), 0); })) {
         plan.predict = CONSTANT;
-        plan.word = frame.n_words ? frame.word(0) : 0;
+        plan.word = word;
         return true;
     }
     if (request.reference == nullptr) return false;
-    const size_t n_bytes = size_t(frame.n_words) * (frame.word_bits() / 8);
-    if (!frame.kernels.is_equal(static_cast<const uint8_t*>(request.words),
-                                static_cast<const uint8_t*>(request.reference), n_bytes))
+    const uint8_t* reference = static_cast<const uint8_t*>(request.reference);
+    if (!holds(frame, [&](uint64_t at, uint64_t n) {
+            return frame.kernels.is_equal(words + at, reference + at, size_t(n) * (frame.word_bits() / 8));
+        }))
         return false;
     plan.predict = COPY;
     plan.has_reference = true;
@@ -110,6 +139,8 @@ bool palette_choice(const Frame& frame, Choice& choice) {
 // Few words differ from the reference, or from the commonest word. Counted only where it seems worth it.
 void consider_sparse(const Frame& frame, Choice& best) {
     const PlanRequest& request = frame.request;
+    const uint8_t* words = static_cast<const uint8_t*>(request.words);
+    const uint8_t* reference = static_cast<const uint8_t*>(request.reference);
     const double overhead = 192.0 / double(std::min<uint64_t>(frame.n_words, uint64_t(1) << request.chunk_log2));
     const double rival = best.bits, n_words = double(frame.n_words);
     const auto weigh = [&](size_t n_unequal, auto count, auto finish) {
@@ -127,7 +158,9 @@ void consider_sparse(const Frame& frame, Choice& best) {
         weigh(
             frame.stats.count_unequal_rows_to(request.words, commonest, frame.thin),
             [&](size_t most) {
-                return frame.stats.count_unequal_to(request.words, commonest, size_t(frame.n_words), most);
+                return total(frame, most, [&](uint64_t at, size_t n, size_t left) {
+                    return frame.stats.count_unequal_to(words + at, commonest, n, left);
+                });
             },
             [commonest](PlanResult& plan) {
                 plan.predict = SPARSE;
@@ -138,7 +171,9 @@ void consider_sparse(const Frame& frame, Choice& best) {
         weigh(
             frame.stats.count_unequal_rows(request.words, request.reference, frame.thin),
             [&](size_t most) {
-                return frame.stats.count_unequal(request.words, request.reference, size_t(frame.n_words), most);
+                return total(frame, most, [&](uint64_t at, size_t n, size_t left) {
+                    return frame.stats.count_unequal(words + at, reference + at, n, left);
+                });
             },
             [](PlanResult& plan) {
                 plan.predict = SPARSE;
@@ -147,8 +182,8 @@ void consider_sparse(const Frame& frame, Choice& best) {
     }
 }
 
-void plan_one(const PlanRequest& request, Scratch& scratch, PlanResult& plan) {
-    Frame frame(request, scratch);
+void plan_one(const PlanRequest& request, Scratch& scratch, size_t n_threads, PlanResult& plan) {
+    Frame frame(request, scratch, n_threads);
     if (is_exact(frame, plan)) return;
     frame.take_sample();
     const bool is_float = request.kind.is_float, has_reference = request.reference != nullptr;
@@ -218,14 +253,15 @@ class Borrowed {
 
 void plan_frame(const PlanRequest& request, PlanResult& result) {
     planning::Borrowed scratch;
-    planning::plan_one(request, scratch.get(), result);
+    planning::plan_one(request, scratch.get(), 1, result);
 }
 
 void plan_frames(const std::vector<PlanRequest>& requests, size_t n_threads, std::vector<PlanResult>& results) {
     results.assign(requests.size(), PlanResult());
+    const size_t n_each = n_threads / std::max<size_t>(requests.size(), 1);
     share(requests.size(), n_threads, [&]() {
         return [&, scratch = planning::Borrowed()](size_t i) mutable {
-            planning::plan_one(requests[i], scratch.get(), results[i]);
+            planning::plan_one(requests[i], scratch.get(), n_each, results[i]);
         };
     });
 }

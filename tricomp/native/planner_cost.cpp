@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "planner_parts.h"
+#include "threads.h"
 
 namespace tricomp {
 namespace planning {
@@ -54,12 +55,23 @@ const uint32_t* prices() {
     return found.data();
 }
 
-Frame::Frame(const PlanRequest& given, Scratch& memory)
+Frame::Frame(const PlanRequest& given, Scratch& memory, size_t threads)
     : request(given),
       kernels(tricomp::kernels()),
       stats(kernels.stats[given.kind.word_bits == 8 ? 0 : given.kind.word_bits == 16 ? 1 : given.kind.word_bits == 32 ? 2 : 3]),
       scratch(memory),
-      n_words(given.n_words) {}
+      n_words(given.n_words),
+      n_threads(threads) {}
+
+void in_parts(const Frame& frame, uint64_t n_all, uint64_t n_each, const std::function<void(uint64_t, uint64_t)>& work) {
+    if (frame.n_threads < 2 || n_all < 2 * n_each) {
+        work(0, n_all);
+        return;
+    }
+    share(size_t((n_all + n_each - 1) / n_each), frame.n_threads, [&]() {
+        return [&](size_t part) { work(part * n_each, std::min<uint64_t>(n_all - part * n_each, n_each)); };
+    });
+}
 
 void Frame::take_sample() {
     const uint64_t n_rows = n_words / ROW;

@@ -436,8 +436,15 @@ Split try_split(Frame& frame, Probe& probe, uint64_t common, uint64_t n_columns,
     std::vector<uint64_t> starts, tail_starts;
     const uint64_t n_some = std::min(std::max<uint64_t>(FIT_WORDS / n_whole, 16), FIT_COLUMNS);
     const Runs runs = block_columns(n_columns, size_t(n_some / FIT_BLOCK), FIT_BLOCK, starts);
-    frame.stats.row_medians(kind, words, reference, n_columns, is_probed ? some.rows.data() : nullptr, n_rows, runs, unit,
-                            factors.rows.data());
+    if (is_probed) {
+        frame.stats.row_medians(kind, words, reference, n_columns, some.rows.data(), n_rows, runs, unit, factors.rows.data());
+    } else {
+        const uint64_t row_bytes = n_columns * (kind.word_bits / 8);
+        in_parts(frame, n_rows, PART_ROWS, [&](uint64_t first, uint64_t n) {
+            frame.stats.row_medians(kind, words + first * row_bytes, reference + first * row_bytes, n_columns, nullptr, n, runs,
+                                    unit, factors.rows.data() + first);
+        });
+    }
     if (has_tail)
         frame.stats.row_medians(kind, words + past, reference + past, n_columns, nullptr, 1,
                                 columns_below(runs, tail, tail_starts), unit, factors.rows.data() + n_rows);

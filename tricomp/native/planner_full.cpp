@@ -1,6 +1,7 @@
 // The planner of `full`; see planner_parts.h. Mirrors reference/planner_full.py.
 
 #include <algorithm>
+#include <atomic>
 
 #include "planner_parts.h"
 
@@ -12,7 +13,7 @@ namespace {
 constexpr size_t LATTICE_RUNS = 16;  // runs a row of the lattice that tells whether a split is worth it
 constexpr size_t LATTICE_WORDS = MOST_LATTICE_WORDS;
 constexpr size_t FIT_RUNS = 32;  // runs that a row's scale is measured on,
-constexpr size_t FIT_BLOCKS = 8, FIT_BLOCK = 16;  // or blocks of columns where runs would stand in a line of memory each
+constexpr size_t FIT_BLOCKS = 16, FIT_BLOCK = 8;  // or blocks of columns where runs would stand in a line of memory each
 static_assert(LATTICE_RUNS * RUN <= MOST_LATTICE_COLUMNS && FIT_RUNS * RUN <= ROW && FIT_BLOCKS * FIT_BLOCK <= ROW,
               "rows of lattices have room");
 constexpr uint64_t FIT_ROWS = 256;  // most rows that a column's is measured on
@@ -232,14 +233,17 @@ Scales fit_scales(Frame& frame, uint64_t n_columns, bool has_column_scale) {
     const uint8_t* words = static_cast<const uint8_t*>(frame.request.words);
     const uint64_t n_whole = frame.n_words / n_columns, tail = frame.n_words % n_columns;
     std::vector<uint64_t> starts, tail_starts;
-    const Runs runs = n_columns > FIT_RUNS * FIT_BLOCK ? block_columns(n_columns, FIT_BLOCKS, FIT_BLOCK, starts)
+    const Runs runs = n_columns > 2 * FIT_RUNS * FIT_BLOCK ? block_columns(n_columns, FIT_BLOCKS, FIT_BLOCK, starts)
                                                        : lattice_columns(n_columns, FIT_RUNS, starts);
     Scales scales;
     scales.n_columns = n_columns;
     scales.rows.resize(n_whole + (tail ? 1 : 0));
-    frame.stats.row_means(kind, words, n_columns, n_whole, runs, scales.rows.data());
+    const uint64_t row_bytes = n_columns * (kind.word_bits / 8);
+    in_parts(frame, n_whole, PART_ROWS, [&](uint64_t first, uint64_t n) {
+        frame.stats.row_means(kind, words + first * row_bytes, n_columns, n, runs, scales.rows.data() + first);
+    });
     if (tail)
-        frame.stats.row_means(kind, words + n_whole * n_columns * (kind.word_bits / 8), n_columns, 1,
+        frame.stats.row_means(kind, words + n_whole * row_bytes, n_columns, 1,
                               columns_below(runs, tail, tail_starts), scales.rows.data() + n_whole);
     if (std::find(scales.rows.begin(), scales.rows.end(), int16_t(-1)) != scales.rows.end()) {
         std::vector<int16_t> known;
@@ -271,6 +275,17 @@ struct Packing {
 
 uint32_t trailing_zeros(uint64_t word) { return word ? uint32_t(__builtin_ctzll(word)) : 64; }
 
+// OR of all words & mask; may lack some once bit 0 is set.
+uint64_t join_low(const Frame& frame, uint64_t mask) {
+    const uint8_t* words = static_cast<const uint8_t*>(frame.request.words);
+    const uint64_t word_bytes = frame.word_bits() / 8;
+    std::atomic<uint64_t> joined{0};
+    in_parts(frame, frame.n_words, PART_BYTES / word_bytes, [&](uint64_t first, uint64_t n) {
+        if (!(joined & 1)) joined |= frame.stats.join_low(words + first * word_bytes, size_t(n), mask);
+    });
+    return joined;
+}
+
 Packing pack(Frame& frame, uint32_t k, bool has_sign) {
     const Kind& kind = frame.request.kind;
     const void* words = frame.request.words;
@@ -283,7 +298,7 @@ Packing pack(Frame& frame, uint32_t k, bool has_sign) {
     frame.stats.low_zeros(words, frame.thin, mask, n_low, &joined, &n_saved);
     uint32_t shift = std::min(trailing_zeros(joined), n_low);
     if (shift)  // what the sample suggests must hold for every word
-        shift = std::min(trailing_zeros(frame.stats.join_low(words, size_t(frame.n_words), mask)), n_low);
+        shift = std::min(trailing_zeros(join_low(frame, mask)), n_low);
     double plane_bits = 0.0;
     uint32_t coded_planes = 0;
     SampleRows some = frame.thin;

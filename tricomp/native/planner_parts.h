@@ -29,6 +29,7 @@ constexpr double DOUBLE_BITS = 0.005;  // and for each doubling of the table ent
 constexpr double ONE = 65536.0;  // the unit of prices
 constexpr size_t MAX_SYMBOLS = 256;
 constexpr uint32_t MAX_MANTISSA_BITS = 4;
+constexpr uint64_t PART_BYTES = 4 << 20, PART_ROWS = 4096;  // of a pass that threads share: it takes longer than to start one
 
 // log2 of whole numbers below 2^40 in 1/65,536 bit, from their 13 highest bits; 0 for 0.
 uint64_t logarithm(uint64_t number);
@@ -51,8 +52,9 @@ struct Frame {
     std::vector<uint64_t> firsts;  // positions of the sample's rows
     SampleRows sample, thin;
     uint64_t n_words, n_sampled = 0;
+    size_t n_threads;  // that may share passes over all of the frame; what is found never depends on it
 
-    Frame(const PlanRequest&, Scratch&);
+    Frame(const PlanRequest&, Scratch&, size_t n_threads);
     void take_sample();
     uint32_t word_bits() const { return request.kind.word_bits; }
     bool is_dense() const { return !request.is_fast; }
@@ -79,6 +81,9 @@ struct Choice {
 };
 
 uint32_t bit_length(uint64_t);
+
+// Calls work(first, n) for parts of 0 .. n_all that cover it, of n_each, on the frame's threads.
+void in_parts(const Frame&, uint64_t n_all, uint64_t n_each, const std::function<void(uint64_t first, uint64_t n)>& work);
 
 std::vector<std::pair<uint64_t, bool>> splits(const PlanRequest&);  // columns, whether columns get a scale
 // Columns of a lattice: all, or runs at even distances. starts holds what Runs points to.

@@ -79,11 +79,6 @@ INLINE void prefetch_row(const Word* words, const SampleRows& rows, size_t row) 
 // Exact passes over a frame.
 
 template <class Word>
-bool is_constant(const void* words, size_t n) {
-    return TRICOMP_ISA::is_constant(words_of<Word>(words), n);
-}
-
-template <class Word>
 size_t count_unequal(const void* words, const void* others, size_t n, size_t most) {
     return TRICOMP_ISA::count_unequal(words_of<Word>(words), words_of<Word>(others), n, most);
 }
@@ -882,12 +877,12 @@ inline bool majority(const uint64_t* words, size_t n, uint64_t* found) {
 
 template <class Word>
 constexpr Stats stats_of() {
-    return {is_constant<Word>,    count_unequal<Word>, count_unequal_to<Word>,   join_low<Word>,
-            count_negative<Word>, count_unequal_rows<Word>, count_unequal_rows_to<Word>,
-            count_highs<Word>,    range_of_highs<Word>, count_scaled_highs<Word>, low_zeros<Word>,
-            count_plane<Word>,    count_split<Word>,   row_means<Word>,          column_means<Word>,
-            count_exponents<Word>, count_codes<Word>,  shift_savings<Word>,      ratios<Word>,
-            try_factor<Word>,     row_medians<Word>,   column_medians<Word>,     widen<Word>};
+    return {count_unequal<Word>,   count_unequal_to<Word>,   join_low<Word>,
+            count_negative<Word>,  count_unequal_rows<Word>, count_unequal_rows_to<Word>,
+            count_highs<Word>,     range_of_highs<Word>,     count_scaled_highs<Word>, low_zeros<Word>,
+            count_plane<Word>,     count_split<Word>,        row_means<Word>,          column_means<Word>,
+            count_exponents<Word>, count_codes<Word>,        shift_savings<Word>,      ratios<Word>,
+            try_factor<Word>,      row_medians<Word>,        column_medians<Word>,     widen<Word>};
 }
 
 }  // namespace stats

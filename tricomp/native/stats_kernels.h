@@ -57,7 +57,6 @@ constexpr size_t COUNT_LANES = 4;  // histograms are counted in several tables t
 constexpr size_t MOST_LANE_ENTRIES = 1 << 16;  // of all those tables together
 
 struct Stats {
-    bool (*is_constant)(const void* words, size_t n);
     size_t (*count_unequal)(const void* words, const void* others, size_t n, size_t most);  // more than `most`: any number above it
     size_t (*count_unequal_to)(const void* words, uint64_t other, size_t n, size_t most);
     uint64_t (*join_low)(const void* words, size_t n, uint64_t mask);  // OR of words & mask; may stop once bit 0 is set

@@ -41,7 +41,7 @@ Array = np.ndarray[Any, Any]
 LATTICE_RUNS = 16  # runs a row of the lattice that tells whether a split is worth it
 LATTICE_WORDS = 4096
 FIT_RUNS = 32  # runs that a row's scale is measured on,
-FIT_BLOCKS, FIT_BLOCK = 8, 16  # or blocks of columns where runs would stand in a line of memory each
+FIT_BLOCKS, FIT_BLOCK = 16, 8  # or blocks of columns where runs would stand in a line of memory each
 FIT_ROWS = 256  # most rows that a column's is measured on
 PLANE_ROWS = 32  # of the sample, to twice as many, on which byte planes are weighed
 PLANE_BITS = 0.03  # what coding a byte plane must save
@@ -214,7 +214,7 @@ def fit_scales(words: Words, dtype: DType, n_columns: int, has_column_scale: boo
     """Row and column scales of a frame, in eighths of an octave: means over the nonzero words of a lattice."""
     n_whole = len(words) // n_columns
     grid = words[: n_whole * n_columns].reshape(n_whole, n_columns)
-    if n_columns > FIT_RUNS * FIT_BLOCK:
+    if n_columns > 2 * FIT_RUNS * FIT_BLOCK:
         some = block_columns(n_columns, FIT_BLOCKS, FIT_BLOCK)
     else:
         some = lattice_columns(n_columns, FIT_RUNS)
