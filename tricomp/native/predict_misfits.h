@@ -246,10 +246,9 @@ void mend_misfits(const Model& model, size_t n, Tile<Word>& tile, Misfits& misfi
     tile.n_patches = 0;
     if (any && has_places) {
         // There are at least 32 fewer positions so far than there is room for.
-        for (size_t i = 0; i < n_bits; i++) {
-            if (!misfits.bits[i]) continue;
+        // Without asking whether there are any: that would be guessed wrong too often.
+        for (size_t i = 0; i < n_bits; i++)
             tile.n_patches += append_tile_positions(misfits.bits[i], 64 * i, tile.patches + tile.n_patches);
-        }
     } else if (any) {
         const StandIns stand_ins(model);
         const uint8_t* contexts = model.n_contexts > 1 ? tile.contexts : nullptr;
