@@ -29,22 +29,31 @@ constexpr size_t stack_word_bytes(size_t word_bytes) { return word_bytes <= 2 ? 
 INLINE size_t packed_bytes(size_t n_rows, unsigned n_bits) { return 4 * LANES * ((n_rows * n_bits + 7) / 8); }
 
 // Memory that will be read or written soon, asked for in shares: a processor waits when too much is asked for at once.
+// is_far: it comes as near as the second cache; the first has no room for it beside what is at hand. One stream alone
+// has.
 struct Ahead {
     const char* at[2];
     size_t left;  // bytes of each
+    bool is_far;
 
-    INLINE Ahead(const void* one, const void* other, size_t n_bytes)
-        : at{static_cast<const char*>(one), static_cast<const char*>(other)}, left(n_bytes) {}
+    INLINE Ahead(const void* one, const void* other, size_t n_bytes, bool is_far)
+        : at{static_cast<const char*>(one), static_cast<const char*>(other)}, left(n_bytes), is_far(is_far) {}
 
     INLINE void fetch(size_t n_bytes) {
         n_bytes = n_bytes < left ? n_bytes : left;
-        for (size_t i = 0; i < n_bytes; i += 64) {
-            if (at[0]) __builtin_prefetch(at[0] + i);
-            if (at[1]) __builtin_prefetch(at[1] + i);
-        }
+        if (is_far) ask<2>(n_bytes);
+        else ask<3>(n_bytes);
         for (const char*& each : at)
             if (each) each += n_bytes;
         left -= n_bytes;
+    }
+
+    template <int NEARNESS>
+    INLINE void ask(size_t n_bytes) const {
+        for (size_t i = 0; i < n_bytes; i += 64) {
+            if (at[0]) __builtin_prefetch(at[0] + i, 0, NEARNESS);
+            if (at[1]) __builtin_prefetch(at[1] + i, 0, NEARNESS);
+        }
     }
 };
 
@@ -320,7 +329,7 @@ void decode_group(const Model& model, DecodeChunk* const* chunks, Sections<Word>
                 const Word* reference = static_cast<const Word*>(chunks[c]->reference);
                 const size_t n_next = n_words - start - TILE < TILE ? n_words - start - TILE : TILE;
                 Ahead(is_symbolic && reference ? reference + start + TILE : nullptr,
-                      is_streamed ? nullptr : words + TILE, n_next * sizeof(Word))
+                      is_streamed ? nullptr : words + TILE, n_next * sizeof(Word), true)
                     .fetch(n_next * sizeof(Word));
             }
             if (is_symbolic) {

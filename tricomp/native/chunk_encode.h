@@ -100,7 +100,7 @@ void encode_chunk_of(const Model& model, const EncodeChunk& chunk, EncodeScratch
             const size_t n_tile_rows = (n + ROW - 1) / ROW, first_row = start / ROW;
             // Processors do not foresee that the tile below comes next.
             Ahead next(start ? words + start - TILE : nullptr, start && reference ? reference + start - TILE : nullptr,
-                       start ? TILE * sizeof(Word) : 0);
+                       start ? TILE * sizeof(Word) : 0, reference != nullptr);
             next.fetch(SHARE);
             if (is_symbolic) {
                 prepare_tile<Word>(model, reference ? reference + start : nullptr, chunk.first + start, n, tile);
