@@ -207,7 +207,8 @@ def decompress_file(
 ) -> Restored:
     """The same as decompress. reserved: as for compress_file."""
     began = time.perf_counter()
-    engine = Engine(threads, backend)
+    # One thread writes while the others decode, and keeps a core busy.
+    engine = Engine(max(Engine(threads, backend).n_threads - 1, 1), backend)
     path = archive_names.path_of(path, "decompress")
     archive_names.check_input(path)
     with ExitStack() as stack:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
@@ -92,7 +91,7 @@ def put_together(
     StorageError.
     """
     where = os.path.dirname(targets[0]) or os.curdir
-    staging = os.path.join(where, f".tricomp.{secrets.token_hex(4)}.tmp")
+    staging = os.path.join(where, f".tricomp.{os.urandom(4).hex()}.tmp")
     try:
         os.makedirs(where, exist_ok=True)
         os.mkdir(staging, 0o777)

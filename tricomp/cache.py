@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -100,7 +99,7 @@ class Filling:
         self._n_bytes = 0
         self._checks: list[int] = []
         self._block = xxhash.xxh3_64()
-        self._path = os.path.join(cache.folder, f"{secrets.token_hex(8)}{_UNFINISHED}")
+        self._path = os.path.join(cache.folder, f"{os.urandom(8).hex()}{_UNFINISHED}")
         self._file: IO[bytes] | None = None
         try:
             if cache.max_bytes:

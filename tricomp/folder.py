@@ -15,7 +15,6 @@ import errno
 import logging
 import mmap
 import os
-import secrets
 import socket
 import stat
 import time
@@ -151,7 +150,7 @@ class Folder:
             _make_folder(self._path)
             stem = name if len(os.fsencode(name)) <= _LONGEST_STEM else f"{zlib.crc32(os.fsencode(name)):08x}"
             _remove_orphans(self._path, f".{stem}.")
-        temporary = os.path.join(self._path, f".{stem}.{secrets.token_hex(4)}.tmp")
+        temporary = os.path.join(self._path, f".{stem}.{os.urandom(4).hex()}.tmp")
         file: IO[bytes] | None = None
         try:  # the file is made in here, so that a signal at any instant leaves none
             with self._refusal(target):

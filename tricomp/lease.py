@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import secrets
 import socket
 import time
 import weakref
@@ -124,7 +123,7 @@ class LeaseLock:
 
 def take(objects: Objects, lease: float = LEASE_SECONDS) -> LeaseLock:
     """Become the only writer. Raises StoreLocked, naming the holder and how to break its lock; StorageError."""
-    token = secrets.token_hex(16)
+    token = os.urandom(16).hex()
     is_sure, may_have_company = objects.create_object(LOCK_NAME, _self(token).to_bytes()), False
     if not is_sure:
         holder = _read(objects)

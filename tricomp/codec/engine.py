@@ -23,10 +23,7 @@ from tricomp.dtypes import DType, Words
 from tricomp.errors import InvalidArgument
 from tricomp.job import DecodeJob, Encoded, EncodeJob, Room, Summed
 from tricomp.plan import Spec
-from tricomp.reference import decode as _decode
-from tricomp.reference import encode as _encode
 from tricomp.reference.digest import digest_end, digest_sum
-from tricomp.reference.planner import plan_frame
 
 _log = logging.getLogger("tricomp")
 NAMES = ("auto", "native", "reference")
@@ -55,7 +52,9 @@ class Backend:
 
 
 def _reference() -> Backend:
-    """tricomp.reference: on one thread, whatever threads says."""
+    """tricomp.reference: on one thread, whatever threads says. Imported where it works alone: that takes a while."""
+    from tricomp.reference import decode, encode
+    from tricomp.reference.planner import plan_frame
 
     def summed(jobs: Sequence[DecodeJob], threads: int, into: Sequence[Words] | None) -> list[Summed]:
         def sum_of(job: DecodeJob, words: Words) -> int:
@@ -67,7 +66,7 @@ def _reference() -> Backend:
                 sum_of(job, words),
                 sum_of(job, job.reference) if job.wants_reference_sum and job.reference is not None else None,
             )
-            for job, words in zip(jobs, _decode.decode(jobs, into), strict=True)
+            for job, words in zip(jobs, decode.decode(jobs, into), strict=True)
         ]
 
     def seal(parts: Sequence[Bytes], threads: int) -> bytes:
@@ -79,7 +78,7 @@ def _reference() -> Backend:
     return Backend(
         "reference",
         lambda frames, threads: [plan_frame(*frame) for frame in frames],
-        lambda jobs, room, threads: _encode.encode(jobs, room),
+        lambda jobs, room, threads: encode.encode(jobs, room),
         summed,
         lambda parts, threads: [digest_sum(words, first) for words, first in parts],
         seal,

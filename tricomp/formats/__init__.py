@@ -15,8 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from importlib import metadata
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from tricomp import archive_output, bounds, folder
 from tricomp.bounds import Bytes, Limits
@@ -30,6 +29,9 @@ from tricomp.formats.npz import Npz
 from tricomp.formats.origin import Origin, Span, TensorFile, check_sizes, sizes_of
 from tricomp.formats.safetensors import Safetensors
 from tricomp.formats.span import Leaves
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoints
 
 __all__ = ["Format", "Origin", "Span", "TensorFile", "exported", "names", "origins", "read", "restored", "write"]
 
@@ -119,7 +121,9 @@ def _by_suffix(path: str, missing: list[str]) -> Format | None:
     return next((f for f in (*_CORE, *_adapters(missing)) if path.lower().endswith(f.suffixes)), None)
 
 
-def _entry_points() -> metadata.EntryPoints:
+def _entry_points() -> EntryPoints:
+    from importlib import metadata  # takes as long as opening a file
+
     return metadata.entry_points(group=GROUP)
 
 
