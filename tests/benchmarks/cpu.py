@@ -156,7 +156,7 @@ def race(work: Work, runners: Sequence[Contestant], n_runs: int) -> tuple[list[d
     _require_same_bytes(runners, packed)
     seconds: list[tuple[list[float], list[float]]] = [([], []) for _ in runners]
     for turn in range(n_runs):
-        turns = timing.rotated(list(zip(runners, packed, seconds, strict=True)), turn)
+        turns = timing.shuffled(list(zip(runners, packed, seconds, strict=True)), turn)
         for one, parts, (packing, unpacking) in turns:
             spent, result = timing.timed(one.pack, one.given())
             packing.append(spent)

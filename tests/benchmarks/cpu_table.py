@@ -243,7 +243,7 @@ def report(results: Results, origin: str) -> str:
 {how(results)}
 tricomp is measured by `tricomp.encode` and `tricomp.decode`: planning, checksums and digests are in its times.
 Whatever was timed came back byte for byte first, and tricomp packed the same bytes with any number of threads and by
-every instruction set. All take turns, another one first each time. *n apart*: packed against the state n steps earlier;
+every instruction set. All take turns, in another order each time. *n apart*: packed against the state n steps earlier;
 the peers, which know no references, get the XOR of the two, and its time (numpy, one thread) counts in both directions.
 ZipNN gets bytes that it may destroy, copied off the clock. zstd unpacks on one thread. memcpy writes to memory that is
 there already; everybody else allocates what he gives back. blosc2 shuffles; its zstd is level 1, its lz4 level 5. The

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks import peers
-from tests.benchmarks.timing import TIERS, Work, gigabytes_per_second, rotated
+from tests.benchmarks.timing import TIERS, Work, gigabytes_per_second, shuffled
 from tests.benchmarks.worker import backend
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,7 +100,7 @@ def _measure_tier(
         raise SystemExit(f"tricomp {tier}, {work.name}: other bytes in one of {', '.join(proofs)}; no number is kept")
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in workers}
     for turn in range(n_runs):
-        for name in rotated(list(workers), turn):
+        for name in shuffled(list(workers), turn):
             if name != "reference" or turn < n_reference_runs:
                 seconds[name].append(workers[name].ask("turn", tier))
     return [

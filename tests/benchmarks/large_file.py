@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 import tricomp
 from tests.benchmarks import peers
-from tests.benchmarks.timing import Array, rotated
+from tests.benchmarks.timing import Array, shuffled
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -79,7 +79,7 @@ def measure(name: str, raw: Path, folder: Path, n_runs: int) -> dict[str, Any]:
     tricomp.compress(raw, packed)
     seconds: dict[str, list[float]] = {who: [] for who in calls}
     for turn in range(n_runs + 1):  # the first warms up, and proves
-        for who in rotated(list(calls), turn):
+        for who in shuffled(list(calls), turn):
             shutil.copyfile(raw, copy)  # a virtual machine gives free memory back, and who asks first pays to have it
             copy.unlink()
             started = time.perf_counter()

@@ -8,6 +8,7 @@ take turns, so that noise hits them alike.
 from __future__ import annotations
 
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -88,10 +89,9 @@ def timed(call: Callable[[Parts], Parts], parts: Parts) -> tuple[float, Parts]:
     return time.perf_counter() - started, result
 
 
-def rotated(items: Sequence[Item], turn: int) -> Sequence[Item]:
-    """The same in turn, but with another one first each time: nobody always follows the same one."""
-    first = turn % len(items)
-    return [*items[first:], *items[:first]]
+def shuffled(items: Sequence[Item], turn: int) -> Sequence[Item]:
+    """The same in another order each turn, so that nobody always follows the same one and gets its memory."""
+    return random.Random(turn).sample(items, len(items))
 
 
 def gigabytes_per_second(n_bytes: int, seconds: Sequence[float]) -> float:
