@@ -1,15 +1,22 @@
-"""Words with the structure of training state, for every dtype. Imports numpy and tricomp."""
+"""Words with the structure of training state, for every dtype. And one thing that tests share: to run
+on one instruction set. Imports numpy, pytest and tricomp."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from tricomp import dtypes
 
 Array = np.ndarray[Any, Any]
 
+ROOT = Path(__file__).resolve().parents[1]
 ODD_SIZES = (0, 1, 31, 32, 33, 127, 128, 129, 1000)
 
 
@@ -94,3 +101,13 @@ def equal(a: Any, b: Any) -> bool:
     if isinstance(a, np.ndarray):
         return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
     return type(a) is type(b) and bool(a == b)
+
+
+def told_by(isa: str, code: str) -> str:
+    """What code prints where the native backend uses an instruction set; skips the test if the processor lacks it."""
+    environ = {**os.environ, "TRICOMP_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environ, capture_output=True, text=True)
+    if "does not have it" in done.stderr:
+        pytest.skip(f"this processor has no {isa}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip()

@@ -131,35 +131,31 @@ std::vector<std::pair<uint64_t, bool>> splits(const PlanRequest& request) {
     return cuts;
 }
 
-Runs lattice_columns(uint64_t n_columns, size_t n_runs, std::vector<uint64_t>& starts) {
+// All columns, or n_runs runs of them, of which begin_of gives the first column.
+template <class BeginOf>
+static Runs runs_of(uint64_t n_columns, size_t n_runs, size_t length, BeginOf begin_of, std::vector<uint64_t>& starts) {
     starts.clear();
     Runs runs;
-    if (n_columns <= n_runs * RUN) {
+    if (n_columns <= n_runs * length) {
         starts.push_back(0);
         runs.length = size_t(n_columns);
     } else {
-        for (size_t i = 0; i < n_runs; i++) starts.push_back(i * (n_columns - RUN) / (n_runs - 1));
-        runs.length = RUN;
+        for (size_t i = 0; i < n_runs; i++) starts.push_back(begin_of(i));
+        runs.length = length;
     }
     runs.starts = starts.data();
     runs.n_runs = starts.size();
     return runs;
 }
 
+Runs lattice_columns(uint64_t n_columns, size_t n_runs, std::vector<uint64_t>& starts) {
+    return runs_of(n_columns, n_runs, RUN, [=](size_t i) { return i * (n_columns - RUN) / (n_runs - 1); }, starts);
+}
+
 Runs block_columns(uint64_t n_columns, size_t n_blocks, size_t length, std::vector<uint64_t>& starts) {
-    starts.clear();
-    Runs runs;
-    if (n_columns <= n_blocks * length) {
-        starts.push_back(0);
-        runs.length = size_t(n_columns);
-    } else {
-        const uint64_t n_all = n_columns / length;
-        for (size_t i = 0; i < n_blocks; i++) starts.push_back((i * n_all + n_all / 2) / n_blocks * length);
-        runs.length = length;
-    }
-    runs.starts = starts.data();
-    runs.n_runs = starts.size();
-    return runs;
+    const uint64_t n_all = n_columns / length;
+    return runs_of(
+        n_columns, n_blocks, length, [=](size_t i) { return (i * n_all + n_all / 2) / n_blocks * length; }, starts);
 }
 
 Runs columns_below(const Runs& all, uint64_t n, std::vector<uint64_t>& starts) {
