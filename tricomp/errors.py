@@ -52,6 +52,14 @@ class LimitExceeded(TricompError):
     """A file asks for more memory, depth or entries than the reader's limits allow."""
 
 
+class OutOfDeviceMemory(TricompError, MemoryError):
+    """An accelerator has no memory left for what compressing needs."""
+
+
+class BackendError(TricompError, RuntimeError):
+    """A backend cannot do what was asked of it here: a kernel does not compile, or tensors are on several devices."""
+
+
 class WrongReference(TricompError):
     """A reference is missing, or is not the one the data was encoded against."""
 

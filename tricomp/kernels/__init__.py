@@ -1,4 +1,5 @@
-"""The GPU backend: Triton kernels, one program per chunk; the only place in tricomp that may import triton or torch.
+"""The GPU backend: Triton kernels over flat device memory; the only place in tricomp that may import triton or torch.
 
-This version has none: every leaf is coded by `tricomp.reference`, whose bytes this backend will have to equal.
+Register functions (bits, lanes, entropy, pack, predict) load and store streams alone; memory kernels (*_kernel) are
+made of them; launchers (encode, decode, ...) allocate, launch and never wait. Nothing is imported here: see `device`.
 """

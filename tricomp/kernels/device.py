@@ -1,0 +1,151 @@
+"""One device as the launchers see it: memory, uploads, pinned host memory, events, launches. Imports torch and errors.
+
+The hard thing: a kernel that is launched runs later. What it reads must live until then, host memory that is copied
+from must not change before, and all of it belongs to the device of the tensors and to the stream that is current.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from tricomp.errors import OutOfDeviceMemory
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_ALIGN = 256
+
+
+class HostCopy:
+    """What a device is copying to the host; to be read after an event that was made later."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def array(self) -> np.ndarray[Any, Any]:
+        """The copy, which shares the tensor's memory."""
+        return self._tensor.numpy()
+
+
+class _Nothing:
+    """An event of a device that does everything at once."""
+
+    def wait(self) -> None: ...
+
+
+class _Event:
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        self._event.record(torch.cuda.current_stream(device))
+
+    def wait(self) -> None:
+        self._event.synchronize()
+
+
+@dataclass(frozen=True)
+class Device:
+    """A torch device, and how wide kernels run on it.
+
+    chunks_a_program, warps: 8 and 4, two chunks a warp, see tests/benchmarks/results. The interpreter's cost is by
+    operation, however wide, so there programs are wide.
+    """
+
+    handle: torch.device
+    chunks_a_program: int = field(default_factory=lambda: 32 if IS_INTERPRETED else 8)
+    warps: int = 4
+
+    @property
+    def is_accelerator(self) -> bool:
+        return self.handle.type == "cuda"
+
+    def empty(self, shape: int | Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Memory on the device. Raises OutOfDeviceMemory."""
+        try:
+            return torch.empty(shape, dtype=dtype, device=self.handle)
+        except torch.OutOfMemoryError as error:
+            raise OutOfDeviceMemory(
+                f"{self.handle}: no memory for {shape} of {dtype}: {str(error).partition(chr(10))[0]} Give tricomp a "
+                f"smaller budget of device memory, or let it encode on the host (backend='native'). Nothing was saved; "
+                f"training can go on."
+            ) from None
+
+    def zeros(self, shape: int | Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """The same, filled with zeros."""
+        return self.empty(shape, dtype).zero_()
+
+    def to_host(self, tensor: torch.Tensor) -> HostCopy:
+        """Start copying to pinned memory."""
+        if not self.is_accelerator:
+            return HostCopy(tensor)
+        target = torch.empty(
+            tensor.shape, dtype=tensor.dtype, pin_memory=True
+        )  # torch keeps such memory for the next time
+        target.copy_(tensor, non_blocking=True)
+        return HostCopy(target)
+
+    def to_device(self, octets: np.ndarray[Any, Any]) -> torch.Tensor:
+        """Copy host memory to the device, in order with what is launched. octets: uint8[n].
+
+        Raises OutOfDeviceMemory.
+        """
+        if not self.is_accelerator:
+            return torch.from_numpy(octets)
+        staged = torch.empty(len(octets), dtype=torch.uint8, pin_memory=True)
+        staged.numpy()[:] = octets
+        target = self.empty(len(octets), torch.uint8)
+        target.copy_(staged, non_blocking=True)
+        return target
+
+    def event(self) -> _Nothing | _Event:
+        """Something to wait for: all that was launched so far."""
+        return _Event(self.handle) if self.is_accelerator else _Nothing()
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        """Launch a kernel on the device's current stream. Grids of no programs are left out."""
+        if 0 in grid:
+            return
+        if not self.is_accelerator:
+            kernel[grid](*arguments, **constants)
+            return
+        with torch.cuda.device(self.handle):
+            kernel[grid](*arguments, **constants, num_warps=self.warps)
+
+
+class Upload:
+    """Arrays that go to the device in one transfer. Put them all, send, then ask for addresses and views."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._parts: list[np.ndarray[Any, Any]] = []
+        self._begins: list[int] = []
+        self._n_bytes = 0
+        self._memory: torch.Tensor | None = None
+
+    def put(self, array: np.ndarray[Any, Any]) -> int:
+        """Take an array. Returns its place, for `address` and `view`."""
+        self._begins.append(self._n_bytes)
+        self._parts.append(np.ascontiguousarray(array))
+        self._n_bytes += -(-max(array.nbytes, 1) // _ALIGN) * _ALIGN
+        return len(self._parts) - 1
+
+    def send(self) -> None:
+        """Start the transfer."""
+        octets = np.zeros(self._n_bytes, np.uint8)
+        for begin, part in zip(self._begins, self._parts, strict=True):
+            octets[begin : begin + part.nbytes] = part.reshape(-1).view(np.uint8)
+        self._memory = self._device.to_device(octets)
+
+    def address(self, place: int) -> int:
+        """Of an array on the device."""
+        assert self._memory is not None
+        return self._memory.data_ptr() + self._begins[place]
+
+    def view(self, place: int, dtype: torch.dtype) -> torch.Tensor:
+        """An array on the device, flat."""
+        assert self._memory is not None
+        begin = self._begins[place]
+        return self._memory[begin : begin + self._parts[place].nbytes].view(dtype)

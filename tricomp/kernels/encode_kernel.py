@@ -1,0 +1,608 @@
+"""The fused encoder: each word and its reference read once; symbols coded, remainders packed, misfits marked.
+
+Imports triton and the stages. A program encodes up to C chunks of one frame, 32 lanes each, from the last row of 128
+words to the first. The hard thing: nobody knows how long a stream will be, so each goes to its own part of the chunk's
+scratch memory, words from the end down, and collect_kernel.py puts the parts together.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tricomp.kernels import frame
+from tricomp.kernels.bits import bit_length, low_bits
+from tricomp.kernels.entropy import rans_push
+from tricomp.kernels.frame import Field, Result
+from tricomp.kernels.lanes import (
+    backward,
+    forward,
+    least_of_chunk,
+    most_of_chunk,
+    sum_of_chunk,
+    words_at,
+)
+from tricomp.kernels.pack import joined_row, pack_row, stack_push, unpack_row
+from tricomp.kernels.predict import (
+    context_of_level,
+    context_of_word,
+    factor_of,
+    place_in,
+    rounded,
+    scaled,
+    split_delta,
+    split_full,
+)
+
+N_FIELDS = tl.constexpr(int(Field.N))
+N_RESULTS = tl.constexpr(int(Result.N))
+F_WORDS = tl.constexpr(int(Field.WORDS))
+F_REFERENCE = tl.constexpr(int(Field.REFERENCE))
+F_N_WORDS = tl.constexpr(int(Field.N_WORDS))
+F_CHUNK_LOG2 = tl.constexpr(int(Field.CHUNK_LOG2))
+F_K = tl.constexpr(int(Field.K))
+F_BASE = tl.constexpr(int(Field.BASE))
+F_N_SYMBOLS = tl.constexpr(int(Field.N_SYMBOLS))
+F_HAS_SIGN = tl.constexpr(int(Field.HAS_SIGN))
+F_N_CONTEXTS = tl.constexpr(int(Field.N_CONTEXTS))
+F_CONTEXT_BASE = tl.constexpr(int(Field.CONTEXT_BASE))
+F_CONTEXT_SHIFT = tl.constexpr(int(Field.CONTEXT_SHIFT))
+F_N_COLUMNS = tl.constexpr(int(Field.N_COLUMNS))
+F_FACTOR = tl.constexpr(int(Field.FACTOR))
+F_ROWS = tl.constexpr(int(Field.ROWS))
+F_COLUMNS = tl.constexpr(int(Field.COLUMNS))
+F_TABLE = tl.constexpr(int(Field.TABLE))
+F_LENGTHS = tl.constexpr(int(Field.LENGTHS))
+F_SHIFT = tl.constexpr(int(Field.SHIFT))
+F_LIST = tl.constexpr(int(Field.LIST))
+F_PLACES = tl.constexpr(int(Field.PLACES))
+F_WORD = tl.constexpr(int(Field.WORD))
+F_SCRATCH = tl.constexpr(int(Field.SCRATCH))
+F_STRIDE = tl.constexpr(int(Field.STRIDE))
+F_FIRST_CHUNK = tl.constexpr(int(Field.FIRST_CHUNK))
+F_STATES = tl.constexpr(int(Field.STATES))
+F_SYMBOLS_END = tl.constexpr(int(Field.SYMBOLS_END))
+F_FLAGS = tl.constexpr(int(Field.FLAGS))
+F_SHIFTS = tl.constexpr(int(Field.SHIFTS))
+F_HEADS = tl.constexpr(int(Field.HEADS))
+F_STACK_END = tl.constexpr(int(Field.STACK_END))
+F_PLANE = tl.constexpr(int(Field.PLANE))
+R_SYMBOL_WORDS = tl.constexpr(int(Result.SYMBOL_WORDS))
+R_STACK_WORDS = tl.constexpr(int(Result.STACK_WORDS))
+R_N_PATCHES = tl.constexpr(int(Result.N_PATCHES))
+R_PLANE_ANY = tl.constexpr(int(Result.PLANE_ANY))
+R_PLANE_ALL = tl.constexpr(int(Result.PLANE_ALL))
+R_PLANE_WORDS = tl.constexpr(int(Result.PLANE_WORDS))
+SPARSE = tl.constexpr(frame.SPARSE)
+FULL = tl.constexpr(frame.FULL)
+DELTA = tl.constexpr(frame.DELTA)
+SCALED_DELTA = tl.constexpr(frame.SCALED_DELTA)
+CAST = tl.constexpr(frame.CAST)
+PALETTE = tl.constexpr(frame.PALETTE)
+PLANES = tl.constexpr(frame.PLANES)
+STACK = tl.constexpr(frame.STACK)
+
+
+@triton.jit
+def numbers_of(p_f):
+    """What splitting and merging ask of a frame's row: int32 up to the contexts, then addresses, factor and lengths.
+
+    k, base, n_symbols, has_sign, context_base, context_shift, n_contexts, rows, columns, factor, table, lengths, list,
+    places.
+    """
+    return (
+        tl.load(p_f + F_K).to(tl.int32),
+        tl.load(p_f + F_BASE).to(tl.int32),
+        tl.load(p_f + F_N_SYMBOLS).to(tl.int32),
+        tl.load(p_f + F_HAS_SIGN).to(tl.int32),
+        tl.load(p_f + F_CONTEXT_BASE).to(tl.int32),
+        tl.load(p_f + F_CONTEXT_SHIFT).to(tl.int32),
+        tl.load(p_f + F_N_CONTEXTS).to(tl.int32),
+        tl.load(p_f + F_ROWS),
+        tl.load(p_f + F_COLUMNS),
+        tl.load(p_f + F_FACTOR),
+        tl.load(p_f + F_TABLE),
+        tl.load(p_f + F_LENGTHS),
+        tl.load(p_f + F_LIST),
+        tl.load(p_f + F_PLACES),
+    )
+
+
+@triton.jit
+def basis_of(
+    p_rows,
+    p_columns,
+    b_row,
+    b_column,
+    b_y,
+    factor,
+    m_word,
+    PREDICT: tl.constexpr,
+    W: tl.constexpr,
+    M: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    HAS_COLUMNS: tl.constexpr,
+):
+    """What both sides know of a word: its level (int32) and what its delta is taken from."""
+    b_level = tl.zeros(m_word.shape, tl.int32)
+    if HAS_SCALES and PREDICT == FULL:
+        b_level += tl.load((p_rows + 2 * b_row).to(tl.pointer_type(tl.int16)), mask=m_word, other=0).to(tl.int32)
+        if HAS_COLUMNS:
+            p_column = (p_columns + 2 * b_column).to(tl.pointer_type(tl.int16))
+            b_level += tl.load(p_column, mask=m_word, other=0).to(tl.int32)
+    elif PREDICT == SCALED_DELTA:
+        b_r = tl.load((p_rows + 2 * b_row).to(tl.pointer_type(tl.uint16)), mask=m_word, other=0).to(tl.uint64)
+        b_c = tl.full((), 1 << 15, tl.uint64)
+        if HAS_COLUMNS:
+            p_column = (p_columns + 2 * b_column).to(tl.pointer_type(tl.uint16))
+            b_c = tl.load(p_column, mask=m_word, other=0).to(tl.uint64)
+        b_y = scaled(b_y, factor_of(b_r, b_c, factor), W, M)
+    return b_level, b_y
+
+
+@triton.jit
+def split_word(
+    b_x,
+    b_y,
+    b_row,
+    b_column,
+    m_word,
+    numbers,
+    PREDICT: tl.constexpr,
+    W: tl.constexpr,
+    M: tl.constexpr,
+    IS_FLOAT: tl.constexpr,
+    IS_SIGNED: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    HAS_COLUMNS: tl.constexpr,
+    HAS_CONTEXTS: tl.constexpr,
+    INDEX_BITS: tl.constexpr,
+):
+    """A word's coder entry (rans: uint64; index: its place, uint32), remainder, length, and whether it is a patch.
+
+    numbers: see `numbers_of`. Padding, where m_word is not set, takes the stand-in of context 0 and no remainder.
+    """
+    k, base, n_symbols, has_sign = numbers[0], numbers[1], numbers[2], numbers[3]
+    b_level, b_y = basis_of(
+        numbers[7], numbers[8], b_row, b_column, b_y, numbers[9], m_word, PREDICT, W, M, HAS_SCALES, HAS_COLUMNS
+    )
+    if PREDICT == FULL:
+        b_symbol, b_remainder, b_length = split_full(b_x, b_level, k, base, n_symbols, has_sign, W, M)
+    elif PREDICT == PALETTE:
+        b_symbol = place_in(b_x, numbers[12], n_symbols, W)
+        b_remainder, b_length = tl.zeros_like(b_x), tl.zeros(b_x.shape, tl.int32)
+    else:
+        b_symbol, b_remainder, b_length = split_delta(b_x, b_y, k, base, n_symbols, has_sign, W, IS_FLOAT, IS_SIGNED)
+    b_context = tl.zeros(b_x.shape, tl.int32)
+    if HAS_CONTEXTS:
+        if PREDICT == FULL:
+            b_context = context_of_level(b_level, numbers[5])
+        else:
+            b_context = context_of_word(b_y, numbers[4], numbers[5], numbers[6], W, M, IS_FLOAT, IS_SIGNED)
+    b_symbol = tl.where(m_word, b_symbol, n_symbols)
+    b_context = tl.where(m_word, b_context, 0)
+    if INDEX_BITS > 0:
+        p_place = (numbers[13] + 2 * b_symbol.to(tl.int64)).to(tl.pointer_type(tl.uint16))
+        b_place = tl.load(p_place).to(tl.uint32)
+        m_patch = (b_place >> 15) != 0
+        b_entry = b_place & 0xFF
+    else:
+        o_entry = (b_context * (n_symbols + 1) + b_symbol).to(tl.int64)
+        b_entry = tl.load((numbers[10] + 8 * o_entry).to(tl.pointer_type(tl.uint64)))
+        m_patch = (b_entry >> 63) != 0
+    b_stand_in = ((numbers[11] >> (8 * b_context).to(tl.int64)) & 0xFF).to(tl.int32)
+    b_length = tl.where(m_word, tl.where(m_patch, b_stand_in, b_length), 0)
+    b_remainder = tl.where(m_patch, 0, b_remainder)
+    return b_entry, b_remainder, b_length, m_patch & m_word
+
+
+@triton.jit
+def octets_of(b_r, shift, PLANE: tl.constexpr, WIDTH: tl.constexpr):
+    """One byte plane of remainders, uint32."""
+    b_low = shift.to(b_r.dtype) + 8 * PLANE
+    return ((b_r >> b_low) & ((1 << WIDTH) - 1)).to(tl.uint32)
+
+
+@triton.jit
+def encode_kernel(
+    p_programs,
+    p_frames,
+    p_results,
+    W: tl.constexpr,
+    M: tl.constexpr,
+    IS_FLOAT: tl.constexpr,
+    IS_SIGNED: tl.constexpr,
+    PREDICT: tl.constexpr,
+    HAS_REFERENCE: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    HAS_COLUMNS: tl.constexpr,
+    HAS_CONTEXTS: tl.constexpr,
+    INDEX_BITS: tl.constexpr,
+    P: tl.constexpr,
+    REMAINDER: tl.constexpr,
+    N_PLANES: tl.constexpr,
+    LAST_BITS: tl.constexpr,
+    HAS_BLOCK_SHIFTS: tl.constexpr,
+    FROM_W: tl.constexpr,
+    FROM_M: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Encode chunks. p_programs: int64[n, 4]: frame, first chunk, chunks, row of the results. IS_WHOLE: all are full.
+
+    p_frames, p_results: see Field and Result.
+    """
+    tl.static_assert(W == 8 or W == 16 or W == 32 or W == 64)
+    tl.static_assert((REMAINDER == PLANES) == (N_PLANES > 0))
+    B: tl.constexpr = 16 if W <= 16 else 32
+    i_program = tl.program_id(0).to(tl.int64)
+    p_f = p_frames + tl.load(p_programs + 4 * i_program) * N_FIELDS
+    first_chunk = tl.load(p_programs + 4 * i_program + 1)
+    n_chunks = tl.load(p_programs + 4 * i_program + 2)
+    o_lane = tl.arange(0, C * 32) % 32
+    o_chunk = tl.arange(0, C * 32) // 32
+    b_bit = tl.full((), 1, tl.uint32) << o_lane.to(tl.uint32)
+    chunk_log2 = tl.load(p_f + F_CHUNK_LOG2)
+    n_words = tl.load(p_f + F_N_WORDS)
+    p_words = tl.load(p_f + F_WORDS)
+    b_first = (first_chunk + o_chunk).to(tl.int64) << chunk_log2
+    size = tl.full((), 1, tl.int64) << chunk_log2
+    b_size = tl.minimum(tl.maximum(n_words - b_first, 0), size)
+    b_size = tl.where(o_chunk < n_chunks, b_size, 0).to(tl.int32)
+    b_n_rows = (b_size + 127) // 128
+    n_rows = ((tl.minimum(n_words - (first_chunk << chunk_log2), size) + 127) // 128).to(tl.int32)
+    b_scratch = tl.load(p_f + F_SCRATCH) + (first_chunk - tl.load(p_f + F_FIRST_CHUNK) + o_chunk) * tl.load(
+        p_f + F_STRIDE
+    )
+    # Where the last row's words stand in the split, and how far one row of 128 is.
+    n_columns = tl.load(p_f + F_N_COLUMNS)
+    b_row = tl.zeros((C * 32,), tl.int64)
+    b_column = tl.zeros((C * 32,), tl.int64)
+    if HAS_SCALES:
+        b_last = b_first + 128 * n_rows + 4 * o_lane  # one row past the last
+        b_row = b_last // n_columns
+        b_column = b_last % n_columns
+    b_state = tl.full((C * 32,), 1 << 15, tl.uint32)
+    o_symbols = tl.zeros((C * 32,), tl.int32)  # words back from the end, so at most 0
+    p_symbols = b_scratch + tl.load(p_f + F_SYMBOLS_END)
+    b_hold = tl.zeros((C * 32,), tl.uint32 if B == 16 else tl.uint64)
+    b_held = tl.zeros((C * 32,), tl.int32)
+    o_stack = tl.zeros((C * 32,), tl.int32)
+    p_stack = b_scratch + tl.load(p_f + F_STACK_END)
+    b_n_patches = tl.zeros((C * 32,), tl.int32)
+    b_flags_hold = tl.zeros((C * 32,), tl.uint64)
+    b_index_hold = tl.zeros((C * 32,), tl.uint64)
+    b_plane_hold = tl.zeros((C * 32,), tl.uint64)
+    b_any = tl.zeros((C * 32,), tl.uint64)  # OR of all remainders that planes hold, and AND
+    b_all = tl.full((C * 32,), -1, tl.int64).to(tl.uint64)
+    p_flags = b_scratch + tl.load(p_f + F_FLAGS)
+    shift = tl.load(p_f + F_SHIFT)
+    p_reference = tl.load(p_f + F_REFERENCE)
+    numbers = numbers_of(p_f)
+    q = n_rows
+    while q > 0:
+        q -= 1
+        m_row = q < b_n_rows
+        o_first = b_first + 128 * q + 4 * o_lane
+        b_left = b_size - 128 * q - 4 * o_lane
+        b_x0, b_x1, b_x2, b_x3 = words_at(p_words, o_first, b_left, W, IS_WHOLE)
+        if PREDICT == SPARSE or PREDICT == CAST:
+            if PREDICT == CAST:
+                b_s0, b_s1, b_s2, b_s3 = words_at(p_reference, o_first, b_left, FROM_W, IS_WHOLE)
+                b_y0 = rounded(b_s0, FROM_W, FROM_M, W, M)
+                b_y1 = rounded(b_s1, FROM_W, FROM_M, W, M)
+                b_y2 = rounded(b_s2, FROM_W, FROM_M, W, M)
+                b_y3 = rounded(b_s3, FROM_W, FROM_M, W, M)
+            elif HAS_REFERENCE:
+                b_y0, b_y1, b_y2, b_y3 = words_at(p_reference, o_first, b_left, W, IS_WHOLE)
+            else:
+                b_y0 = tl.zeros_like(b_x0) + tl.load(p_f + F_WORD).to(b_x0.dtype)
+                b_y1, b_y2, b_y3 = b_y0, b_y0, b_y0
+            m_p0 = (b_x0 != b_y0) & (b_left > 0)
+            m_p1 = (b_x1 != b_y1) & (b_left > 1)
+            m_p2 = (b_x2 != b_y2) & (b_left > 2)
+            m_p3 = (b_x3 != b_y3) & (b_left > 3)
+        else:
+            b_y0, b_y1, b_y2, b_y3 = tl.zeros_like(b_x0), tl.zeros_like(b_x1), tl.zeros_like(b_x2), tl.zeros_like(b_x3)
+            if HAS_REFERENCE:
+                b_y0, b_y1, b_y2, b_y3 = words_at(p_reference, o_first, b_left, W, IS_WHOLE)
+            if HAS_SCALES:
+                b_row, b_column = backward(b_row, b_column, 128 // n_columns, 128 % n_columns, n_columns)
+            b_row1, b_column1 = forward(b_row, b_column, 0, 1, n_columns)
+            b_row2, b_column2 = forward(b_row1, b_column1, 0, 1, n_columns)
+            b_row3, b_column3 = forward(b_row2, b_column2, 0, 1, n_columns)
+            b_e0, b_r0, b_l0, m_p0 = split_word(
+                b_x0,
+                b_y0,
+                b_row,
+                b_column,
+                b_left > 0,
+                numbers,
+                PREDICT,
+                W,
+                M,
+                IS_FLOAT,
+                IS_SIGNED,
+                HAS_SCALES,
+                HAS_COLUMNS,
+                HAS_CONTEXTS,
+                INDEX_BITS,
+            )
+            b_e1, b_r1, b_l1, m_p1 = split_word(
+                b_x1,
+                b_y1,
+                b_row1,
+                b_column1,
+                b_left > 1,
+                numbers,
+                PREDICT,
+                W,
+                M,
+                IS_FLOAT,
+                IS_SIGNED,
+                HAS_SCALES,
+                HAS_COLUMNS,
+                HAS_CONTEXTS,
+                INDEX_BITS,
+            )
+            b_e2, b_r2, b_l2, m_p2 = split_word(
+                b_x2,
+                b_y2,
+                b_row2,
+                b_column2,
+                b_left > 2,
+                numbers,
+                PREDICT,
+                W,
+                M,
+                IS_FLOAT,
+                IS_SIGNED,
+                HAS_SCALES,
+                HAS_COLUMNS,
+                HAS_CONTEXTS,
+                INDEX_BITS,
+            )
+            b_e3, b_r3, b_l3, m_p3 = split_word(
+                b_x3,
+                b_y3,
+                b_row3,
+                b_column3,
+                b_left > 3,
+                numbers,
+                PREDICT,
+                W,
+                M,
+                IS_FLOAT,
+                IS_SIGNED,
+                HAS_SCALES,
+                HAS_COLUMNS,
+                HAS_CONTEXTS,
+                INDEX_BITS,
+            )
+            if P > 0:
+                b_state, o_symbols = rans_push(b_state, b_e3, p_symbols, o_symbols, m_row, b_bit, P, C)
+                b_state, o_symbols = rans_push(b_state, b_e2, p_symbols, o_symbols, m_row, b_bit, P, C)
+                b_state, o_symbols = rans_push(b_state, b_e1, p_symbols, o_symbols, m_row, b_bit, P, C)
+                b_state, o_symbols = rans_push(b_state, b_e0, p_symbols, o_symbols, m_row, b_bit, P, C)
+            else:
+                b_indices = joined_row(b_e0, b_e1, b_e2, b_e3, INDEX_BITS)
+                b_indices = tl.where(m_row, b_indices, 0)
+                b_index_hold = pack_row(b_index_hold, b_indices, p_symbols, q, m_row, o_lane, INDEX_BITS)
+            if REMAINDER == PLANES:
+                for PLANE in tl.static_range(N_PLANES):
+                    b_plane_hold = pack_plane(
+                        b_plane_hold,
+                        b_r0,
+                        b_r1,
+                        b_r2,
+                        b_r3,
+                        shift,
+                        b_scratch + tl.load(p_f + F_PLANE + PLANE),
+                        q,
+                        m_row,
+                        o_lane,
+                        PLANE,
+                        LAST_BITS if PLANE == N_PLANES - 1 else 8,
+                    )
+                b_any = b_any | tl.where(m_row, b_r0 | b_r1 | b_r2 | b_r3, 0).to(tl.uint64)
+                b_all = tl.where(m_row, b_all & (b_r0 & b_r1 & b_r2 & b_r3).to(tl.uint64), b_all)
+            if REMAINDER == STACK:
+                if HAS_BLOCK_SHIFTS:
+                    b_joined = b_r0 | b_r1 | b_r2 | b_r3
+                    # Of the lowest set bit less one, the least is that of all lanes joined.
+                    b_below = (b_joined ^ (b_joined - 1)) >> 1
+                    b_below = tl.where(b_joined == 0, low_bits(tl.full((), W - 1, tl.int32), b_joined), b_below)
+                    b_zeros = bit_length(b_below, W)
+                    b_longest = tl.maximum(tl.maximum(b_l0, b_l1), tl.maximum(b_l2, b_l3))
+                    b_shift = tl.minimum(least_of_chunk(b_zeros, C), most_of_chunk(b_longest, C))
+                    p_shift = (b_scratch + tl.load(p_f + F_SHIFTS) + q).to(tl.pointer_type(tl.uint8))
+                    tl.store(p_shift, b_shift.to(tl.uint8), mask=m_row & (o_lane == 0))
+                    b_down = b_shift.to(b_r0.dtype)
+                    b_r0, b_r1, b_r2, b_r3 = b_r0 >> b_down, b_r1 >> b_down, b_r2 >> b_down, b_r3 >> b_down
+                    b_l0, b_l1 = tl.maximum(b_l0 - b_shift, 0), tl.maximum(b_l1 - b_shift, 0)
+                    b_l2, b_l3 = tl.maximum(b_l2 - b_shift, 0), tl.maximum(b_l3 - b_shift, 0)
+                b_hold, b_held, o_stack = push_word(b_hold, b_held, b_r3, b_l3, p_stack, o_stack, m_row, b_bit, W, B, C)
+                b_hold, b_held, o_stack = push_word(b_hold, b_held, b_r2, b_l2, p_stack, o_stack, m_row, b_bit, W, B, C)
+                b_hold, b_held, o_stack = push_word(b_hold, b_held, b_r1, b_l1, p_stack, o_stack, m_row, b_bit, W, B, C)
+                b_hold, b_held, o_stack = push_word(b_hold, b_held, b_r0, b_l0, p_stack, o_stack, m_row, b_bit, W, B, C)
+        b_n_patches += m_p0.to(tl.int32) + m_p1.to(tl.int32) + m_p2.to(tl.int32) + m_p3.to(tl.int32)
+        b_flags = joined_row(m_p0.to(tl.uint32), m_p1.to(tl.uint32), m_p2.to(tl.uint32), m_p3.to(tl.uint32), 1)
+        b_flags_hold = pack_row(b_flags_hold, b_flags, p_flags, q, m_row, o_lane, 1)
+    m_here = o_chunk < n_chunks
+    p_result = p_results + (tl.load(p_programs + 4 * i_program + 3) + o_chunk) * N_RESULTS
+    m_first = m_here & (o_lane == 0)
+    tl.store(p_result + R_N_PATCHES, sum_of_chunk(b_n_patches, C), mask=m_first)
+    if P > 0:
+        finish_stream(p_symbols, o_symbols, o_lane, m_here, 16)
+        tl.store(p_result + R_SYMBOL_WORDS, -o_symbols, mask=m_first)
+        p_state = (b_scratch + tl.load(p_f + F_STATES) + 4 * o_lane).to(tl.pointer_type(tl.uint32))
+        tl.store(p_state, b_state, mask=m_here)
+    if REMAINDER == STACK:
+        finish_stream(p_stack, o_stack, o_lane, m_here, B)
+        tl.store(p_result + R_STACK_WORDS, -o_stack, mask=m_first)
+        b_head = b_hold | (tl.full((), 1, b_hold.dtype) << b_held.to(b_hold.dtype))
+        p_heads = b_scratch + tl.load(p_f + F_HEADS)
+        if B == 16:
+            tl.store((p_heads + 2 * o_lane).to(tl.pointer_type(tl.uint16)), b_head.to(tl.uint16), mask=m_here)
+        else:
+            tl.store((p_heads + 4 * o_lane).to(tl.pointer_type(tl.uint32)), b_head.to(tl.uint32), mask=m_here)
+    if REMAINDER == PLANES:
+        for PLANE in tl.static_range(N_PLANES):
+            tell_plane(
+                p_result + PLANE,
+                b_any,
+                b_all,
+                shift,
+                m_first,
+                PLANE,
+                LAST_BITS if PLANE == N_PLANES - 1 else 8,
+                C,
+            )
+
+
+@triton.jit
+def pack_plane(
+    b_hold,
+    b_r0,
+    b_r1,
+    b_r2,
+    b_r3,
+    shift,
+    p_plane,
+    q,
+    m_row,
+    o_lane,
+    PLANE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Pack one byte plane of a row of remainders. b_hold: of the plane that has fewer than 8 bits; others need none."""
+    b_octets = joined_row(
+        octets_of(b_r0, shift, PLANE, WIDTH),
+        octets_of(b_r1, shift, PLANE, WIDTH),
+        octets_of(b_r2, shift, PLANE, WIDTH),
+        octets_of(b_r3, shift, PLANE, WIDTH),
+        WIDTH,
+    )
+    return pack_row(b_hold, b_octets, p_plane, q, m_row, o_lane, WIDTH)
+
+
+@triton.jit
+def tell_plane(p_result, b_any, b_all, shift, m_first, PLANE: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr):
+    """Store OR and AND of a plane's octets. b_any, b_all: of each lane's remainders.
+
+    Over lanes both are taken bit by bit, by the greatest and the least, once a chunk.
+    """
+    b_some = octets_of(b_any, shift, PLANE, WIDTH).to(tl.int32)
+    b_every = octets_of(b_all, shift, PLANE, WIDTH).to(tl.int32)
+    b_or = tl.zeros_like(b_some)
+    b_and = tl.zeros_like(b_some)
+    for BIT in tl.static_range(WIDTH):
+        b_or = b_or | (most_of_chunk((b_some >> BIT) & 1, C) << BIT)
+        b_and = b_and | (least_of_chunk((b_every >> BIT) & 1, C) << BIT)
+    tl.store(p_result + R_PLANE_ANY, b_or, mask=m_first)
+    tl.store(p_result + R_PLANE_ALL, b_and, mask=m_first)
+
+
+@triton.jit
+def push_word(
+    b_hold,
+    b_held,
+    b_remainder,
+    b_length,
+    p_stack,
+    o_stack,
+    m_row,
+    b_bit,
+    W: tl.constexpr,
+    B: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Push one remainder; of 64-bit words the upper part first, so that a decoder meets the lower one first."""
+    b_length = tl.where(m_row, b_length, 0)
+    b_remainder = tl.where(m_row, b_remainder, 0)
+    if W == 64:
+        b_above = tl.maximum(b_length - 32, 0)
+        b_upper, b_lower = b_remainder >> 32, b_remainder & 0xFFFFFFFF
+        b_hold, b_held, o_stack = stack_push(b_hold, b_held, b_upper, b_above, p_stack, o_stack, m_row, b_bit, B, C)
+        b_length = b_length - b_above
+        b_hold, b_held, o_stack = stack_push(b_hold, b_held, b_lower, b_length, p_stack, o_stack, m_row, b_bit, B, C)
+    else:
+        b_hold, b_held, o_stack = stack_push(
+            b_hold, b_held, b_remainder, b_length, p_stack, o_stack, m_row, b_bit, B, C
+        )
+    return b_hold, b_held, o_stack
+
+
+@triton.jit
+def finish_stream(p_end, o_next, o_lane, m_here, B: tl.constexpr):
+    """Zeros before the words of a stream, down to a multiple of 16 bytes. o_next: int32, at most 0, of the first."""
+    N_EACH: tl.constexpr = 128 // B
+    b_spare = (-o_next) % N_EACH
+    m_zero = m_here & (b_spare > 0) & (o_lane < N_EACH - b_spare)
+    o_zero = (o_next - 1 - o_lane).to(tl.int64)
+    if B == 16:
+        tl.store((p_end + 2 * o_zero).to(tl.pointer_type(tl.uint16)), tl.zeros_like(o_lane).to(tl.uint16), mask=m_zero)
+    else:
+        tl.store((p_end + 4 * o_zero).to(tl.pointer_type(tl.uint32)), tl.zeros_like(o_lane).to(tl.uint32), mask=m_zero)
+
+
+@triton.jit
+def plane_kernel(p_programs, p_frames, p_results, WIDTH: tl.constexpr, P: tl.constexpr, C: tl.constexpr):
+    """Encode a byte plane, which the encoder has packed, with its frequency table: rans beside the packed octets.
+
+    p_programs: int64[n, 9]: frame, first chunk, chunks, row of the results, plane, and where in the chunk's scratch its
+    packed octets begin, its states stand and its words end; address of the entries.
+    """
+    i_program = tl.program_id(0).to(tl.int64)
+    p_program = p_programs + 9 * i_program
+    p_f = p_frames + tl.load(p_program) * N_FIELDS
+    first_chunk = tl.load(p_program + 1)
+    o_lane = tl.arange(0, C * 32) % 32
+    o_chunk = tl.arange(0, C * 32) // 32
+    m_here = o_chunk < tl.load(p_program + 2)
+    b_bit = tl.full((), 1, tl.uint32) << o_lane.to(tl.uint32)
+    chunk_log2 = tl.load(p_f + F_CHUNK_LOG2)
+    n_words = tl.load(p_f + F_N_WORDS)
+    size = tl.full((), 1, tl.int64) << chunk_log2
+    b_size = tl.minimum(tl.maximum(n_words - ((first_chunk + o_chunk).to(tl.int64) << chunk_log2), 0), size)
+    b_n_rows = (tl.where(m_here, b_size, 0).to(tl.int32) + 127) // 128
+    n_rows = ((tl.minimum(n_words - (first_chunk << chunk_log2), size) + 127) // 128).to(tl.int32)
+    b_scratch = tl.load(p_f + F_SCRATCH) + (first_chunk - tl.load(p_f + F_FIRST_CHUNK) + o_chunk) * tl.load(
+        p_f + F_STRIDE
+    )
+    p_plane = b_scratch + tl.load(p_program + 5)
+    p_words = b_scratch + tl.load(p_program + 7)
+    p_table = tl.load(p_program + 8)
+    b_state = tl.full((C * 32,), 1 << 15, tl.uint32)
+    o_words = tl.zeros((C * 32,), tl.int32)
+    q = n_rows
+    while q > 0:
+        q -= 1
+        m_row = q < b_n_rows
+        b_0, b_1, b_2, b_3 = unpack_row(p_plane, q, m_row, o_lane, WIDTH)
+        b_state, o_words = push_octet(b_state, b_3, p_table, p_words, o_words, m_row, b_bit, P, C)
+        b_state, o_words = push_octet(b_state, b_2, p_table, p_words, o_words, m_row, b_bit, P, C)
+        b_state, o_words = push_octet(b_state, b_1, p_table, p_words, o_words, m_row, b_bit, P, C)
+        b_state, o_words = push_octet(b_state, b_0, p_table, p_words, o_words, m_row, b_bit, P, C)
+    finish_stream(p_words, o_words, o_lane, m_here, 16)
+    p_state = (b_scratch + tl.load(p_program + 6) + 4 * o_lane).to(tl.pointer_type(tl.uint32))
+    tl.store(p_state, b_state, mask=m_here)
+    p_result = p_results + (tl.load(p_program + 3) + o_chunk) * N_RESULTS + R_PLANE_WORDS + tl.load(p_program + 4)
+    tl.store(p_result, -o_words, mask=m_here & (o_lane == 0))
+
+
+@triton.jit
+def push_octet(
+    b_state,
+    b_octet,
+    p_table,
+    p_words,
+    o_words,
+    m_row,
+    b_bit,
+    P: tl.constexpr,
+    C: tl.constexpr,
+):
+    """One step of a byte plane."""
+    b_entry = tl.load((p_table + 8 * b_octet.to(tl.int64)).to(tl.pointer_type(tl.uint64)))
+    return rans_push(b_state, b_entry, p_words, o_words, m_row, b_bit, P, C)

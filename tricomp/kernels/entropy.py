@@ -1,0 +1,71 @@
+"""Entropy stage in registers: one step of interleaved rANS, forwards and backwards. Imports triton and lanes.
+
+Mirrors `tricomp.reference.entropy`. The hard thing is division: an encoder's entry brings a reciprocal that is exact
+for every state below 2^31, see tables.py.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tricomp.kernels.lanes import ballot, population
+
+# Fields of the upper half of an encoder's entry, see tables.py: complement, bias, shift.
+COMPLEMENT_MASK = tl.constexpr((1 << 11) - 1)
+BIAS_BEGIN = tl.constexpr(11)
+BIAS_MASK = tl.constexpr((1 << 12) - 1)
+SHIFT_BEGIN = tl.constexpr(23)
+SHIFT_MASK = tl.constexpr((1 << 4) - 1)
+
+
+@triton.jit
+def rans_push(b_state, b_entry, p_words, o_next, m_lane, b_bit, P: tl.constexpr, C: tl.constexpr):
+    """Encode one symbol a lane. b_entry: uint64, of its symbol. p_words: int64 address of u16, filled downwards.
+
+    o_next: int32, one past where the last of the next words goes. Returns states and o_next.
+    """
+    b_fields = (b_entry >> 32).to(tl.uint32)
+    b_complement = b_fields & COMPLEMENT_MASK
+    b_bias = (b_fields >> BIAS_BEGIN) & BIAS_MASK
+    b_shift = (b_fields >> SHIFT_BEGIN) & SHIFT_MASK
+    m_full = m_lane & ((b_state >> (31 - P)) + b_complement >= (1 << P))
+    b_full = ballot(m_full, b_bit, C)
+    o_next -= population(b_full)
+    o_word = o_next + population(b_full & (b_bit - 1))
+    p_word = (p_words + 2 * o_word.to(tl.int64)).to(tl.pointer_type(tl.uint16))
+    tl.store(p_word, (b_state & 0xFFFF).to(tl.uint16), mask=m_full)
+    b_state = tl.where(m_full, b_state >> 16, b_state)
+    b_reciprocal = b_entry & 0xFFFFFFFF
+    b_quotient = ((b_state.to(tl.uint64) * b_reciprocal) >> 32).to(tl.uint32) >> b_shift
+    b_pushed = b_state + b_quotient * b_complement + b_bias
+    return tl.where(m_lane, b_pushed, b_state), o_next
+
+
+@triton.jit
+def rans_pop(
+    b_state,
+    p_slots,
+    b_table,
+    p_words,
+    o_next,
+    m_lane,
+    b_bit,
+    P: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Decode one symbol a lane. p_slots: int64 address of the decoder's tables, u32; b_table: int32, which of them.
+
+    p_words: int64 address of u16, taken upwards; o_next: int32, the next. Returns symbols (uint32), states and o_next.
+    Whatever the words hold, a step moves o_next by 32 at most.
+    """
+    b_slot = (b_state & ((1 << P) - 1)).to(tl.int32) + (b_table << P)
+    b_entry = tl.load((p_slots + 4 * b_slot.to(tl.int64)).to(tl.pointer_type(tl.uint32)))
+    b_popped = (b_entry >> 20) * (b_state >> P) + (b_entry & 0xFFF)
+    m_short = m_lane & (b_popped < (1 << 15))
+    b_short = ballot(m_short, b_bit, C)
+    o_word = o_next + population(b_short & (b_bit - 1))
+    p_word = (p_words + 2 * o_word.to(tl.int64)).to(tl.pointer_type(tl.uint16))
+    b_word = tl.load(p_word, mask=m_short, other=0).to(tl.uint32)
+    b_popped = tl.where(m_short, (b_popped << 16) | b_word, b_popped)
+    return (b_entry >> 12) & 0xFF, tl.where(m_lane, b_popped, b_state), o_next + population(b_short)

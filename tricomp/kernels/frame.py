@@ -1,0 +1,193 @@
+"""What the memory kernels are told: the kind of a frame, which picks the kernel, and its row of the frame table.
+
+Imports ground and numpy. The hard thing: one launch serves many frames, so whatever differs between frames of a kind is
+a number in device memory, int64 each; what changes the shape of the work is a constant of the kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from tricomp.dtypes import DType
+from tricomp.job import Side
+from tricomp.plan import ENTROPIES, PREDICTIONS, REMAINDERS, Plan
+
+# Frozen since format 1.
+LANES = 32
+ROW = 128
+ALIGN = 16
+RAW_FLAG = 1 << 31
+DIRECTORY_FIELDS = 6
+PLANE_RAW, PLANE_CONSTANT, PLANE_RANS = 0, 1, 2
+
+MOST_PLANES = 8
+STATE_BYTES = 4 * LANES
+
+SPARSE, FULL, DELTA, SCALED_DELTA, CAST, PALETTE = (
+    PREDICTIONS.index(name) for name in ("sparse", "full", "delta", "scaled_delta", "cast", "palette")
+)
+PLANES, STACK = REMAINDERS.index("planes"), REMAINDERS.index("stack")
+INDEX, RANS = ENTROPIES.index("index"), ENTROPIES.index("rans")
+
+
+class Field(IntEnum):
+    """Columns of the frame table. Addresses are of device memory; 0 where there is nothing."""
+
+    WORDS = 0
+    REFERENCE = 1
+    N_WORDS = 2
+    CHUNK_LOG2 = 3
+    K = 4
+    BASE = 5
+    N_SYMBOLS = 6
+    HAS_SIGN = 7
+    N_CONTEXTS = 8
+    CONTEXT_BASE = 9
+    CONTEXT_SHIFT = 10
+    N_COLUMNS = 11
+    FACTOR = 12
+    ROWS = 13
+    COLUMNS = 14
+    TABLE = 15  # encoder: entries; decoder: slots
+    LENGTHS = 16  # bits of the remainder of each context's stand-in, 8 bits each
+    SHIFT = 17
+    LIST = 18  # palette: its words; index: encoder: place of every symbol, decoder: dictionary. Palette and index: both
+    PLACES = 19
+    N_PLACES = 20
+    WORD = 21
+    SCRATCH = 22  # of the chunk FIRST_CHUNK; what follows are bytes from there, or from the chunk's own
+    STRIDE = 23  # bytes from one chunk to the next
+    FIRST_CHUNK = 24
+    STATES = 25
+    SYMBOLS_END = 26  # rans: one past the words; index: where the packed words begin
+    FLAGS = 27
+    SHIFTS = 28
+    HEADS = 29
+    STACK_END = 30
+    PLANE = 31  # and the seven after it
+    N = 39
+
+
+class Result(IntEnum):
+    """Columns of what an encoder tells of a chunk, int32 each."""
+
+    SYMBOL_WORDS = 0
+    STACK_WORDS = 1
+    N_PATCHES = 2
+    PLANE_ANY = 3  # OR of a plane's octets, and the seven after it
+    PLANE_ALL = 11  # AND of them
+    PLANE_WORDS = 19  # of a coded plane's rans stream
+    N = 27
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is constant in a kernel. Frames of one kind share launches. HAS_COLUMNS: the scales have columns too."""
+
+    W: int
+    M: int
+    IS_FLOAT: bool
+    IS_SIGNED: bool
+    PREDICT: int
+    HAS_REFERENCE: bool
+    HAS_SCALES: bool
+    HAS_COLUMNS: bool
+    HAS_CONTEXTS: bool
+    INDEX_BITS: int
+    P: int
+    REMAINDER: int
+    N_PLANES: int
+    LAST_BITS: int
+    HAS_BLOCK_SHIFTS: bool
+    FROM_W: int = 0  # cast: the reference's words
+    FROM_M: int = 0
+
+    def constants(self) -> dict[str, int]:
+        """By name, as launches take them."""
+        return {name: int(value) for name, value in self.__dict__.items()}
+
+
+def kind_of(plan: Plan, has_reference: bool, source: DType | None) -> Kind:
+    """The kind of a frame."""
+    dtype = plan.dtype
+    is_cast = plan.predict == "cast" and source is not None
+    widths = plan.plane_widths
+    return Kind(
+        W=dtype.word_bits,
+        M=dtype.mantissa_bits,
+        IS_FLOAT=dtype.is_float,
+        IS_SIGNED=dtype.is_signed,
+        PREDICT=PREDICTIONS.index(plan.predict),
+        HAS_REFERENCE=has_reference,
+        HAS_SCALES=plan.is_scaled,
+        HAS_COLUMNS=plan.has_column_scale,
+        HAS_CONTEXTS=plan.n_contexts > 1,
+        INDEX_BITS=plan.index_bits,
+        P=plan.prob_bits if plan.entropy == "rans" else 0,
+        REMAINDER=REMAINDERS.index(plan.remainder),
+        N_PLANES=len(widths),
+        LAST_BITS=widths[-1] if widths else 0,
+        HAS_BLOCK_SHIFTS=plan.has_block_shifts,
+        FROM_W=source.word_bits if is_cast and source is not None else 0,
+        FROM_M=source.mantissa_bits if is_cast and source is not None else 0,
+    )
+
+
+def numbers_of(plan: Plan) -> dict[Field, int]:
+    """What the plan alone tells of a frame's row."""
+    return {
+        Field.N_WORDS: plan.n_words,
+        Field.CHUNK_LOG2: plan.chunk_log2,
+        Field.K: plan.mantissa_bits,
+        Field.BASE: plan.base,
+        Field.N_SYMBOLS: plan.n_symbols,
+        Field.HAS_SIGN: int(plan.has_sign),
+        Field.N_CONTEXTS: plan.n_contexts,
+        Field.CONTEXT_BASE: plan.context_base,
+        Field.CONTEXT_SHIFT: 3 - plan.phase_bits if plan.predict == "full" else plan.context_shift,
+        Field.N_COLUMNS: max(plan.n_columns, 1),
+        Field.FACTOR: plan.factor,
+        Field.SHIFT: plan.shift,
+        Field.WORD: plan.word - (1 << 64 if plan.word >> 63 else 0),
+    }
+
+
+def length_bits(plan: Plan, side: Side) -> list[int]:
+    """Bits of the remainder that goes with each context's stand-in, see `symbol_length`."""
+    if plan.remainder != "stack":
+        return [0] * plan.n_contexts
+    if side.tables is None:
+        return [symbol_length(plan, int(side.dictionary[0]))]
+    return [symbol_length(plan, int(symbol)) for symbol in side.tables.favourites()]
+
+
+def symbol_length(plan: Plan, symbol: int) -> int:
+    """Bits of the remainder that goes with a symbol."""
+    if symbol == 0 or plan.remainder == "none":
+        return 0
+    if plan.predict == "full":
+        return plan.remainder_bits
+    code = symbol + plan.base
+    length = min((code if plan.has_sign else code >> 1) >> plan.mantissa_bits, plan.dtype.word_bits)
+    return max(length - 1 - plan.mantissa_bits, 0) + plan.has_sign
+
+
+def longest_remainder(plan: Plan) -> int:
+    """Most bits that one word leaves on a stack."""
+    return max((symbol_length(plan, symbol) for symbol in range(plan.n_symbols)), default=0)
+
+
+def stack_word_bits(word_bits: int) -> int:
+    """Bits of a stack's words. Frozen since format 1."""
+    return 16 if word_bits <= 16 else 32
+
+
+def packed_bytes(n_padded: int, n_bits: int) -> int:
+    """Bytes of values packed vertically; n_padded = 128 q."""
+    return -(-n_padded // ROW * n_bits // 8) * 4 * LANES
+
+
+def aligned(n_bytes: int) -> int:
+    """n_bytes rounded up to 16."""
+    return -(-n_bytes // ALIGN) * ALIGN

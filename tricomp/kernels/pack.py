@@ -1,0 +1,121 @@
+"""Remainder packing in registers: a step of the bit stack, a row of vertically packed bits. Imports triton and lanes.
+
+Mirrors `tricomp.reference.pack`. A stack of 16-bit words is held in uint32, one of 32-bit words in uint64. The hard
+thing: both directions must be undone without knowing any length, so encoders go backwards.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tricomp.kernels.lanes import ballot, population
+
+
+@triton.jit
+def stack_push(
+    b_hold,
+    b_held,
+    b_value,
+    b_length,
+    p_words,
+    o_next,
+    m_lane,
+    b_bit,
+    B: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Push one value of b_length bits (int32, up to B) a lane. b_held: int32, bits held, below B.
+
+    p_words: int64 address of words of B bits, filled downwards; o_next: int32, one past the next. Returns b_hold,
+    b_held, o_next. Where m_lane is not set, b_length and b_value must be 0.
+    """
+    b_hold = (b_hold << b_length.to(b_hold.dtype)) | b_value.to(b_hold.dtype)
+    b_held += b_length
+    m_full = b_held >= B
+    b_full = ballot(m_full, b_bit, C)
+    o_next -= population(b_full)
+    o_word = o_next + population(b_full & (b_bit - 1))
+    b_held &= B - 1
+    b_above = b_hold >> b_held.to(b_hold.dtype)
+    if B == 16:
+        p_word = (p_words + 2 * o_word.to(tl.int64)).to(tl.pointer_type(tl.uint16))
+        tl.store(p_word, b_above.to(tl.uint16), mask=m_full)
+    else:
+        p_word = (p_words + 4 * o_word.to(tl.int64)).to(tl.pointer_type(tl.uint32))
+        tl.store(p_word, b_above.to(tl.uint32), mask=m_full)
+    b_one = tl.full((), 1, b_hold.dtype)
+    return b_hold & ((b_one << b_held.to(b_hold.dtype)) - 1), b_held, o_next
+
+
+@triton.jit
+def stack_pop(b_hold, b_held, b_length, p_words, o_next, b_bit, B: tl.constexpr, C: tl.constexpr):
+    """Pop one value of b_length bits (int32, up to B) a lane. Returns values (as b_hold), b_hold, b_held, o_next.
+
+    p_words, o_next: as in `stack_push`, taken upwards. Whatever the words hold, a step moves o_next by 32 at most.
+    """
+    m_short = b_held < b_length
+    b_short = ballot(m_short, b_bit, C)
+    o_word = o_next + population(b_short & (b_bit - 1))
+    if B == 16:
+        p_word = (p_words + 2 * o_word.to(tl.int64)).to(tl.pointer_type(tl.uint16))
+    else:
+        p_word = (p_words + 4 * o_word.to(tl.int64)).to(tl.pointer_type(tl.uint32))
+    b_word = tl.load(p_word, mask=m_short, other=0).to(b_hold.dtype)
+    b_hold = b_hold | (b_word << b_held.to(b_hold.dtype))
+    b_held += tl.where(m_short, B, 0)
+    b_one = tl.full((), 1, b_hold.dtype)
+    b_value = b_hold & ((b_one << b_length.to(b_hold.dtype)) - 1)
+    return b_value, b_hold >> b_length.to(b_hold.dtype), b_held - b_length, o_next + population(b_short)
+
+
+@triton.jit
+def joined_row(b_0, b_1, b_2, b_3, WIDTH: tl.constexpr):
+    """A lane's four values of a row side by side; uint32."""
+    return b_0 | (b_1 << WIDTH) | (b_2 << (2 * WIDTH)) | (b_3 << (3 * WIDTH))
+
+
+@triton.jit
+def pack_row(b_hold, b_row, p_words, q, m_row, o_lane, WIDTH: tl.constexpr):
+    """Pack row q of four values of WIDTH bits a lane, rows descending. b_hold: uint64, bits that wait for a word.
+
+    p_words: int64 address of u32. m_row: whether the row is one of the chunk's. Returns b_hold. A word is stored with
+    the row that holds its lowest bit.
+    """
+    if WIDTH == 8:
+        p_word = (p_words + 4 * (32 * q + o_lane).to(tl.int64)).to(tl.pointer_type(tl.uint32))
+        tl.store(p_word, b_row, mask=m_row)
+    else:
+        b_hold = (b_hold << (4 * WIDTH)) | b_row.to(tl.uint64)
+        n_below = 4 * WIDTH * q  # bits of the rows below this one
+        j = (n_below + 31) // 32
+        n_kept = 32 * j - n_below
+        p_word = (p_words + 4 * (32 * j + o_lane).to(tl.int64)).to(tl.pointer_type(tl.uint32))
+        b_word = ((b_hold >> n_kept.to(tl.uint64)) & 0xFFFFFFFF).to(tl.uint32)
+        tl.store(p_word, b_word, mask=m_row & (n_kept < 4 * WIDTH))
+        if n_kept < 4 * WIDTH:
+            b_hold = b_hold & ((tl.full((), 1, tl.uint64) << n_kept.to(tl.uint64)) - 1)
+    return b_hold
+
+
+@triton.jit
+def unpack_row(p_words, q, m_row, o_lane, WIDTH: tl.constexpr):
+    """Inverse of `pack_row`, any row at any time: a lane's four values of row q, uint32 each."""
+    b_low = 4 * WIDTH * q
+    j = b_low // 32
+    n_below = b_low % 32
+    p_word = (p_words + 4 * (32 * j + o_lane).to(tl.int64)).to(tl.pointer_type(tl.uint32))
+    b_word = tl.load(p_word, mask=m_row, other=0)
+    if WIDTH == 8:
+        b_row = b_word
+    else:
+        b_next = tl.load(p_word + 32, mask=m_row & (n_below + 4 * WIDTH > 32), other=0)
+        b_both = b_word.to(tl.uint64) | (b_next.to(tl.uint64) << 32)
+        b_row = ((b_both >> n_below.to(tl.uint64)) & 0xFFFFFFFF).to(tl.uint32)
+    b_mask = (1 << WIDTH) - 1
+    return (
+        b_row & b_mask,
+        (b_row >> WIDTH) & b_mask,
+        (b_row >> (2 * WIDTH)) & b_mask,
+        (b_row >> (3 * WIDTH)) & b_mask,
+    )

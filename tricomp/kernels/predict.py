@@ -1,0 +1,233 @@
+"""Prediction stage in registers: a word to (symbol, remainder) and back, its context, the scaled reference.
+
+Imports triton and bits. Mirrors `tricomp.reference.predict`; integers only. A symbol is an int32; n_symbols stands for
+a word that does not fit, whose entry is that of a patch, see tables.py. The hard thing: k, the base and the like are
+numbers of the frame, not of the kernel, so that one kernel serves all frames of a kind.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tricomp.kernels.bits import (
+    bit_length,
+    exponent,
+    low_bits,
+    magnitude,
+    negated,
+    ordered,
+    top_bit,
+    unordered,
+    word_mask,
+)
+from tricomp.kernels.lanes import word_at
+
+
+@triton.jit
+def split_full(b_x, b_level, k, base, n_symbols, has_sign, W: tl.constexpr, M: tl.constexpr):
+    """Symbol, remainder (of the word's type) and its length. b_level: int32, R + C; the numbers are int32."""
+    n_low = M - k
+    b_magnitude = magnitude(b_x, W, True, True)
+    b_high = (b_magnitude >> n_low.to(b_x.dtype)).to(tl.int32)
+    b_place = b_high - ((b_level >> 3) << k) - base
+    m_zero = b_x == 0
+    b_sign = top_bit(b_x, W)
+    m_fits = (b_place >= 0) & (b_place < n_symbols - 1) & ((b_sign == 0) | (has_sign != 0))
+    b_symbol = tl.where(m_zero, 0, tl.where(m_fits, b_place + 1, n_symbols))
+    b_kept = b_sign * has_sign.to(b_x.dtype)
+    b_remainder = (b_x & low_bits(n_low, b_x)) | (b_kept << n_low.to(b_x.dtype))
+    return b_symbol, b_remainder, tl.where(m_zero, 0, n_low + has_sign)
+
+
+@triton.jit
+def merge_full(b_symbol, b_remainder, b_level, k, base, has_sign, W: tl.constexpr, M: tl.constexpr):
+    """Inverse of `split_full`, patches aside."""
+    n_low = M - k
+    b_high = b_symbol + (base - 1) + ((b_level >> 3) << k)
+    b_high = b_high & ((1 << (W - 1 - n_low)) - 1)  # what a damaged stream may exceed
+    b_word = b_high.to(b_remainder.dtype) << n_low.to(b_remainder.dtype)
+    b_word = b_word | (b_remainder & low_bits(n_low, b_remainder))
+    b_sign = (b_remainder >> n_low.to(b_remainder.dtype)) & has_sign.to(b_remainder.dtype)
+    return tl.where(b_symbol == 0, 0, b_word | (b_sign << (W - 1)))
+
+
+@triton.jit
+def context_of_level(b_level, shift):
+    """The phase of a level that is the context. shift: 3 - log2 of the contexts."""
+    return (b_level & 7) >> shift
+
+
+@triton.jit
+def context_of_word(
+    b_y,
+    base,
+    shift,
+    n_contexts,
+    W: tl.constexpr,
+    M: tl.constexpr,
+    IS_FLOAT: tl.constexpr,
+    IS_SIGNED: tl.constexpr,
+):
+    """The window of the prediction's exponent that is the context of a delta."""
+    b_place = (exponent(b_y, W, M, IS_FLOAT, IS_SIGNED) - base) >> shift
+    return tl.minimum(tl.maximum(b_place, 0), n_contexts - 1)
+
+
+@triton.jit
+def split_delta(
+    b_x,
+    b_y,
+    k,
+    base,
+    n_symbols,
+    has_sign,
+    W: tl.constexpr,
+    IS_FLOAT: tl.constexpr,
+    IS_SIGNED: tl.constexpr,
+):
+    """Symbol, remainder and its length. b_y: what the difference is taken from."""
+    b_change = ordered(b_x, W, IS_FLOAT, IS_SIGNED) - ordered(b_y, W, IS_FLOAT, IS_SIGNED) & word_mask(W)
+    b_sign = top_bit(b_change, W)
+    b_size = (b_change ^ negated(b_sign, W)) + b_sign & word_mask(W)
+    b_length = bit_length(b_size, W)
+    b_up = tl.maximum(k + 1 - b_length, 0).to(b_x.dtype)
+    b_down = tl.maximum(b_length - k - 1, 0).to(b_x.dtype)
+    b_lead = ((b_size << b_up) >> b_down).to(tl.int32) & ((1 << k) - 1)
+    b_code = (b_length << k) | b_lead
+    b_code = tl.where(has_sign != 0, b_code, (b_code << 1) | b_sign.to(tl.int32))
+    b_place = b_code - base
+    m_same = b_size == 0
+    m_fits = (b_place > 0) & (b_place < n_symbols)
+    b_symbol = tl.where(m_same, 0, tl.where(m_fits, b_place, n_symbols))
+    b_remainder = b_size & low_bits(b_down, b_x)
+    b_remainder = b_remainder | ((b_sign * has_sign.to(b_x.dtype)) << b_down)
+    b_width = tl.where(m_same, 0, b_down.to(tl.int32) + has_sign)
+    return b_symbol, tl.where(m_same, 0, b_remainder), b_width
+
+
+@triton.jit
+def size_of_symbol(b_symbol, k, base, has_sign, W: tl.constexpr):
+    """Of a delta's symbol: its code's two leading bits and more, how many bits lie below, and its sign if coded. int32.
+
+    0, 0, 0 for symbol 0.
+    """
+    b_code = b_symbol + base
+    b_negative = tl.where(has_sign != 0, 0, b_code & 1)
+    b_code = tl.where(has_sign != 0, b_code, b_code >> 1)
+    b_length = tl.minimum(b_code >> k, W)  # what a damaged plan may exceed
+    b_lead = (b_code & ((1 << k) - 1)) | (1 << k)
+    b_lead = b_lead >> tl.maximum(k + 1 - b_length, 0)
+    b_below = tl.maximum(b_length - 1 - k, 0)
+    m_same = b_symbol == 0
+    return tl.where(m_same, 0, b_lead), tl.where(m_same, 0, b_below), tl.where(m_same, 0, b_negative)
+
+
+@triton.jit
+def merge_delta(
+    b_symbol,
+    b_remainder,
+    b_y,
+    k,
+    base,
+    has_sign,
+    W: tl.constexpr,
+    IS_FLOAT: tl.constexpr,
+    IS_SIGNED: tl.constexpr,
+):
+    """Inverse of `split_delta`, patches aside."""
+    b_lead, b_below, b_negative = size_of_symbol(b_symbol, k, base, has_sign, W)
+    b_low = b_below.to(b_y.dtype)
+    b_size = (b_lead.to(b_y.dtype) << b_low) | (b_remainder & low_bits(b_low, b_y))
+    b_sign = tl.where(has_sign != 0, (b_remainder >> b_low) & 1, b_negative.to(b_y.dtype))
+    b_change = (b_size ^ negated(b_sign, W)) + b_sign
+    b_ordered = ordered(b_y, W, IS_FLOAT, IS_SIGNED) + b_change & word_mask(W)
+    return unordered(b_ordered, W, IS_FLOAT, IS_SIGNED)
+
+
+@triton.jit
+def factor_of(b_row, b_column, factor):
+    """common x row x column, cut to 30 fractional bits; uint64 below 2^32. b_row, b_column: uint64, one = 2^15."""
+    b_all = ((b_row * b_column) * factor.to(tl.uint64)) >> 30
+    return tl.minimum(b_all, tl.full((), (1 << 32) - 1, tl.uint64))
+
+
+@triton.jit
+def scaled(b_y, b_factor, W: tl.constexpr, M: tl.constexpr):
+    """A float's word times a factor. b_factor: uint64 below 2^32, one = 2^30. FORMAT.md, "scaled delta"."""
+    E_MAX: tl.constexpr = (1 << (W - 1 - M)) - 1
+    b_body = magnitude(b_y, W, True, True).to(tl.uint64)
+    b_field = (b_body >> M).to(tl.int32)
+    b_g = (b_body & ((1 << M) - 1)) | tl.full((), 1 << M, tl.uint64)
+    if W == 64:
+        b_p = (b_g >> 24) * b_factor + (((b_g & 0xFFFFFF) * b_factor) >> 24)
+        point = M + 6
+    else:
+        b_p = b_g * b_factor
+        point = M + 30
+    b_length = bit_length(b_p, 64)
+    b_drop = b_length - 1 - M
+    b_down = tl.maximum(b_drop, 0).to(tl.uint64)
+    b_half = (tl.full((), 1, tl.uint64) << b_down) >> 1
+    b_q = ((b_p + b_half) >> b_down) << tl.maximum(-b_drop, 0).to(tl.uint64)
+    b_new = b_field + b_length - 1 - point
+    b_base = tl.minimum(tl.maximum(b_new - 1, 0), E_MAX).to(tl.uint64) << M
+    b_scaled = tl.minimum(b_base + b_q, tl.full((), (E_MAX << M) - 1, tl.uint64))
+    b_scaled = tl.where((b_p == 0) | (b_new < 1), 0, b_scaled)
+    b_kept = tl.where((b_field == 0) | (b_field == E_MAX), b_body, b_scaled)
+    return b_kept.to(b_y.dtype) | (top_bit(b_y, W) << (W - 1))
+
+
+@triton.jit
+def place_in(b_x, p_palette, n_symbols, W: tl.constexpr):
+    """The place of words in an ascending list of up to 256; n_symbols where they are not in it. p_palette: int64."""
+    b_place = tl.zeros(b_x.shape, tl.int32)  # words below x, found from the highest bit of that number down
+    for bit in tl.static_range(8, -1, -1):
+        b_next = b_place + (1 << bit)
+        m_in = b_next <= n_symbols
+        b_below = word_at(p_palette, (b_next - 1).to(tl.int64), m_in, W)
+        b_place = tl.where(m_in & (b_below < b_x), b_next, b_place)
+    b_found = word_at(p_palette, b_place.to(tl.int64), b_place < n_symbols, W)
+    return tl.where((b_place < n_symbols) & (b_found == b_x), b_place, n_symbols)
+
+
+@triton.jit
+def rounded(b_x, W: tl.constexpr, M: tl.constexpr, V: tl.constexpr, N: tl.constexpr):
+    """Floats of W bits, M of mantissa, to nearest even as floats of V bits, N of mantissa. Returns words of V bits.
+
+    Infinities stay, overflow gives one, and a NaN keeps its sign and the top of its payload, with the quiet bit set.
+    """
+    IN_MAX: tl.constexpr = (1 << (W - 1 - M)) - 1
+    OUT_MAX: tl.constexpr = (1 << (V - 1 - N)) - 1
+    b_body = magnitude(b_x, W, True, True).to(tl.uint64)
+    b_field = (b_body >> M).to(tl.int32)
+    b_fraction = b_body & ((1 << M) - 1)
+    m_subnormal = b_field == 0
+    # A subnormal's significand is brought to the normal form 1.f by shifting its top bit up to bit M.
+    b_lift = tl.where(m_subnormal, M + 1 - bit_length(b_fraction, 64), 0)
+    b_g = tl.where(m_subnormal, b_fraction << b_lift.to(tl.uint64), b_fraction | tl.full((), 1 << M, tl.uint64))
+    b_new = tl.maximum(b_field, 1) - b_lift + ((OUT_MAX >> 1) - (IN_MAX >> 1))
+    # Below the target's normal range more bits are dropped; what is dropped decides the rounding.
+    b_drop = (M - N) + tl.maximum(1 - b_new, 0)
+    b_down = tl.minimum(tl.maximum(b_drop, 0), 63).to(tl.uint64)
+    b_one = tl.full((), 1, tl.uint64)
+    b_rest = b_g & ((b_one << b_down) - 1)
+    b_half = (b_one << b_down) >> 1
+    b_q = b_g >> b_down
+    m_up = (b_rest > b_half) | ((b_rest == b_half) & ((b_q & 1) == 1))
+    b_q = tl.where(b_drop > 0, b_q + tl.where(m_up, 1, 0).to(tl.uint64), b_g << tl.maximum(-b_drop, 0).to(tl.uint64))
+    b_value = tl.where(b_new < 1, b_q, b_q + (tl.maximum(b_new - 1, 0).to(tl.uint64) << N))
+    b_infinity = tl.full((), OUT_MAX << N, tl.uint64)
+    b_value = tl.where((b_value > b_infinity) | (b_new >= OUT_MAX), b_infinity, b_value)
+    if M >= N:
+        b_payload = b_fraction >> (M - N)
+    else:
+        b_payload = b_fraction << (N - M)
+    b_nan = b_infinity | tl.full((), 1 << (N - 1), tl.uint64) | b_payload
+    b_value = tl.where(b_field == IN_MAX, tl.where(b_fraction == 0, b_infinity, b_nan), b_value)
+    b_value = tl.where(b_body == 0, 0, b_value)
+    b_value = b_value | (top_bit(b_x, W).to(tl.uint64) << (V - 1))
+    if V == 64:
+        return b_value
+    else:
+        return b_value.to(tl.uint32)

@@ -1,0 +1,60 @@
+"""Frequency tables as kernels look them up: an encoder's entries, a decoder's slots. Imports ground and numpy.
+
+The hard thing: an encoder divides by a frequency. With k = ceil(log2 f) and m = ceil(2^(31 + k) / f), the upper half of
+x * m shifted right by k - 1 is x // f for every x below 2^31 and f up to 2^12 (Alverson, "Integer division using
+reciprocals"); f = 1 takes m = 2^32 - 1, which gives x - 1, and makes up for it in the bias.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tricomp.job import Tables
+
+Array = np.ndarray[Any, Any]
+
+COMPLEMENT_BITS, BIAS_BITS = 11, 12  # mirrored in entropy.py
+PATCH_BIT = 63
+
+
+def encoder_entries(tables: Tables) -> Array:
+    """uint64[n_contexts * (n_symbols + 1)]: reciprocal, 2^prob_bits - f << 32, bias << 43, shift << 55, patch << 63.
+
+    A symbol without frequency, and the one after the last, have the entry of their context's stand-in with the patch
+    bit set.
+    """
+    freqs = tables.freqs.astype(np.int64)
+    size = 1 << tables.prob_bits
+    starts = np.cumsum(freqs, axis=1) - freqs
+    f = np.maximum(freqs, 1)
+    log2 = np.ceil(np.log2(f)).astype(np.int64)
+    reciprocal = -(-(np.int64(1) << (31 + log2)) // f)
+    is_one = f == 1
+    reciprocal = np.where(is_one, (1 << 32) - 1, reciprocal)
+    bias = starts + np.where(is_one, size - 1, 0)
+    shift = np.maximum(log2 - 1, 0)
+    high = (size - f) | bias << COMPLEMENT_BITS | shift << (COMPLEMENT_BITS + BIAS_BITS)
+    entries = reciprocal.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)
+    stand_in = np.take_along_axis(entries, tables.favourites()[:, None], 1) | np.uint64(1 << PATCH_BIT)
+    entries = np.where(freqs == 0, stand_in, entries)
+    return np.concatenate([entries, stand_in], axis=1).reshape(-1)
+
+
+def decoder_slots(tables: Tables) -> Array:
+    """uint32[n_contexts << prob_bits]: frequency << 20 | symbol << 12 | offset in the symbol's slots."""
+    n_tables, n_symbols = tables.freqs.shape
+    freqs = tables.freqs.astype(np.int64)
+    starts = np.cumsum(freqs, axis=1) - freqs
+    flat = freqs.reshape(-1)
+    slots = np.repeat((freqs << 20 | np.arange(n_symbols) << 12).reshape(-1), flat)
+    offsets = np.tile(np.arange(1 << tables.prob_bits), n_tables) - np.repeat(starts.reshape(-1), flat)
+    return (slots + offsets).astype(np.uint32)
+
+
+def index_places(dictionary: Array, n_symbols: int) -> Array:
+    """uint16[n_symbols + 1]: the place of every symbol in the dictionary; 2^15 for one that it lacks."""
+    places = np.full(n_symbols + 1, 1 << 15, np.uint16)
+    places[dictionary] = np.arange(len(dictionary))
+    return places
