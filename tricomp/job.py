@@ -6,7 +6,7 @@ means is FORMAT.md's, and each backend's own business.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from tricomp.bounds import Bytes, Cut
 from tricomp.dtypes import DType, Words
-from tricomp.plan import Plan
+from tricomp.plan import Plan, Spec
 
 Array = np.ndarray[Any, Any]
 
@@ -55,6 +55,75 @@ class Side:
     dictionary: Array = field(default_factory=lambda: np.zeros(0, np.uint8))
     palette: Array = field(default_factory=lambda: np.zeros(0, np.uint8))
     scales: Scales = field(default_factory=Scales)
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """Places in a frame: the words at rows[i] * n_columns + columns[j], row by row. rows, columns: int64[...].
+
+    use: what the planner reads it for, a number of its own.
+    has_reference: the reference's words at the same places are wanted too. is_mean: of each row no words are wanted but
+    an int16, the mean of the octaves of its words that are not zero. An octave counts eighths: all bits but the sign,
+    M - 3 bits shifted down (or 3 - M up), of M mantissa bits. Of n words: floor((2 * sum + n) / (2 * n)); of none: -1.
+    """
+
+    use: int
+    rows: Array
+    columns: Array
+    n_columns: int
+    has_reference: bool
+    is_mean: bool
+
+    @property
+    def n_words(self) -> int:
+        """Words that are looked at."""
+        return len(self.rows) * len(self.columns)
+
+    @property
+    def n_wanted(self) -> int:
+        """Numbers that are gathered: words or means."""
+        return len(self.rows) if self.is_mean else self.n_words
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was counted over a whole frame.
+
+    first: its first word, 0 where it has none. n_unlike_first: words that differ from that one. n_unlike_reference:
+    words that differ from the reference at the same place; None: there is no reference. joined: OR of all words.
+    """
+
+    first: int
+    n_unlike_first: int
+    n_unlike_reference: int | None
+    joined: int
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the frame is constant or equal to its reference: then its plan needs no lattice."""
+        return self.n_unlike_first == 0 or self.n_unlike_reference == 0
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """A frame whose words are elsewhere: what its plan is made from.
+
+    shape: of the leaf; None for several small ones. words, reference: what each lattice wants, of dtype.word_dtype or
+    int16; None in reference where a lattice has none. lattices may be empty where the facts are exact. reference: None
+    where there is none. n_unlike_commonest: words that differ from the one that the planner found worth counting; None
+    where there is none.
+    """
+
+    n_words: int
+    dtype: DType
+    shape: Sequence[int] | None
+    spec: Spec
+    keep_mantissa_bits: int | None
+    facts: Facts
+    lattices: Sequence[Lattice]
+    words: Sequence[Array]
+    reference: Sequence[Array | None] | None = None
+    n_unlike_commonest: int | None = None
 
 
 @dataclass(frozen=True)

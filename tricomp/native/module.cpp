@@ -405,6 +405,9 @@ PyMethodDef METHODS[] = {
     {"encode", encode_requests, METH_VARARGS, "Encode requests into an output: places, directory rows, side sections, "
      "digest sums."},
     {"plan_frames", plan_frames, METH_VARARGS, "Plan frames with so many threads: numbers, tables and scales of each."},
+    {"plan_gathered", plan_gathered, METH_VARARGS, "The same for frames elsewhere, from facts and gathered words."},
+    {"commonest_words", commonest_words, METH_VARARGS, "What must be counted of such frames beside."},
+    {"lattices", lattices, METH_VARARGS, "Where words of such a frame are gathered."},
     {"digest_sums", digest_sums, METH_VARARGS, "Digest sums of parts of leaves."},
     {"advise", advise, METH_O, "Ask for large pages for memory that was not written yet."},
     {"seal", seal, METH_VARARGS, "The bytes of buffers in a row and their checksum, by so many threads."},

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <mutex>
+#include <stdexcept>
 
 #include "planner_parts.h"
 #include "threads.h"
@@ -47,6 +48,14 @@ size_t total(const Frame& frame, size_t most, Count count) {
 bool is_exact(const Frame& frame, PlanResult& plan) {
     const PlanRequest& request = frame.request;
     const uint8_t* words = static_cast<const uint8_t*>(request.words);
+    if (request.facts) {
+        if (!request.is_exact()) return false;
+        const bool is_constant = !request.facts->n_unlike_first;
+        plan.predict = is_constant ? CONSTANT : COPY;
+        plan.has_reference = !is_constant;
+        plan.word = is_constant ? request.facts->first : 0;
+        return true;
+    }
     const uint64_t word = frame.n_words ? frame.word(0) : 0;
     if (holds(frame, [&](uint64_t at, uint64_t n) { return !frame.stats.count_unequal_to(words + at, word, size_t(n), 0); })) {
         plan.predict = CONSTANT;
@@ -68,7 +77,7 @@ bool is_exact(const Frame& frame, PlanResult& plan) {
 const std::vector<uint64_t>& widened(const Frame& frame, const SampleRows& rows, std::vector<uint64_t>& words) {
     words.resize(rows.n_words());
     for (size_t row = 0; row < rows.n_rows(); row++)
-        frame.stats.widen(frame.request.words, rows.first(row), rows.width, words.data() + row * rows.width);
+        frame.stats.widen(frame.request.words, rows.place(row), rows.width, words.data() + row * rows.width);
     return words;
 }
 
@@ -136,28 +145,46 @@ bool palette_choice(const Frame& frame, Choice& choice) {
     return true;
 }
 
+// Bits per word of a sparse frame but for its patches.
+double sparse_overhead(const Frame& frame) {
+    return 192.0 / double(std::min<uint64_t>(frame.n_words, uint64_t(1) << frame.request.chunk_log2));
+}
+
+// Whether it seems worth it to count how many words a sparse frame would hold. n_unlike: of the thin sample.
+bool seems_sparse(const Frame& frame, size_t n_unlike, double rival) {
+    const double share = double(n_unlike) / double(frame.thin.n_words());
+    return patch_bits(frame, share) + sparse_overhead(frame) < rival + NEAR_BITS;
+}
+
+// The word that makes up more than half of some, if any does.
+bool commonest_of(const Frame& frame, uint64_t& word) {
+    return frame.kernels.majority(frame.scratch.few.data(), frame.scratch.few.size(), &word);
+}
+
 // Few words differ from the reference, or from the commonest word. Counted only where it seems worth it.
 void consider_sparse(const Frame& frame, Choice& best) {
     const PlanRequest& request = frame.request;
     const uint8_t* words = static_cast<const uint8_t*>(request.words);
     const uint8_t* reference = static_cast<const uint8_t*>(request.reference);
-    const double overhead = 192.0 / double(std::min<uint64_t>(frame.n_words, uint64_t(1) << request.chunk_log2));
     const double rival = best.bits, n_words = double(frame.n_words);
-    const auto weigh = [&](size_t n_unequal, auto count, auto finish) {
-        double share = double(n_unequal) / double(frame.thin.n_words());
-        if (!(patch_bits(frame, share) + overhead < rival + NEAR_BITS)) return;
+    const auto weigh = [&](size_t n_unlike, auto count, auto finish) {
+        if (!seems_sparse(frame, n_unlike, rival)) return;
         // So many that it costs more than the best.
         const double most = best.bits / double(16 + frame.word_bits()) * n_words;
-        share = double(count(most < n_words ? size_t(most) + 1 : size_t(frame.n_words))) / n_words;
-        const double bits = patch_bits(frame, share) + overhead;
+        const double share = double(count(most < n_words ? size_t(most) + 1 : size_t(frame.n_words))) / n_words;
+        const double bits = patch_bits(frame, share) + sparse_overhead(frame);
         if (bits < best.bits) best = {bits, finish};
     };
     uint64_t commonest = 0;
-    const std::vector<uint64_t>& few = frame.scratch.few;
-    if (frame.kernels.majority(few.data(), few.size(), &commonest)) {
+    if (commonest_of(frame, commonest)) {
         weigh(
             frame.stats.count_unequal_rows_to(request.words, commonest, frame.thin),
             [&](size_t most) {
+                if (request.facts) {
+                    if (!request.facts->n_unlike_commonest)
+                        throw std::invalid_argument("a frame of which the words unlike the commonest were not counted");
+                    return size_t(*request.facts->n_unlike_commonest);
+                }
                 return total(frame, most, [&](uint64_t at, size_t n, size_t left) {
                     return frame.stats.count_unequal_to(words + at, commonest, n, left);
                 });
@@ -167,10 +194,11 @@ void consider_sparse(const Frame& frame, Choice& best) {
                 plan.word = commonest;
             });
     }
-    if (request.reference) {
+    if (reference) {
         weigh(
-            frame.stats.count_unequal_rows(request.words, request.reference, frame.thin),
+            frame.stats.count_unequal_rows(words, reference, frame.thin),
             [&](size_t most) {
+                if (request.facts) return size_t(request.facts->n_unlike_reference);
                 return total(frame, most, [&](uint64_t at, size_t n, size_t left) {
                     return frame.stats.count_unequal(words + at, reference + at, n, left);
                 });
@@ -182,16 +210,19 @@ void consider_sparse(const Frame& frame, Choice& best) {
     }
 }
 
-void plan_one(const PlanRequest& request, Scratch& scratch, size_t n_threads, PlanResult& plan) {
-    Frame frame(request, scratch, n_threads);
-    if (is_exact(frame, plan)) return;
+// The sample, and the words that tell whether few distinct ones are to be expected.
+void look_at(Frame& frame) {
     frame.take_sample();
-    const bool is_float = request.kind.is_float, has_reference = request.reference != nullptr;
+    widened(frame, few_rows(frame), frame.scratch.few);
+}
+
+// The best of all but sparse.
+Choice best_choice(Frame& frame) {
+    const bool is_float = frame.request.kind.is_float, has_reference = frame.request.reference != nullptr;
     Choice best{double(frame.word_bits()) - SIMPLER_BITS, [](PlanResult&) {}}, other;
     const auto consider = [&](Choice&& choice) {
         if (choice.bits < best.bits) best = std::move(choice);
     };
-    widened(frame, few_rows(frame), scratch.few);
     if (palette_choice(frame, other)) consider(std::move(other));
     Choice delta;
     if (has_reference) delta = delta_choice(frame, true);
@@ -202,8 +233,27 @@ void plan_one(const PlanRequest& request, Scratch& scratch, size_t n_threads, Pl
         consider(std::move(delta));
         if (!is_hopeless && scaled_delta_choice(frame, other)) consider(std::move(other));
     }
+    return best;
+}
+
+void plan_one(const PlanRequest& request, Scratch& scratch, size_t n_threads, PlanResult& plan) {
+    Frame frame(request, scratch, n_threads);
+    if (is_exact(frame, plan)) return;
+    look_at(frame);
+    Choice best = best_choice(frame);
     consider_sparse(frame, best);
     best.finish(plan);
+}
+
+std::optional<uint64_t> commonest_word(const PlanRequest& request, Scratch& scratch, size_t n_threads) {
+    if (request.is_exact()) return std::nullopt;
+    Frame frame(request, scratch, n_threads);
+    look_at(frame);
+    uint64_t word;
+    if (!commonest_of(frame, word)) return std::nullopt;
+    const size_t n_unlike = frame.stats.count_unequal_rows_to(request.words, word, frame.thin);
+    if (!seems_sparse(frame, n_unlike, double(frame.word_bits()))) return std::nullopt;  // it costs more than raw words
+    return seems_sparse(frame, n_unlike, best_choice(frame).bits) ? std::optional<uint64_t>(word) : std::nullopt;
 }
 
 // Scratch memory that is kept for later calls: fresh memory costs as much as planning. Nobody waits for the lock, which
@@ -256,13 +306,27 @@ void plan_frame(const PlanRequest& request, PlanResult& result) {
     planning::plan_one(request, scratch.get(), 1, result);
 }
 
-void plan_frames(const std::vector<PlanRequest>& requests, size_t n_threads, std::vector<PlanResult>& results) {
-    results.assign(requests.size(), PlanResult());
+// Calls work(number, scratch memory, threads) for every request, shared among threads.
+template <class Work>
+static void for_each(const std::vector<PlanRequest>& requests, size_t n_threads, Work work) {
     const size_t n_each = n_threads / std::max<size_t>(requests.size(), 1);
     share(requests.size(), n_threads, [&]() {
-        return [&, scratch = planning::Borrowed()](size_t i) mutable {
-            planning::plan_one(requests[i], scratch.get(), n_each, results[i]);
-        };
+        return [&, scratch = planning::Borrowed()](size_t i) mutable { work(i, scratch.get(), n_each); };
+    });
+}
+
+void plan_frames(const std::vector<PlanRequest>& requests, size_t n_threads, std::vector<PlanResult>& results) {
+    results.assign(requests.size(), PlanResult());
+    for_each(requests, n_threads, [&](size_t i, planning::Scratch& scratch, size_t n_each) {
+        planning::plan_one(requests[i], scratch, n_each, results[i]);
+    });
+}
+
+void commonest_words(const std::vector<PlanRequest>& requests, size_t n_threads,
+                     std::vector<std::optional<uint64_t>>& words) {
+    words.assign(requests.size(), std::nullopt);
+    for_each(requests, n_threads, [&](size_t i, planning::Scratch& scratch, size_t n_each) {
+        words[i] = planning::commonest_word(requests[i], scratch, n_each);
     });
 }
 

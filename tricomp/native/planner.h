@@ -1,24 +1,70 @@
 // The planner: which prediction a frame gets, with its tables and scales. Baseline, STL allowed, no Python.
 //
 // Decides as reference/planner.py does, to the last bit: integers, then doubles in the order written there. The hard thing
-// is speed: a frame's plan must cost far less than coding it, so nothing is copied, and little is looked at twice.
+// is speed: a frame's plan must cost far less than coding it, so nothing is copied, and little is looked at twice. And a
+// frame may lie on another device: then its lattices are at hand, and what was counted there.
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "model.h"
 
 namespace tricomp {
 
+// What a lattice is read for: all but the first two belong to a split. TAIL: what the last, partial row has of the columns.
+enum LatticeUse : uint32_t {
+    SAMPLE, WHOLE, SPLIT, SCALE_ROWS, SCALE_TAIL, SCALE_COLUMNS, FACTOR_ROWS, FACTOR_TAIL, FACTOR_COLUMNS
+};
+
+// Places in a frame: some columns of some of its rows of n_columns words.
+struct Lattice {
+    LatticeUse use = WHOLE;
+    uint64_t n_columns = 1, n_rows = 0;
+    uint64_t first_row = 0, step = 1;  // of rows at even distances
+    std::vector<uint64_t> some_rows;  // of others
+    std::vector<uint64_t> starts;  // of runs of columns,
+    uint64_t length = 0;  // of so many each
+    bool has_reference = false;  // the reference is read there too
+    bool is_means = false;  // no words are wanted but the rounded means of the octaves of each row, as int16
+
+    uint64_t row(uint64_t i) const { return some_rows.empty() ? first_row + i * step : some_rows[i]; }
+    uint64_t n_some() const { return starts.size() * length; }  // columns
+    uint64_t n_words() const { return n_rows * n_some(); }
+    uint64_t n_bytes(uint32_t word_bits) const { return is_means ? 2 * n_rows : n_words() * (word_bits / 8); }
+};
+
+// The words of a lattice, row by row, or its means.
+struct GatheredWords {
+    LatticeUse use = WHOLE;
+    uint64_t n_columns = 0;
+    const void *words = nullptr, *reference = nullptr;
+    bool is_means = false;
+};
+
+// What was counted over all of a frame of which only lattices are at hand.
+struct Facts {
+    uint64_t first = 0, n_unlike_first = 0, n_unlike_reference = 0, joined = 0;
+    std::optional<uint64_t> n_unlike_commonest;
+};
+
 struct PlanRequest {
     Kind kind;
-    const void* words = nullptr;
+    const void* words = nullptr;  // all of them; of a frame elsewhere, those of the sample
     const void* reference = nullptr;  // null: none
     uint64_t n_words = 0;
     std::vector<uint64_t> shape;  // empty: no split but blocks
     uint32_t chunk_log2 = 16;
     bool is_fast = false;  // the tier
+    // Of frames elsewhere.
+    std::optional<Facts> facts;
+    bool has_reference = false;
+    std::vector<GatheredWords> gathered;  // empty: words and reference are whole
+
+    bool is_exact() const {
+        return facts && (!facts->n_unlike_first || (has_reference && !facts->n_unlike_reference));
+    }
 };
 
 struct PlanResult {
@@ -40,7 +86,17 @@ struct PlanResult {
 
 void plan_frame(const PlanRequest&, PlanResult&);
 
-// Plan all frames, shared among threads.
+// Plan all frames, shared among threads. Throws std::invalid_argument where a frame elsewhere lacks a lattice, or the count
+// of words that are unlike its commonest.
 void plan_frames(const std::vector<PlanRequest>&, size_t n_threads, std::vector<PlanResult>&);
+
+// All that planning may read of a frame elsewhere: known from its kind, sizes and has_reference alone. has_means: means are
+// gathered where they are enough.
+std::vector<Lattice> lattices_of(const PlanRequest&, bool has_means);
+// One of them. False: there is none.
+bool find_lattice(const PlanRequest&, uint64_t use, uint64_t n_columns, bool has_means, Lattice&);
+
+// Of frames elsewhere: the word that a sparse frame would be told by, where that is worth counting.
+void commonest_words(const std::vector<PlanRequest>&, size_t n_threads, std::vector<std::optional<uint64_t>>&);
 
 }  // namespace tricomp

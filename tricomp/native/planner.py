@@ -34,12 +34,13 @@ def plan_frames(frames: Sequence[FrameToPlan], threads: int | None = None) -> li
         )
         for frame in frames
     ]
-    requests = [(_numbers(*frame[2:5]), *words) for frame, words in zip(frames, flat)]
+    requests = [(pack_request(*frame[2:5]), *words) for frame, words in zip(frames, flat)]
     results = native.load().plan_frames(requests, native.n_threads(threads))
-    return [_job(*frame, *result) for frame, result in zip(frames, results)]
+    return [_job(*frame, result) for frame, result in zip(frames, results)]
 
 
-def _numbers(dtype: DType, shape: Sequence[int] | None, spec: Spec) -> bytes:
+def pack_request(dtype: DType, shape: Sequence[int] | None, spec: Spec) -> bytes:
+    """What the module is asked, words aside."""
     numbers = (
         dtype.word_bits,
         dtype.exponent_bits,
@@ -60,6 +61,18 @@ def _job(
     shape: Sequence[int] | None,
     spec: Spec,
     keep_mantissa_bits: int | None,
+    result: tuple[bytes, ...],
+) -> EncodeJob:
+    """The job of one result."""
+    plan, side = unpack_result(len(words), dtype, spec, keep_mantissa_bits, *result)
+    return EncodeJob(plan, side, words, None if plan.reference == "none" else reference)
+
+
+def unpack_result(
+    n_words: int,
+    dtype: DType,
+    spec: Spec,
+    keep_mantissa_bits: int | None,
     numbers: bytes,
     freqs: bytes,
     plane_freqs: bytes,
@@ -67,8 +80,8 @@ def _job(
     palette: bytes,
     rows: bytes,
     columns: bytes,
-) -> EncodeJob:
-    """The job of one result."""
+) -> tuple[Plan, Side]:
+    """The plan and side of one result of the module."""
     (
         predict,
         entropy,
@@ -92,7 +105,7 @@ def _job(
     ) = _RESULT.unpack(numbers)
     plan = Plan(
         dtype,
-        len(words),
+        n_words,
         PREDICTIONS[predict],
         spec.chunk_log2,
         "parent" if has_reference else "none",
@@ -123,7 +136,7 @@ def _job(
         np.frombuffer(palette, np.uint64).astype(dtype.word_dtype),
         Scales(np.frombuffer(rows, kind), np.frombuffer(columns, kind) if has_column_scale else None),
     )
-    return EncodeJob(plan, side, words, reference if has_reference else None)
+    return plan, side
 
 
 def _freqs(freqs: bytes) -> np.ndarray[Any, Any]:

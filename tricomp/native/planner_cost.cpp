@@ -4,6 +4,7 @@
 #include <array>
 #include <cstring>
 #include <numeric>
+#include <stdexcept>
 
 #include "planner_parts.h"
 #include "threads.h"
@@ -74,30 +75,42 @@ void in_parts(const Frame& frame, uint64_t n_all, uint64_t n_each, const std::fu
 }
 
 void Frame::take_sample() {
-    const uint64_t n_rows = n_words / ROW;
-    size_t width = ROW;
-    if (n_rows <= LEAST_SAMPLE_ROWS) {
-        width = size_t(std::min<uint64_t>(n_words, ROW));
-        for (uint64_t row = 0; row < std::max<uint64_t>(n_rows, 1); row++) firsts.push_back(row * ROW);
-        if (n_rows && n_words > n_rows * ROW) firsts.push_back(n_words - ROW);
-    } else {
-        const uint64_t n = std::min<uint64_t>(std::max<uint64_t>(n_rows / 8, LEAST_SAMPLE_ROWS), SAMPLE_ROWS);
-        firsts.reserve(n);
-        uint64_t start = 0, rest = 0;  // row * n_rows / n, and what the division leaves
-        for (uint64_t row = 0; row < n; row++) {
-            rest += n_rows % n;
-            const uint64_t gap = n_rows / n + (rest >= n ? 1 : 0);
-            rest -= rest >= n ? n : 0;
-            firsts.push_back((start + (row * 0x9E3779B1 >> 7) % gap) * ROW);
-            start += gap;
-        }
-    }
-    sample.firsts = firsts.data();
+    Lattice lattice = sample_lattice(n_words);
+    firsts = std::move(lattice.some_rows);
+    sample.firsts = sample.places = firsts.data();
     sample.n_all = firsts.size();
-    sample.width = width;
+    sample.width = size_t(lattice.length);
+    if (is_elsewhere()) {
+        for (size_t row = 0; row < firsts.size(); row++) places.push_back(row * sample.width);
+        sample.places = places.data();
+    }
     n_sampled = sample.n_words();
     thin = sample;
     thin.step = (std::max<size_t>(firsts.size() / THIN_ROWS, 1) - 1) | 1;  // odd: rows that take turns are met alike
+}
+
+Standing Frame::standing(const Lattice& lattice) const {
+    static const uint64_t ALL = 0;
+    if (!is_elsewhere()) {
+        const uint64_t first = lattice.first_row * lattice.n_columns * (word_bits() / 8);
+        const auto from = [=](const void* words) { return words ? static_cast<const uint8_t*>(words) + first : nullptr; };
+        return {from(request.words), from(request.reference), lattice.step * lattice.n_columns,
+                lattice.some_rows.empty() ? nullptr : lattice.some_rows.data(),
+                {lattice.starts.data(), lattice.starts.size(), size_t(lattice.length)}};
+    }
+    Standing found{nullptr, nullptr, lattice.n_some(), nullptr, {&ALL, 1, size_t(lattice.n_some())}};
+    const auto is_same = [&](const GatheredWords& some) {
+        return some.use == lattice.use && some.n_columns == lattice.n_columns;
+    };
+    const auto some = std::find_if(request.gathered.begin(), request.gathered.end(), is_same);
+    if (some != request.gathered.end()) {
+        found.words = static_cast<const uint8_t*>(some->words);
+        found.reference = static_cast<const uint8_t*>(some->reference);
+        found.is_means = some->is_means;
+    } else if (lattice.n_words()) {
+        throw std::invalid_argument("a frame of which a lattice was not gathered");
+    }
+    return found;
 }
 
 SampleRows Frame::counted(size_t n_contexts) const {
@@ -106,68 +119,11 @@ SampleRows Frame::counted(size_t n_contexts) const {
     return rows;
 }
 
-uint64_t Frame::word(uint64_t position) const {
+uint64_t Frame::word(uint64_t place) const {
     const size_t n_bytes = word_bits() / 8;
     uint64_t found = 0;  // little-endian
-    std::memcpy(&found, static_cast<const uint8_t*>(request.words) + position * n_bytes, n_bytes);
+    std::memcpy(&found, static_cast<const uint8_t*>(request.words) + place * n_bytes, n_bytes);
     return found;
-}
-
-std::vector<std::pair<uint64_t, bool>> splits(const PlanRequest& request) {
-    std::vector<std::pair<uint64_t, bool>> cuts;
-    const uint64_t n_words = request.n_words;
-    for (size_t axis = 1; axis < request.shape.size(); axis++) {
-        uint64_t n_columns = 1;
-        for (size_t i = axis; i < request.shape.size(); i++) n_columns *= request.shape[i];
-        const uint64_t n_rows = n_words / std::max<uint64_t>(n_columns, 1);
-        const bool is_dear = (n_rows + n_columns) * 4 > n_words;  // scales for every few words, and long to fit
-        const std::pair<uint64_t, bool> cut(n_columns, true);
-        if (n_columns > 1 && n_rows > 1 && !is_dear && std::find(cuts.begin(), cuts.end(), cut) == cuts.end())
-            cuts.push_back(cut);
-    }
-    const auto is_short = [](const std::pair<uint64_t, bool>& cut) { return cut.first < LONG_COLUMNS; };
-    if (n_words >= 4 * BLOCK_COLUMNS && std::none_of(cuts.begin(), cuts.end(), is_short))
-        cuts.emplace_back(BLOCK_COLUMNS, false);
-    return cuts;
-}
-
-// All columns, or n_runs runs of them, of which begin_of gives the first column.
-template <class BeginOf>
-static Runs runs_of(uint64_t n_columns, size_t n_runs, size_t length, BeginOf begin_of, std::vector<uint64_t>& starts) {
-    starts.clear();
-    Runs runs;
-    if (n_columns <= n_runs * length) {
-        starts.push_back(0);
-        runs.length = size_t(n_columns);
-    } else {
-        for (size_t i = 0; i < n_runs; i++) starts.push_back(begin_of(i));
-        runs.length = length;
-    }
-    runs.starts = starts.data();
-    runs.n_runs = starts.size();
-    return runs;
-}
-
-Runs lattice_columns(uint64_t n_columns, size_t n_runs, std::vector<uint64_t>& starts) {
-    return runs_of(n_columns, n_runs, RUN, [=](size_t i) { return i * (n_columns - RUN) / (n_runs - 1); }, starts);
-}
-
-Runs block_columns(uint64_t n_columns, size_t n_blocks, size_t length, std::vector<uint64_t>& starts) {
-    const uint64_t n_all = n_columns / length;
-    return runs_of(
-        n_columns, n_blocks, length, [=](size_t i) { return (i * n_all + n_all / 2) / n_blocks * length; }, starts);
-}
-
-Runs columns_below(const Runs& all, uint64_t n, std::vector<uint64_t>& starts) {
-    starts.clear();
-    for (size_t run = 0; run < all.n_runs; run++)
-        for (size_t i = 0; i < all.length; i++)
-            if (all.starts[run] + i < n) starts.push_back(all.starts[run] + i);
-    Runs runs;
-    runs.starts = starts.data();
-    runs.n_runs = starts.size();
-    runs.length = 1;
-    return runs;
 }
 
 template <class Value>

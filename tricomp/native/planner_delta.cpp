@@ -20,8 +20,6 @@ constexpr std::pair<size_t, uint32_t> WINDOWS[] = {{8, 0}, {8, 1}, {4, 1}, {4, 0
 constexpr size_t PROBE_ROWS = 64, PROBE_COLUMNS = 16;  // of the sample on which factors are tried
 constexpr double DECAY_BITS = 0.03;  // what a factor must save where numbers have signs
 constexpr float RATIO_LOW = 0.26f, RATIO_HIGH = 3.9f;
-constexpr uint64_t FIT_COLUMNS = 64, FIT_ROWS = 512, FIT_WORDS = 1 << 16;
-constexpr size_t FIT_BLOCK = 8;  // columns that a row's factor is measured on stand in blocks of so many
 constexpr int64_t FACTOR_ONE = 1 << FACTOR_BITS;
 
 struct Factors {
@@ -234,8 +232,8 @@ Probe probe_of(const Frame& frame) {
     uint8_t* old = reinterpret_cast<uint8_t*>(probe.reference.data());
     for (size_t row = 0; row < rows.n_rows(); row++) {
         const size_t at = row * n_columns * n_bytes;
-        std::memcpy(out + at, words + rows.first(row) * n_bytes, n_columns * n_bytes);
-        std::memcpy(old + at, reference + rows.first(row) * n_bytes, n_columns * n_bytes);
+        std::memcpy(out + at, words + rows.place(row) * n_bytes, n_columns * n_bytes);
+        std::memcpy(old + at, reference + rows.place(row) * n_bytes, n_columns * n_bytes);
         for (size_t i = 0; i < n_columns; i++) probe.positions.push_back(rows.first(row) + i);
     }
     probe.spread.assign(probe.n + 32, uint32_t(FACTOR_ONE));
@@ -245,7 +243,7 @@ Probe probe_of(const Frame& frame) {
 size_t count_negative(const Frame& frame, const Probe& probe) {
     uint64_t whole = 0;
     SampleRows all;
-    all.firsts = &whole;
+    all.firsts = all.places = &whole;
     all.n_all = 1;
     size_t n = 0;
     for (size_t first = 0; first < probe.n; first += ROW) {
@@ -417,46 +415,47 @@ struct Split {
 // alone, which tell as well what a split is worth.
 Split try_split(Frame& frame, Probe& probe, uint64_t common, uint64_t n_columns, bool has_column_scale, bool is_probed) {
     const Kind& kind = frame.request.kind;
-    const uint8_t* words = static_cast<const uint8_t*>(frame.request.words);
-    const uint8_t* reference = static_cast<const uint8_t*>(frame.request.reference);
     const uint64_t n_whole = frame.n_words / n_columns, tail = frame.n_words % n_columns;
-    const size_t past = size_t(n_whole * n_columns * (kind.word_bits / 8));
+    const Lattice by_row = lattice_of(FACTOR_ROWS, n_columns, frame.n_words);
+    const Lattice by_column = lattice_of(FACTOR_COLUMNS, n_columns, frame.n_words);
     const float one = float(FACTOR_ONE), unit = one / (float(common) / float(1 << 30));
-    const uint64_t n_fitted = std::min(std::max<uint64_t>(FIT_WORDS / n_columns, 16), FIT_ROWS);
-    const uint64_t step = (n_whole + n_fitted - 1) / n_fitted;
     Split split;
     Factors& factors = split.factors;
     factors.n_columns = n_columns;
     factors.common = common;
     Places some;
-    if (is_probed) some = places_of(probe, n_columns, has_column_scale ? n_whole : 0, step);
+    if (is_probed) some = places_of(probe, n_columns, has_column_scale ? n_whole : 0, by_column.step);
     factors.rows.resize(is_probed ? some.rows.size() : size_t(n_whole + (tail ? 1 : 0)));
     const bool has_tail = is_probed ? some.rows.back() == n_whole : tail > 0;
     const size_t n_rows = factors.rows.size() - has_tail;
-    std::vector<uint64_t> starts, tail_starts;
-    const uint64_t n_some = std::min(std::max<uint64_t>(FIT_WORDS / n_whole, 16), FIT_COLUMNS);
-    const Runs runs = block_columns(n_columns, size_t(n_some / FIT_BLOCK), FIT_BLOCK, starts);
+    const Standing rows = frame.standing(by_row);
     if (is_probed) {
-        frame.stats.row_medians(kind, words, reference, n_columns, some.rows.data(), n_rows, runs, unit, factors.rows.data());
+        frame.stats.row_medians(kind, rows.words, rows.reference, rows.stride, some.rows.data(), n_rows, rows.columns, unit,
+                                factors.rows.data());
     } else {
-        const uint64_t row_bytes = n_columns * (kind.word_bits / 8);
+        const uint64_t row_bytes = rows.stride * (kind.word_bits / 8);
         in_parts(frame, n_rows, PART_ROWS, [&](uint64_t first, uint64_t n) {
-            frame.stats.row_medians(kind, words + first * row_bytes, reference + first * row_bytes, n_columns, nullptr, n, runs,
-                                    unit, factors.rows.data() + first);
+            frame.stats.row_medians(kind, rows.words + first * row_bytes, rows.reference + first * row_bytes, rows.stride,
+                                    nullptr, n, rows.columns, unit, factors.rows.data() + first);
         });
     }
-    if (has_tail)
-        frame.stats.row_medians(kind, words + past, reference + past, n_columns, nullptr, 1,
-                                columns_below(runs, tail, tail_starts), unit, factors.rows.data() + n_rows);
+    if (has_tail) {
+        const Lattice at_end = lattice_of(FACTOR_TAIL, n_columns, frame.n_words);
+        const Standing last = frame.standing(at_end);
+        frame.stats.row_medians(kind, last.words, last.reference, last.stride, nullptr, 1, last.columns, unit,
+                                factors.rows.data() + n_rows);
+    }
     round_factors(factors.rows);
     double side_bits = vector_bits(factors.rows, size_t(n_whole + (tail ? 1 : 0)));
     if (has_column_scale) {
         std::vector<float> units;
         for (size_t row = 0; row < n_rows; row++)
-            if ((is_probed ? some.rows[row] : row) % step == 0) units.push_back(unit * (one / float(factors.rows[row])));
+            if ((is_probed ? some.rows[row] : row) % by_column.step == 0) units.push_back(unit * (one / float(factors.rows[row])));
         factors.columns.resize(is_probed ? some.columns.size() : size_t(n_columns));
-        frame.stats.column_medians(kind, words, reference, n_columns, n_whole, step, is_probed ? some.columns.data() : nullptr,
-                                   factors.columns.size(), units.data(), factors.columns.data());
+        const Standing columns = frame.standing(by_column);
+        frame.stats.column_medians(kind, columns.words, columns.reference, columns.stride, by_column.n_rows,
+                                   is_probed ? some.columns.data() : nullptr, factors.columns.size(), units.data(),
+                                   factors.columns.data());
         round_factors(factors.columns);
         side_bits += vector_bits(factors.columns, size_t(n_columns));
     }

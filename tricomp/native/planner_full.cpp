@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 
 #include "planner_parts.h"
 
@@ -10,13 +11,6 @@ namespace planning {
 
 namespace {
 
-constexpr size_t LATTICE_RUNS = 16;  // runs a row of the lattice that tells whether a split is worth it
-constexpr size_t LATTICE_WORDS = MOST_LATTICE_WORDS;
-constexpr size_t FIT_RUNS = 32;  // runs that a row's scale is measured on,
-constexpr size_t FIT_BLOCKS = 16, FIT_BLOCK = 8;  // or blocks of columns where runs would stand in a line of memory each
-static_assert(LATTICE_RUNS * RUN <= MOST_LATTICE_COLUMNS && FIT_RUNS * RUN <= ROW && FIT_BLOCKS * FIT_BLOCK <= ROW,
-              "rows of lattices have room");
-constexpr uint64_t FIT_ROWS = 256;  // most rows that a column's is measured on
 constexpr size_t PLANE_ROWS = 32;  // of the sample, to twice as many, on which byte planes are weighed
 constexpr double PLANE_BITS = 0.03;  // what coding a byte plane must save
 constexpr uint64_t SCALE_BITS = 5;  // of one scale of a vector, roughly
@@ -59,8 +53,9 @@ std::vector<uint32_t> count_octaves(const Frame& frame, const SampleRows& rows, 
     const Kind& kind = frame.request.kind;
     std::vector<uint32_t> counts(n_octaves, 0);
     for (size_t row = 0; row < rows.n_rows(); row++) {
-        for (uint64_t position = rows.first(row); position < rows.first(row) + rows.width; position++) {
-            const uint64_t word = frame.word(position), column = position % levels.n_columns;
+        for (size_t i = 0; i < rows.width; i++) {
+            const uint64_t word = frame.word(rows.place(row) + i), position = rows.first(row) + i;
+            const uint64_t column = position % levels.n_columns;
             if (!word) continue;
             const int32_t octave = int32_t(word >> kind.mantissa_bits & ((uint64_t(1) << kind.exponent_bits) - 1));
             const int32_t level = levels.rows[position / levels.n_columns] + (levels.columns ? levels.columns[column] : 0);
@@ -208,16 +203,14 @@ Fit best_full(Frame& frame, const Scales* scales, double side_bits) {
 // Bits per word that scales of a split would save, by the magnitudes' entropy on a small lattice.
 double split_gain(Frame& frame, uint64_t n_columns, bool has_column_scale) {
     Scratch& scratch = frame.scratch;
-    std::vector<uint64_t> starts, rows;
-    const Runs runs = lattice_columns(n_columns, LATTICE_RUNS, starts);
-    const size_t n_some = runs.n_columns();
-    const uint64_t n_whole = frame.n_words / n_columns, n_rows = std::min<uint64_t>(n_whole, LATTICE_WORDS / n_some);
-    for (uint64_t row = 0; row < n_rows; row++) rows.push_back(row * n_whole / n_rows);
+    const Lattice lattice = lattice_of(SPLIT, n_columns, frame.n_words);
+    const Standing some = frame.standing(lattice);
+    const uint64_t n_whole = frame.n_words / n_columns, n_rows = lattice.n_rows, n_some = lattice.n_some();
     SplitCounts split;
     split.before = scratch.counts.data();
     split.after = scratch.more.data();
-    frame.stats.count_split(frame.request.kind, frame.request.words, n_columns, rows.data(), rows.size(), runs,
-                            has_column_scale, split, scratch.lanes.data());
+    frame.stats.count_split(frame.request.kind, some.words, some.stride, some.rows, size_t(n_rows),
+                            some.columns, has_column_scale, split, scratch.lanes.data());
     if (!split.n_before) return 0.0;
     const double saved = entropy_bits(split.before, split.n_before) - entropy_bits(split.after, split.n_after);
     // Scales fit the words that they are made of better than others.
@@ -227,24 +220,29 @@ double split_gain(Frame& frame, uint64_t n_columns, bool has_column_scale) {
     return saved / double(n_rows * n_some) - LEARNING * unseen - double(SCALE_BITS * n_vector) / double(frame.n_words);
 }
 
+// The rounded mean of the octaves of each row of a lattice; -1 where all are zero.
+void measure_rows(const Frame& frame, const Lattice& lattice, int16_t* means) {
+    const Kind& kind = frame.request.kind;
+    const Standing some = frame.standing(lattice);
+    if (some.is_means) {
+        std::memcpy(means, some.words, lattice.n_rows * sizeof(int16_t));
+        return;
+    }
+    const uint64_t row_bytes = some.stride * (kind.word_bits / 8);
+    in_parts(frame, lattice.n_rows, PART_ROWS, [&](uint64_t first, uint64_t n) {
+        frame.stats.row_means(kind, some.words + first * row_bytes, some.stride, n, some.columns, means + first);
+    });
+}
+
 // Row and column scales of a frame, in eighths of an octave: means over the nonzero words of a lattice.
 Scales fit_scales(Frame& frame, uint64_t n_columns, bool has_column_scale) {
     const Kind& kind = frame.request.kind;
-    const uint8_t* words = static_cast<const uint8_t*>(frame.request.words);
     const uint64_t n_whole = frame.n_words / n_columns, tail = frame.n_words % n_columns;
-    std::vector<uint64_t> starts, tail_starts;
-    const Runs runs = n_columns > 2 * FIT_RUNS * FIT_BLOCK ? block_columns(n_columns, FIT_BLOCKS, FIT_BLOCK, starts)
-                                                       : lattice_columns(n_columns, FIT_RUNS, starts);
     Scales scales;
     scales.n_columns = n_columns;
     scales.rows.resize(n_whole + (tail ? 1 : 0));
-    const uint64_t row_bytes = n_columns * (kind.word_bits / 8);
-    in_parts(frame, n_whole, PART_ROWS, [&](uint64_t first, uint64_t n) {
-        frame.stats.row_means(kind, words + first * row_bytes, n_columns, n, runs, scales.rows.data() + first);
-    });
-    if (tail)
-        frame.stats.row_means(kind, words + n_whole * row_bytes, n_columns, 1,
-                              columns_below(runs, tail, tail_starts), scales.rows.data() + n_whole);
+    measure_rows(frame, lattice_of(SCALE_ROWS, n_columns, frame.n_words), scales.rows.data());
+    if (tail) measure_rows(frame, lattice_of(SCALE_TAIL, n_columns, frame.n_words), scales.rows.data() + n_whole);
     if (std::find(scales.rows.begin(), scales.rows.end(), int16_t(-1)) != scales.rows.end()) {
         std::vector<int16_t> known;
         for (const int16_t row : scales.rows)
@@ -259,8 +257,10 @@ Scales fit_scales(Frame& frame, uint64_t n_columns, bool has_column_scale) {
     }
     if (has_column_scale) {
         scales.columns.resize(n_columns);
-        const uint64_t step = (n_whole + FIT_ROWS - 1) / FIT_ROWS;
-        frame.stats.column_means(kind, words, n_columns, n_whole, step, scales.rows.data(), scales.columns.data());
+        const Lattice lattice = lattice_of(SCALE_COLUMNS, n_columns, frame.n_words);
+        const Standing some = frame.standing(lattice);
+        frame.stats.column_means(kind, some.words, some.stride, lattice.n_rows, n_columns, scales.rows.data(), lattice.step,
+                                 scales.columns.data());
     }
     return scales;
 }
@@ -277,6 +277,7 @@ uint32_t trailing_zeros(uint64_t word) { return word ? uint32_t(__builtin_ctzll(
 
 // OR of all words & mask; may lack some once bit 0 is set.
 uint64_t join_low(const Frame& frame, uint64_t mask) {
+    if (frame.request.facts) return frame.request.facts->joined & mask;
     const uint8_t* words = static_cast<const uint8_t*>(frame.request.words);
     const uint64_t word_bytes = frame.word_bits() / 8;
     std::atomic<uint64_t> joined{0};

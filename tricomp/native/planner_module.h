@@ -1,7 +1,9 @@
-// plan_frames for the Python module _core: requests in, plans out, the GIL released in between. Limited API of Python 3.11.
+// plan_frames and what belongs to it for the Python module _core: requests in, plans out, the GIL released in between.
+// Limited API of Python 3.11.
 //
 // module.cpp includes this and no one else does. The hard thing: shapes and sizes come from Python, so each is compared
-// with its buffer before the planner sees a pointer. planner.py packs the requests and reads the results.
+// with its buffer before the planner sees a pointer. planner.py and planner_gathered.py pack the requests and read the
+// results.
 #pragma once
 
 #define PY_SSIZE_T_CLEAN
@@ -48,11 +50,22 @@ enum RequestField {
     R_WORD_BITS, R_EXPONENT_BITS, R_MANTISSA_BITS, R_IS_FLOAT, R_IS_SIGNED, R_CHUNK_LOG2, R_IS_FAST, N_REQUEST_FIELDS
 };
 
-inline PlanRequest request_of(PyObject* given, Views& views) {
-    const auto require = [](bool holds, const char* what) {
-        if (!holds) throw std::invalid_argument(what);
-    };
-    const Py_buffer numbers = views.take(item_of(given, 0));
+// What planner_gathered.py packs of a frame elsewhere.
+enum FactField {
+    F_N_WORDS, F_HAS_REFERENCE, F_FIRST, F_N_UNLIKE_FIRST, F_N_UNLIKE_REFERENCE, F_JOINED, F_IS_COUNTED,
+    F_N_UNLIKE_COMMONEST, N_FACT_FIELDS
+};
+
+// And of each lattice that was gathered.
+enum LatticeField { L_USE, L_N_COLUMNS, L_IS_MEAN, N_LATTICE_FIELDS };
+
+inline void require(bool holds, const char* what) {
+    if (!holds) throw std::invalid_argument(what);
+}
+
+// All that planner.py packs; its shape is not compared with anything yet.
+inline PlanRequest numbers_of(PyObject* given, Views& views) {
+    const Py_buffer numbers = views.take(given);
     require(numbers.len % 8 == 0 && numbers.len >= 8 * Py_ssize_t(N_REQUEST_FIELDS), "a request of another length");
     std::vector<uint64_t> fields(size_t(numbers.len) / 8);
     std::memcpy(fields.data(), numbers.buf, size_t(numbers.len));
@@ -72,28 +85,95 @@ inline PlanRequest request_of(PyObject* given, Views& views) {
     require(fields[R_CHUNK_LOG2] >= 10 && fields[R_CHUNK_LOG2] <= 16, "chunks of another size");
     request.chunk_log2 = uint32_t(fields[R_CHUNK_LOG2]);
     request.is_fast = fields[R_IS_FAST] != 0;
+    request.shape.assign(fields.begin() + N_REQUEST_FIELDS, fields.end());
+    return request;
+}
+
+inline void check_shape(PlanRequest& request) {
+    if (request.shape.empty()) return;
+    uint64_t n_words = 1;
+    for (const uint64_t size : request.shape) {
+        require(size == 0 || n_words <= UINT64_MAX / 8 / size, "a shape of another size");
+        n_words *= size;
+    }
+    require(n_words == request.n_words, "a shape of another size");
+    if (n_words == 0) request.shape.clear();
+}
+
+inline void check_aligned(const Py_buffer& buffer, size_t n_bytes) {
+    require(reinterpret_cast<uintptr_t>(buffer.buf) % n_bytes == 0, "a buffer that is not aligned");
+}
+
+inline PlanRequest request_of(PyObject* given, Views& views) {
+    PlanRequest request = numbers_of(item_of(given, 0), views);
     const Py_buffer words = views.take(item_of(given, 1));
-    const size_t word_bytes = size_t(word_bits) / 8;
+    const size_t word_bytes = request.kind.word_bits / 8;
     require(size_t(words.len) % word_bytes == 0, "part of a word");
-    require(reinterpret_cast<uintptr_t>(words.buf) % word_bytes == 0, "a buffer that is not aligned");
+    check_aligned(words, word_bytes);
     request.words = words.buf;
     request.n_words = uint64_t(words.len) / word_bytes;
     if (item_of(given, 2) != Py_None) {
         const Py_buffer reference = views.take(item_of(given, 2));
         require(reference.len == words.len, "a reference of another size");
-        require(reinterpret_cast<uintptr_t>(reference.buf) % word_bytes == 0, "a buffer that is not aligned");
+        check_aligned(reference, word_bytes);
         request.reference = reference.buf;
     }
-    request.shape.assign(fields.begin() + N_REQUEST_FIELDS, fields.end());
-    if (!request.shape.empty()) {
-        uint64_t n_words = 1;
-        for (const uint64_t size : request.shape) {
-            require(size == 0 || n_words <= UINT64_MAX / 8 / size, "a shape of another size");
-            n_words *= size;
-        }
-        require(n_words == request.n_words, "a shape of another size");
-        if (n_words == 0) request.shape.clear();
+    check_shape(request);
+    return request;
+}
+
+// All of a frame elsewhere but what was gathered.
+inline PlanRequest facts_of(PyObject* given, Views& views) {
+    PlanRequest request = numbers_of(item_of(given, 0), views);
+    const Py_buffer packed = views.take(item_of(given, 1));
+    uint64_t fields[N_FACT_FIELDS];
+    require(packed.len == Py_ssize_t(sizeof fields), "facts of another length");
+    std::memcpy(fields, packed.buf, sizeof fields);
+    const uint64_t n_words = fields[F_N_WORDS];
+    require(n_words <= uint64_t(1) << 48, "a frame of too many words");
+    require(fields[F_N_UNLIKE_FIRST] <= n_words && fields[F_N_UNLIKE_REFERENCE] <= n_words &&
+                fields[F_N_UNLIKE_COMMONEST] <= n_words,
+            "more words counted than there are");
+    request.n_words = n_words;
+    request.has_reference = fields[F_HAS_REFERENCE] != 0;
+    Facts facts{fields[F_FIRST], fields[F_N_UNLIKE_FIRST], fields[F_N_UNLIKE_REFERENCE], fields[F_JOINED], std::nullopt};
+    if (fields[F_IS_COUNTED]) facts.n_unlike_commonest = fields[F_N_UNLIKE_COMMONEST];
+    request.facts = facts;
+    check_shape(request);
+    return request;
+}
+
+// A frame elsewhere: lattices are looked at only where its facts do not decide.
+inline PlanRequest gathered_of(PyObject* given, Views& views) {
+    PlanRequest request = facts_of(given, views);
+    if (request.is_exact()) return request;
+    const Py_buffer packed = views.take(item_of(given, 2));
+    PyObject *words = item_of(given, 3), *reference = item_of(given, 4);
+    std::vector<uint64_t> fields(size_t(packed.len) / 8);
+    const size_t n_lattices = fields.size() / N_LATTICE_FIELDS;
+    require(n_lattices > 0 && packed.len == Py_ssize_t(8 * N_LATTICE_FIELDS * n_lattices), "no lattices");
+    std::memcpy(fields.data(), packed.buf, size_t(packed.len));
+    require(PyTuple_Check(words) && PyTuple_Size(words) == Py_ssize_t(n_lattices), "words of another number of lattices");
+    require(!request.has_reference || (PyTuple_Check(reference) && PyTuple_Size(reference) == PyTuple_Size(words)),
+            "a reference of another number of lattices");
+    for (size_t i = 0; i < n_lattices; i++) {
+        const uint64_t* field = fields.data() + i * N_LATTICE_FIELDS;
+        Lattice lattice;
+        require(find_lattice(request, field[L_USE], field[L_N_COLUMNS], field[L_IS_MEAN] != 0, lattice),
+                "a lattice that the frame does not have");
+        require((i == 0) == (lattice.use == SAMPLE || lattice.use == WHOLE), "no sample, or not in the first place");
+        const auto take = [&](PyObject* parts) -> const void* {
+            const Py_buffer part = views.take(item_of(parts, Py_ssize_t(i)));
+            require(uint64_t(part.len) == lattice.n_bytes(request.kind.word_bits), "a lattice of another size");
+            check_aligned(part, lattice.is_means ? sizeof(int16_t) : request.kind.word_bits / 8);
+            return part.buf;
+        };
+        request.gathered.push_back(
+            {lattice.use, lattice.n_columns, take(words), lattice.has_reference ? take(reference) : nullptr, lattice.is_means});
     }
+    request.words = request.gathered[0].words;
+    request.reference = request.gathered[0].reference;
+    if (request.gathered[0].use == WHOLE) request.gathered.clear();
     return request;
 }
 
@@ -139,40 +219,11 @@ inline PyObject* tuple_of(const PlanResult& plan) {
     return tuple;
 }
 
-}  // namespace plan_requests
-
-// [(numbers and shape, words, reference or None)], threads -> a tuple for each; see planner.py.
-inline PyObject* plan_frames(PyObject*, PyObject* args) {
-    using namespace plan_requests;
+// Runs body; C++ exceptions become Python's.
+template <class Body>
+PyObject* answered(Body body) {
     try {
-        PyObject* list;
-        Py_ssize_t n_threads;
-        if (!PyArg_ParseTuple(args, "O!n", &PyList_Type, &list, &n_threads)) return nullptr;
-        Views views;
-        std::vector<PlanRequest> requests;
-        for (Py_ssize_t i = 0; i < PyList_Size(list); i++) requests.push_back(request_of(PyList_GetItem(list, i), views));
-        std::vector<PlanResult> plans;
-        PyThreadState* state = PyEval_SaveThread();
-        try {
-            plan_frames(requests, size_t(n_threads < 1 ? 1 : n_threads), plans);
-        } catch (...) {
-            PyEval_RestoreThread(state);
-            throw;
-        }
-        PyEval_RestoreThread(state);
-        PyObject* results = PyList_New(Py_ssize_t(plans.size()));
-        if (results == nullptr) return nullptr;
-        for (size_t i = 0; i < plans.size(); i++) {
-            PyObject* tuple;
-            try {
-                tuple = tuple_of(plans[i]);
-            } catch (...) {
-                Py_DECREF(results);
-                throw;
-            }
-            PyList_SetItem(results, Py_ssize_t(i), tuple);
-        }
-        return results;
+        return body();
     } catch (const PythonError&) {
     } catch (const std::bad_alloc&) {
         PyErr_NoMemory();
@@ -180,6 +231,114 @@ inline PyObject* plan_frames(PyObject*, PyObject* args) {
         PyErr_SetString(PyExc_ValueError, error.what());
     }
     return nullptr;
+}
+
+// Calls body without the GIL.
+template <class Body>
+void unlocked(Body body) {
+    PyThreadState* state = PyEval_SaveThread();
+    try {
+        body();
+    } catch (...) {
+        PyEval_RestoreThread(state);
+        throw;
+    }
+    PyEval_RestoreThread(state);
+}
+
+// A list of what make gives for each of n results.
+template <class Make>
+PyObject* list_of(size_t n, Make make) {
+    PyObject* results = PyList_New(Py_ssize_t(n));
+    if (results == nullptr) throw PythonError();
+    try {
+        for (size_t i = 0; i < n; i++) {
+            PyObject* made = make(i);
+            if (made == nullptr) throw PythonError();
+            PyList_SetItem(results, Py_ssize_t(i), made);
+        }
+    } catch (...) {
+        Py_DECREF(results);
+        throw;
+    }
+    return results;
+}
+
+// The requests of a list, and how many threads.
+template <class RequestOf>
+std::vector<PlanRequest> requests_of(PyObject* args, Views& views, size_t& n_threads, RequestOf request_of_item) {
+    PyObject* list;
+    Py_ssize_t given;
+    if (!PyArg_ParseTuple(args, "O!n", &PyList_Type, &list, &given)) throw PythonError();
+    n_threads = size_t(given < 1 ? 1 : given);
+    std::vector<PlanRequest> requests;
+    for (Py_ssize_t i = 0; i < PyList_Size(list); i++) requests.push_back(request_of_item(PyList_GetItem(list, i), views));
+    return requests;
+}
+
+template <class RequestOf>
+PyObject* planned(PyObject* args, RequestOf request_of_item) {
+    return answered([&]() {
+        Views views;
+        size_t n_threads;
+        const std::vector<PlanRequest> requests = requests_of(args, views, n_threads, request_of_item);
+        std::vector<PlanResult> plans;
+        unlocked([&]() { plan_frames(requests, n_threads, plans); });
+        return list_of(plans.size(), [&](size_t i) { return tuple_of(plans[i]); });
+    });
+}
+
+inline PyObject* tuple_of(const Lattice& lattice) {
+    std::vector<uint64_t> rows(lattice.n_rows), columns;
+    for (uint64_t i = 0; i < lattice.n_rows; i++) rows[i] = lattice.row(i);
+    for (const uint64_t start : lattice.starts)
+        for (uint64_t i = 0; i < lattice.length; i++) columns.push_back(start + i);
+    return Py_BuildValue("(INNKNN)", unsigned(lattice.use), bytes_of(rows), bytes_of(columns),
+                         (unsigned long long)lattice.n_columns, PyBool_FromLong(lattice.has_reference),
+                         PyBool_FromLong(lattice.is_means));
+}
+
+}  // namespace plan_requests
+
+// [(numbers and shape, words, reference or None)], threads -> a tuple for each; see planner.py.
+inline PyObject* plan_frames(PyObject*, PyObject* args) {
+    using namespace plan_requests;
+    return planned(args, request_of);
+}
+
+// [(numbers and shape, facts, lattices, words of each, reference of each or None)], threads -> a tuple for each, as above.
+inline PyObject* plan_gathered(PyObject*, PyObject* args) {
+    using namespace plan_requests;
+    return planned(args, gathered_of);
+}
+
+// The same -> for each a word to be counted, or None.
+inline PyObject* commonest_words(PyObject*, PyObject* args) {
+    using namespace plan_requests;
+    return answered([&]() {
+        Views views;
+        size_t n_threads;
+        const std::vector<PlanRequest> requests = requests_of(args, views, n_threads, gathered_of);
+        std::vector<std::optional<uint64_t>> words;
+        unlocked([&]() { commonest_words(requests, n_threads, words); });
+        return list_of(words.size(), [&](size_t i) -> PyObject* {
+            return words[i] ? PyLong_FromUnsignedLongLong(*words[i]) : Py_BuildValue("");
+        });
+    });
+}
+
+// (numbers and shape, facts), whether means are gathered -> of each lattice its use, rows, columns, n_columns, whether the
+// reference is read, and whether means are.
+inline PyObject* lattices(PyObject*, PyObject* args) {
+    using namespace plan_requests;
+    return answered([&]() {
+        PyObject* given;
+        int has_means;
+        if (!PyArg_ParseTuple(args, "O!p", &PyTuple_Type, &given, &has_means)) throw PythonError();
+        Views views;
+        const std::vector<Lattice> found = lattices_of(facts_of(given, views), has_means != 0);
+        return list_of(found.size(), [&](size_t i) { return tuple_of(found[i]); });
+    });
 }
 
 }  // namespace tricomp

@@ -19,7 +19,7 @@ constexpr size_t LEAST_SAMPLE_ROWS = 512;  // a frame of no more rows is its own
 constexpr size_t THIN_ROWS = 128;  // the search looks at 128 to 255 rows of the sample
 constexpr uint64_t LONG_COLUMNS = 4096;  // rows so long may be cut into blocks
 constexpr uint64_t BLOCK_COLUMNS = 256;  // the split of frames without two dimensions: a scale for every 256 words
-constexpr size_t RUN = 4;  // columns of a lattice that is only probed stand in runs of so many
+constexpr uint64_t FIT_WORDS = 1 << 16;  // of a lattice that factors are measured on, roughly
 constexpr uint64_t STATE_BITS = 1024 + 192;  // of one stream, with its part of the directory
 constexpr uint32_t PROB_BITS = 11;
 constexpr double LEARNING = 0.72;  // bits that a frequency costs in the words it was not counted on: 1 / (2 ln 2)
@@ -43,13 +43,22 @@ struct Scratch {
     Scratch() : lanes(MOST_LANE_ENTRIES), counts(MOST_LANE_ENTRIES), more(MOST_LANE_ENTRIES) {}
 };
 
+// Where the words of a lattice stand in memory, as the functions of Stats take them.
+struct Standing {
+    const uint8_t *words, *reference;
+    uint64_t stride;
+    const uint64_t* rows;
+    Runs columns;
+    bool is_means = false;  // words: int16 of each row
+};
+
 // A frame on its way.
 struct Frame {
     const PlanRequest& request;
     const Kernels& kernels;
     const Stats& stats;
     Scratch& scratch;
-    std::vector<uint64_t> firsts;  // positions of the sample's rows
+    std::vector<uint64_t> firsts, places;  // of the sample's rows
     SampleRows sample, thin;
     uint64_t n_words, n_sampled = 0;
     size_t n_threads;  // that may share passes over all of the frame; what is found never depends on it
@@ -63,8 +72,11 @@ struct Frame {
     }
     // The part of the sample on which tables are counted: one table needs less than several.
     SampleRows counted(size_t n_contexts) const;
-    // The position's word.
-    uint64_t word(uint64_t position) const;
+    // The word at a place of those at hand.
+    uint64_t word(uint64_t place) const;
+    bool is_elsewhere() const { return !request.gathered.empty(); }
+    // The lattice must live as long as what is returned. Throws std::invalid_argument where it was not gathered.
+    Standing standing(const Lattice&) const;
 };
 
 // Counted symbols: n_contexts rows of n_symbols.
@@ -86,12 +98,9 @@ uint32_t bit_length(uint64_t);
 void in_parts(const Frame&, uint64_t n_all, uint64_t n_each, const std::function<void(uint64_t first, uint64_t n)>& work);
 
 std::vector<std::pair<uint64_t, bool>> splits(const PlanRequest&);  // columns, whether columns get a scale
-// Columns of a lattice: all, or runs at even distances. starts holds what Runs points to.
-Runs lattice_columns(uint64_t n_columns, size_t n_runs, std::vector<uint64_t>& starts);
-// All, or `length` columns at a time from multiples of it, so that few lines of memory hold them.
-Runs block_columns(uint64_t n_columns, size_t n_blocks, size_t length, std::vector<uint64_t>& starts);
-// Of the columns below n alone, each for itself.
-Runs columns_below(const Runs&, uint64_t n, std::vector<uint64_t>& starts);
+Lattice sample_lattice(uint64_t n_words);
+// What a split's lattice of some use is made of; there may be no words in it.
+Lattice lattice_of(LatticeUse, uint64_t n_columns, uint64_t n_words);
 
 template <class Count>
 double entropy_bits(const Count* counts, size_t n) {

@@ -69,9 +69,9 @@ INLINE const Word* words_of(const void* words) {
 template <class Word>
 INLINE void prefetch_row(const Word* words, const SampleRows& rows, size_t row) {
     constexpr size_t AHEAD = 6, LINE = 64 / sizeof(Word);
-    const size_t place = (row + AHEAD) * rows.step;
-    if (place >= rows.n_all) return;
-    const Word* part = words + rows.firsts[place];
+    const size_t ahead = (row + AHEAD) * rows.step;
+    if (ahead >= rows.n_all) return;
+    const Word* part = words + rows.places[ahead];
     for (size_t i = 0; i < rows.width; i += LINE) __builtin_prefetch(part + i);
     __builtin_prefetch(part + rows.width - 1);
 }
@@ -111,7 +111,7 @@ size_t count_negative(const void* words, const SampleRows& rows) {
     size_t n_negative = 0;
     for (size_t row = 0; row < rows.n_rows(); row++) {
         prefetch_row(words_of<Word>(words), rows, row);
-        const Word* part = words_of<Word>(words) + rows.first(row);
+        const Word* part = words_of<Word>(words) + rows.place(row);
         Word n_here = 0;  // at most ROW
         each(rows.width, [&](size_t i) { n_here = Word(n_here + Word(part[i] >> (BITS<Word> - 1))); });
         n_negative += size_t(n_here);
@@ -123,9 +123,9 @@ template <class Word, class Test>
 INLINE size_t count_rows(const SampleRows& rows, Test test) {
     size_t n_found = 0;
     for (size_t row = 0; row < rows.n_rows(); row++) {
-        const uint64_t first = rows.first(row);
+        const uint64_t place = rows.place(row);
         Word n_here = 0;
-        each(rows.width, [&](size_t i) { n_here = Word(n_here + Word(test(first + i))); });
+        each(rows.width, [&](size_t i) { n_here = Word(n_here + Word(test(place + i))); });
         n_found += size_t(n_here);
     }
     return n_found;
@@ -154,7 +154,7 @@ void count_highs(const Kind& kind, uint32_t k, const void* words, const SampleRo
     uint16_t indices[ROW];
     for (size_t row = 0; row < rows.n_rows(); row++) {
         prefetch_row(words_of<Word>(words), rows, row);
-        const Word* part = words_of<Word>(words) + rows.first(row);
+        const Word* part = words_of<Word>(words) + rows.place(row);
         each(rows.width, [&](size_t i) {
             const uint16_t high = uint16_t(Word(part[i] & Word(~TOP_BIT<Word>)) >> shift);
             indices[i] = part[i] ? high : uint16_t(n_values);
@@ -182,7 +182,7 @@ void range_of_highs(const Kind& kind, uint32_t k, const void* words, const Sampl
     int16_t level[ROW];
     for (size_t row = 0; row < rows.n_rows(); row++) {
         prefetch_row(words_of<Word>(words), rows, row);
-        const Word* part = words_of<Word>(words) + rows.first(row);
+        const Word* part = words_of<Word>(words) + rows.place(row);
         spread_levels(levels, rows.first(row), rows.width, level);
         each(rows.width, [&](size_t i) {
             const int32_t high = int32_t(Word(part[i] & Word(~TOP_BIT<Word>)) >> shift) - (level[i] >> 3) * (1 << k);
@@ -208,7 +208,7 @@ void count_scaled_highs(const Kind& kind, uint32_t k, const void* words, const S
     int16_t level[ROW];
     for (size_t row = 0; row < rows.n_rows(); row++) {
         prefetch_row(words_of<Word>(words), rows, row);
-        const Word* part = words_of<Word>(words) + rows.first(row);
+        const Word* part = words_of<Word>(words) + rows.place(row);
         spread_levels(levels, rows.first(row), rows.width, level);
         each(rows.width, [&](size_t i) {
             const int32_t high = int32_t(Word(part[i] & Word(~TOP_BIT<Word>)) >> shift) - (level[i] >> 3) * (1 << k);
@@ -226,7 +226,7 @@ void low_zeros(const void* words, const SampleRows& rows, uint64_t mask, uint32_
                uint64_t* n_saved) {
     *joined = *n_saved = 0;
     for (size_t row = 0; row < rows.n_rows(); row++) {
-        const Word low = Word(join(words_of<Word>(words) + rows.first(row), rows.width) & Word(mask));
+        const Word low = Word(join(words_of<Word>(words) + rows.place(row), rows.width) & Word(mask));
         const uint32_t zeros = trailing_zeros(low);
         *joined |= low;
         *n_saved += zeros < n_low ? zeros : n_low;
@@ -243,7 +243,7 @@ void count_plane(const void* words, const SampleRows& rows, uint32_t n_low, bool
     uint16_t indices[ROW];
     for (size_t row = 0; row < rows.n_rows(); row++) {
         prefetch_row(words_of<Word>(words), rows, row);
-        const Word* part = words_of<Word>(words) + rows.first(row);
+        const Word* part = words_of<Word>(words) + rows.place(row);
         each(rows.width, [&](size_t i) {
             const Lane word = part[i];
             indices[i] = uint16_t(((word & low_mask) | (word >> down & sign_mask)) >> from & octet);
@@ -326,7 +326,7 @@ INLINE size_t count_range(const int16_t* values, const int16_t* is_counted, size
 }
 
 template <class Word>
-void count_split(const Kind& kind, const void* words, uint64_t n_columns, const uint64_t* rows, size_t n_rows,
+void count_split(const Kind& kind, const void* words, uint64_t stride, const uint64_t* rows, size_t n_rows,
                  const Runs& runs, bool has_column_scale, SplitCounts& split, uint32_t* lanes) {
     const Octaves<Word> octave(kind);
     const size_t n_some = runs.n_columns(), n = n_rows * n_some;
@@ -335,7 +335,7 @@ void count_split(const Kind& kind, const void* words, uint64_t n_columns, const 
     int32_t sums[MOST_LATTICE_COLUMNS] = {}, counts[MOST_LATTICE_COLUMNS] = {};
     for (size_t row = 0; row < n_rows; row++) {
         Word some[MOST_LATTICE_COLUMNS];
-        gather_row(words_of<Word>(words) + rows[row] * n_columns, runs, some);
+        gather_row(words_of<Word>(words) + (rows ? rows[row] : row) * stride, runs, some);
         int16_t *of_row = octaves + row * n_some, *offset = offsets + row * n_some, *counted = is_counted + row * n_some;
         int32_t sum = 0, count = 0;
         for (size_t i = 0; i < n_some; i++) {  // the octave of a zero word is 0
@@ -366,14 +366,14 @@ void count_split(const Kind& kind, const void* words, uint64_t n_columns, const 
 }
 
 template <class Word>
-void row_means(const Kind& kind, const void* words, uint64_t n_columns, uint64_t n_rows, const Runs& runs,
+void row_means(const Kind& kind, const void* words, uint64_t stride, uint64_t n_rows, const Runs& runs,
                int16_t* means) {
     const Octaves<Word> octave(kind);
     const Word* row_words = words_of<Word>(words);
     const size_t n = runs.n_columns();
     constexpr uint64_t AHEAD = 4;
-    for (uint64_t row = 0; row < n_rows; row++, row_words += n_columns) {
-        if (runs.length > 4 && row + AHEAD < n_rows) prefetch_lattice(row_words + AHEAD * n_columns, runs);
+    for (uint64_t row = 0; row < n_rows; row++, row_words += stride) {
+        if (runs.length > 4 && row + AHEAD < n_rows) prefetch_lattice(row_words + AHEAD * stride, runs);
         Word some[ROW];
         gather_row(row_words, runs, some);
         int32_t sum = 0, count = 0;
@@ -386,8 +386,8 @@ void row_means(const Kind& kind, const void* words, uint64_t n_columns, uint64_t
 }
 
 template <class Word>
-void column_means(const Kind& kind, const void* words, uint64_t n_columns, uint64_t n_rows, uint64_t step,
-                  const int16_t* levels, int16_t* means) {
+void column_means(const Kind& kind, const void* words, uint64_t stride, uint64_t n_rows, uint64_t n_columns,
+                  const int16_t* levels, uint64_t step, int16_t* means) {
     constexpr size_t PART = 512;
     const Octaves<Word> octave(kind);
     int32_t sums[PART], counts[PART];
@@ -395,9 +395,9 @@ void column_means(const Kind& kind, const void* words, uint64_t n_columns, uint6
         const size_t n = size_t(n_columns - first < PART ? n_columns - first : PART);
         std::memset(sums, 0, sizeof sums);
         std::memset(counts, 0, sizeof counts);
-        for (uint64_t row = 0; row < n_rows; row += step) {
-            const Word* part = words_of<Word>(words) + row * n_columns + first;
-            const int32_t level = levels[row];
+        for (uint64_t row = 0; row < n_rows; row++) {
+            const Word* part = words_of<Word>(words) + row * stride + first;
+            const int32_t level = levels[row * step];
             for (size_t i = 0; i < n; i++) {
                 const int32_t offset = octave.of(part[i]) - level;
                 sums[i] += part[i] ? offset : 0;
@@ -428,15 +428,16 @@ class PredictedRows {
         if (reference_) prefetch_row(reference_, rows, row);
     }
 
-    INLINE const Word* at(uint64_t first, size_t n) {
+    INLINE const Word* of(const SampleRows& rows, size_t row) {
         if (!reference_) return row_;
-        const Word* given = reference_ + first;
+        const size_t n = rows.width;
+        const Word* given = reference_ + rows.place(row);
         if (n < ROW) {
             std::memcpy(given_, given, n * sizeof(Word));
             given = given_;
         }
         if (!model_.factor_rows) return given;
-        scale_reference<Word>(model_, given, first, n, ROW, row_);
+        scale_reference<Word>(model_, given, rows.first(row), n, ROW, row_);
         return row_;
     }
 
@@ -468,7 +469,7 @@ INLINE void count_exponents_of(const Kind& kind, const Predicted& predicted, con
     uint16_t indices[ROW];
     for (size_t row = 0; row < rows.n_rows(); row++) {
         predictions.prefetch(rows, row);
-        const Word* old = predictions.at(rows.first(row), rows.width);
+        const Word* old = predictions.of(rows, row);
         each(rows.width, [&](size_t i) { indices[i] = uint16_t(exponent.template of<IS_FLOAT>(old[i])); });
         histogram.add(indices, rows.width);
     }
@@ -544,7 +545,7 @@ void count_codes_of(const Kind& kind, uint32_t k, uint32_t n_contexts, int32_t b
     for (size_t row = 0; row < rows.n_rows(); row++) {
         prefetch_row(words, rows, row);
         predictions.prefetch(rows, row);
-        const Word *part = words + rows.first(row), *old = predictions.at(rows.first(row), rows.width);
+        const Word *part = words + rows.place(row), *old = predictions.of(rows, row);
         if (rows.width < ROW) {  // of frames that are shorter than a row
             std::memcpy(padded, part, rows.width * sizeof(Word));
             part = padded;
@@ -577,7 +578,7 @@ uint64_t shift_savings(const Kind& kind, uint32_t k, const void* words, const Pr
     uint64_t n_saved = 0;
     uint32_t lengths[ROW];
     for (size_t row = 0; row < rows.n_rows(); row++) {
-        const Word *part = words_of<Word>(words) + rows.first(row), *old = predictions.at(rows.first(row), rows.width);
+        const Word *part = words_of<Word>(words) + rows.place(row), *old = predictions.of(rows, row);
         Lane joined = 0;
         for (size_t i = 0; i < rows.width; i++) {
             const Lane size = Lane(absolute_of(Word(order.ordered(part[i]) - order.ordered(old[i]))));
@@ -718,7 +719,7 @@ INLINE uint16_t factor_of(float ratio, float unit) {
 }
 
 template <class Word>
-void row_medians(const Kind& kind, const void* words, const void* reference, uint64_t n_columns, const uint64_t* rows,
+void row_medians(const Kind& kind, const void* words, const void* reference, uint64_t stride, const uint64_t* rows,
                  uint64_t n_rows, const Runs& runs, float unit, uint16_t* medians) {
     constexpr size_t MOST = 64;  // columns of the lattice
     constexpr uint64_t AHEAD = 16;  // rows
@@ -726,7 +727,7 @@ void row_medians(const Kind& kind, const void* words, const void* reference, uin
     alignas(64) uint16_t values[MOST][MEDIAN_LANES], found[MEDIAN_LANES];
     const size_t n = runs.n_columns();
     std::memset(values, 0, sizeof values);
-    const auto start = [=](uint64_t row) { return (rows ? rows[row] : row) * n_columns; };
+    const auto start = [=](uint64_t row) { return (rows ? rows[row] : row) * stride; };
     for (uint64_t first = 0; first < n_rows; first += MEDIAN_LANES) {
         const size_t n_here = size_t(n_rows - first < MEDIAN_LANES ? n_rows - first : MEDIAN_LANES);
         for (size_t lane = 0; lane < n_here; lane++) {
@@ -749,8 +750,8 @@ void row_medians(const Kind& kind, const void* words, const void* reference, uin
 }
 
 template <class Word>
-void column_medians(const Kind& kind, const void* words, const void* reference, uint64_t n_columns, uint64_t n_rows,
-                    uint64_t step, const uint64_t* columns, uint64_t n_medians, const float* units, uint16_t* medians) {
+void column_medians(const Kind& kind, const void* words, const void* reference, uint64_t stride, uint64_t n_rows,
+                    const uint64_t* columns, uint64_t n_medians, const float* units, uint16_t* medians) {
     constexpr size_t MOST = 512;  // rows
     constexpr size_t AHEAD = 8, LINE = 8;  // rows; columns that most likely share a line of memory
     const Ratio<Word> ratio(kind);
@@ -758,9 +759,8 @@ void column_medians(const Kind& kind, const void* words, const void* reference, 
     alignas(64) uint16_t values[MOST][MEDIAN_LANES], found[MEDIAN_LANES];
     for (uint64_t first = 0; first < n_medians; first += MEDIAN_LANES) {
         const size_t n_here = size_t(n_medians - first < MEDIAN_LANES ? n_medians - first : MEDIAN_LANES);
-        size_t n = 0;
-        for (uint64_t row = 0; row < n_rows; row += step, n++) {
-            const Word *part = words_of<Word>(words) + row * n_columns, *old_part = words_of<Word>(reference) + row * n_columns;
+        for (uint64_t row = 0; row < n_rows; row++) {
+            const Word *part = words_of<Word>(words) + row * stride, *old_part = words_of<Word>(reference) + row * stride;
             if (columns) {
                 for (size_t lane = 0; lane < n_here; lane++) {
                     some[lane] = part[columns[first + lane]];
@@ -770,8 +770,8 @@ void column_medians(const Kind& kind, const void* words, const void* reference, 
                 std::memcpy(some, part + first, n_here * sizeof(Word));
                 std::memcpy(old, old_part + first, n_here * sizeof(Word));
             }
-            if (row + AHEAD * step < n_rows) {
-                const uint64_t next = AHEAD * step * n_columns;
+            if (row + AHEAD < n_rows) {
+                const uint64_t next = AHEAD * stride;
                 for (size_t lane = 0; lane < n_here; lane += LINE) {
                     const uint64_t column = columns ? columns[first + lane] : first + lane;
                     __builtin_prefetch(part + next + column);
@@ -780,11 +780,11 @@ void column_medians(const Kind& kind, const void* words, const void* reference, 
             }
             const bool is_copied = columns || n_here < MEDIAN_LANES;
             const Word *new_words = is_copied ? some : part + first, *old_words = is_copied ? old : old_part + first;
-            const float unit = units[n];
+            const float unit = units[row];
             for (size_t lane = 0; lane < MEDIAN_LANES; lane++)
-                values[n][lane] = factor_of(ratio.of(new_words[lane], old_words[lane]), unit);
+                values[row][lane] = factor_of(ratio.of(new_words[lane], old_words[lane]), unit);
         }
-        medians_of(values, n, found);
+        medians_of(values, size_t(n_rows), found);
         std::memcpy(medians + first, found, n_here * sizeof(uint16_t));
     }
 }

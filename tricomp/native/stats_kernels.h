@@ -2,7 +2,8 @@
 // Plain data: no STL.
 //
 // Words and references are given by pointers of the right width and alignment. The hard thing: all of a sample passes
-// through these, so they count straight from the frame, row by row, and copy nothing.
+// through these, so they count straight from the frame, row by row, and copy nothing; or, where the frame is elsewhere,
+// from what was gathered of it, so a row's place in memory is not its position in the frame.
 #pragma once
 
 #include "model.h"
@@ -11,12 +12,14 @@ namespace tricomp {
 
 // Rows of a frame: the first of every `step` of them. width: words in a row, at most ROW.
 struct SampleRows {
-    const uint64_t* firsts = nullptr;  // position of each row
+    const uint64_t* firsts = nullptr;  // position of each row in the frame
+    const uint64_t* places = nullptr;  // and among the words at hand: the same where they are the whole frame
     size_t n_all = 0, step = 1, width = 0;
 
     size_t n_rows() const { return (n_all + step - 1) / step; }
     size_t n_words() const { return n_rows() * width; }
     uint64_t first(size_t row) const { return firsts[row * step]; }
+    uint64_t place(size_t row) const { return places[row * step]; }
 };
 
 // The scale model's part of a prediction. rows: null where there is none.
@@ -80,14 +83,17 @@ struct Stats {
     void (*count_plane)(const void* words, const SampleRows&, uint32_t n_low, bool has_sign, uint32_t from, uint32_t width,
                         uint32_t* counts, uint32_t* lanes);
 
+    // Of lattices: stride: words from a row to the next. rows: null: the first n_rows.
+
     // Counts of the octaves of a lattice, in eighths, and of what rounded means of rows and columns leave of them.
-    void (*count_split)(const Kind&, const void* words, uint64_t n_columns, const uint64_t* rows, size_t n_rows, const Runs&,
+    void (*count_split)(const Kind&, const void* words, uint64_t stride, const uint64_t* rows, size_t n_rows, const Runs&,
                         bool has_column_scale, SplitCounts&, uint32_t* lanes);
     // Rounded mean of the octaves of each of n_rows rows over the lattice; -1 where all are zero.
-    void (*row_means)(const Kind&, const void* words, uint64_t n_columns, uint64_t n_rows, const Runs&, int16_t* means);
-    // Rounded mean over every step-th row of the octaves less the row's level; 0 where all are zero.
-    void (*column_means)(const Kind&, const void* words, uint64_t n_columns, uint64_t n_rows, uint64_t step,
-                         const int16_t* levels, int16_t* means);
+    void (*row_means)(const Kind&, const void* words, uint64_t stride, uint64_t n_rows, const Runs&, int16_t* means);
+    // Rounded mean of each column over n_rows rows of the octaves less the row's level; 0 where all are zero. levels:
+    // every step-th of them is a row's.
+    void (*column_means)(const Kind&, const void* words, uint64_t stride, uint64_t n_rows, uint64_t n_columns,
+                         const int16_t* levels, uint64_t step, int16_t* means);
 
     // Counts by exponent of the prediction.
     void (*count_exponents)(const Kind&, const Predicted&, const SampleRows&, uint32_t* counts, size_t n, uint32_t* lanes);
@@ -103,13 +109,12 @@ struct Stats {
     // by length and sign if there is room for them. n: any; there is room up to a multiple of 32.
     uint64_t (*try_factor)(const Kind&, uint64_t factor, const void* words, const void* reference, const uint32_t* products,
                            size_t n, uint32_t* counts);
-    // Lower medians of ratio x unit as factors, one = 2^15, of rows over the lattice. rows: null: the first n_rows.
-    void (*row_medians)(const Kind&, const void* words, const void* reference, uint64_t n_columns, const uint64_t* rows,
+    // Lower medians of ratio x unit as factors, one = 2^15, of rows over the lattice.
+    void (*row_medians)(const Kind&, const void* words, const void* reference, uint64_t stride, const uint64_t* rows,
                         uint64_t n_rows, const Runs&, float unit, uint16_t* medians);
-    // The same of columns over every step-th row; units: of each such row. columns: null: the first n_medians.
-    void (*column_medians)(const Kind&, const void* words, const void* reference, uint64_t n_columns, uint64_t n_rows,
-                           uint64_t step, const uint64_t* columns, uint64_t n_medians, const float* units,
-                           uint16_t* medians);
+    // The same of columns over n_rows rows; units: of each row. columns: null: the first n_medians.
+    void (*column_medians)(const Kind&, const void* words, const void* reference, uint64_t stride, uint64_t n_rows,
+                           const uint64_t* columns, uint64_t n_medians, const float* units, uint16_t* medians);
 
     void (*widen)(const void* words, uint64_t first, size_t n, uint64_t* out);
 };
