@@ -17,6 +17,7 @@ from tricomp.reference import decode as reference
 pytestmark = pytest.mark.skipif(not native.is_there(), reason=f"no native module: {native.why_not()}")
 if native.is_there():
     from tricomp.native import decode as backend
+    from tricomp.native import side
 
 FRAMES = sound()
 
@@ -86,7 +87,7 @@ def test_damage():
                 found = check(variant, 1 + number % 3)
                 texts[found[1].split("': ", 1)[1] if isinstance(found, tuple) else "decoded"] += 1
     told = "\n".join(texts)
-    for fault in (*backend._CHUNK_FAULTS, *backend._SIDE_FAULTS):
+    for fault in (*backend._CHUNK_FAULTS, *side._FAULTS):
         assert re.search(re.sub(r"\\{.*?\\}", r"\\w+", re.escape(fault)), told), fault
     for fault in (
         "side section or directory is damaged",

@@ -22,8 +22,9 @@ from tricomp.reference.entropy import normalise
 
 pytestmark = pytest.mark.skipif(not native.is_there(), reason=f"no native module: {native.why_not()}")
 if native.is_there():
-    from tricomp.native.decode import _SIDE_FAULTS
+    from tricomp.native.digest import checksums
     from tricomp.native.encode import _request
+    from tricomp.native.side import _FAULTS, read_side, side_bytes
 
 M64 = (1 << 64) - 1
 
@@ -157,7 +158,7 @@ def fault_of(core, job, section):
     if isinstance(found, list):
         return ""
     assert found[0] == 2, found
-    return _SIDE_FAULTS[found[1]]
+    return _FAULTS[found[1]]
 
 
 def expected_fault(plan, section):
@@ -196,6 +197,70 @@ def test_side_sections_sound_and_damaged(core, kind):
         for _ in range(12):
             other = damaged(rng, section)
             assert fault_of(core, job, other) == expected_fault(job.plan, other), (job.plan, other.hex())
+
+
+def arrays_of(side):
+    """All that a side holds, in bytes."""
+    tables = [side.tables] if side.tables else []
+    tables += [side.plane_tables[plane] for plane in sorted(side.plane_tables)]
+    scales = [side.scales.rows] if side.scales.columns is None else [side.scales.rows, side.scales.columns]
+    arrays = [*(one.freqs for one in tables), side.dictionary, side.palette, *scales]
+    kinds = [array.dtype for array in arrays if len(array)]
+    return [array.tolist() for array in arrays], kinds, [one.prob_bits for one in tables], sorted(side.plane_tables)
+
+
+@pytest.mark.parametrize("kind", ["palette", "full", "scaled_delta"])
+def test_side_sections_on_their_own(core, kind, monkeypatch):
+    monkeypatch.setattr(native, "load", lambda: core)
+    rng = np.random.default_rng(len(kind))
+    for _ in range(25):
+        job = random_job(rng, kind)
+        plan = replace(job.plan, reference="none" if job.reference is None else "parent")
+        section = reference_side.write(plan, job.side)
+        assert side_bytes(plan, job.side) == section
+        assert arrays_of(read_side(plan, section)) == arrays_of(reference_side.read(plan, section))
+        assert arrays_of(read_side(plan, memoryview(section))) == arrays_of(job.side)
+        for _ in range(12):
+            other = damaged(rng, section)
+            text = expected_fault(plan, other)
+            if text:
+                with pytest.raises(CorruptFrame, match=f"^frame of 'a/b': {text}.$"):
+                    read_side(plan, other, "a/b")
+            else:
+                assert arrays_of(read_side(plan, other)) == arrays_of(reference_side.read(plan, other))
+    for name in ("bool", "float32", "uint64"):
+        plan = Plan(dtypes.by_name(name), 1000, "sparse", reference="parent", word=1)
+        assert side_bytes(plan, Side()) == b""
+        assert arrays_of(read_side(plan, b"")) == arrays_of(Side())
+        with pytest.raises(CorruptFrame, match=r"'array': its side section is too long."):
+            read_side(plan, bytes(16))
+    with pytest.raises(ValueError, match="contradicts itself"):
+        side_bytes(replace(plan, n_columns=3), Side())
+    with pytest.raises(ValueError, match="frequencies of another number"):
+        side_bytes(replace(job.plan, reference="parent", entropy="rans", index_bits=0), Side())
+
+
+def test_checksums_of_parts(core, monkeypatch):
+    monkeypatch.setattr(native, "load", lambda: core)
+    rng = np.random.default_rng(3)
+    data = octets(3_000_001)
+    for n_parts, most, threads in ((0, 1, 2), (1, 3_000_000, 2), (300, 40_000, 3), (5000, 17, 2), (33, 255, 1)):
+        begins = rng.integers(0, len(data) - most, n_parts)
+        sizes = rng.integers(0, most + 1, n_parts)
+        expected = [xxhash.xxh3_64_intdigest(data[at : at + n].tobytes()) for at, n in zip(begins, sizes)]
+        found = checksums(data, begins, sizes, threads)
+        assert found.dtype == np.uint64
+        assert found.tolist() == expected
+        assert checksums(memoryview(data), begins.tolist(), sizes.astype(np.uint32)[::1], threads).tolist() == expected
+    ends = [0, 7], [len(data), len(data) - 7]
+    assert checksums(data, *ends).tolist() == [xxhash.xxh3_64_intdigest(data[at:].tobytes()) for at in ends[0]]
+    for wrong in (([0], [len(data) + 1]), ([len(data) + 1], [0]), ([5], [len(data) - 4]), ([1 << 63], [1 << 63])):
+        with pytest.raises(ValueError, match="outside the buffer"):
+            checksums(data, *wrong)
+    with pytest.raises(ValueError, match="outside the buffer"):
+        checksums(data, np.array([-1]), np.array([2]))
+    with pytest.raises(ValueError, match="numbers of parts that differ"):
+        checksums(data, [1, 2], [1])
 
 
 def test_vectors_are_coded_where_the_reference_does(core):

@@ -17,6 +17,7 @@ from tricomp.bounds import Bytes
 from tricomp.dtypes import Words
 from tricomp.errors import CorruptFrame
 from tricomp.job import DecodeJob, Summed
+from tricomp.native import side
 from tricomp.native.plan_numbers import pack
 from tricomp.plan import Plan
 
@@ -41,18 +42,6 @@ _CHUNK_FAULTS = (
     "a lane of its remainders has no first word",
     "its remainders do not end where an encoder begins",
     "the padding after it is not zero",
-)
-# In the order of SideFault in side.h.
-_SIDE_FAULTS = (
-    "",
-    "its side section is too short",
-    "its side section is too long",
-    "its frequencies do not sum to the size of the table",
-    "its dictionary does not fit its plan",
-    "its palette is not ascending",
-    "its scales are out of range",
-    "a vector of its side section is of an unknown kind",
-    "its symbols do not end where an encoder begins",
 )
 
 
@@ -174,7 +163,7 @@ def _fault(job: DecodeJob, stage: int, code: int, _: int, chunk: int, *details: 
     if stage == 3:
         return CorruptFrame(f"chunk {chunk} of {job.name!r}: {_CHUNK_FAULTS[code].format(*details)}. {_ADVICE}")
     if stage == 2:
-        return CorruptFrame(f"frame of {job.name!r}: {_SIDE_FAULTS[code]}.")
+        return side.fault(code, job.name)
     if code == 1:
         return CorruptFrame(f"frame of {job.name!r}: its side section or directory is damaged. {_ADVICE}")
     return CorruptFrame(f"frame of {job.name!r}: its chunks end at byte {details[0]} of {details[1]}. {_ADVICE}")

@@ -1,13 +1,20 @@
-"""Digests of decoded leaves, natively, with threads. Imports ground and numpy. FORMAT.md, "Digest"."""
+"""Digests of decoded leaves, and checksums of stored bytes, natively, with threads. Imports ground and numpy.
+
+FORMAT.md, "Digest". The hard thing: both are taken while others wait, so threads share them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from tricomp import native
+from tricomp.bounds import Bytes
 from tricomp.dtypes import Words
+
+Array = np.ndarray[Any, Any]
 
 _M64 = (1 << 64) - 1
 
@@ -31,3 +38,16 @@ def digests(leaves: Sequence[Words], threads: int | None = None) -> list[int]:
     """The digest of each leaf. leaves: uint[n] each."""
     sums = digest_sums([(words, 0) for words in leaves], threads)
     return [digest_end(total, words.nbytes) for total, words in zip(sums, leaves, strict=True)]
+
+
+def checksums(
+    buffer: Bytes | Words, begins: Sequence[int] | Array, sizes: Sequence[int] | Array, threads: int | None = None
+) -> Array:
+    """XXH3 with 64 bits of each part of a buffer: uint64[n]. begins, sizes: in bytes, integers[n].
+
+    Raises ValueError where a part reaches beyond the buffer.
+    """
+    found = np.zeros(len(begins), np.uint64)
+    places = [np.ascontiguousarray(numbers, np.uint64) for numbers in (begins, sizes)]
+    native.load().checksums(buffer, *places, found, native.n_threads(threads))
+    return found

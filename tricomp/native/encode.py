@@ -16,13 +16,13 @@ import numpy as np
 
 from tricomp import native
 from tricomp.bounds import Bytes
-from tricomp.job import Encoded, EncodeJob, Room, Tables
+from tricomp.job import Encoded, EncodeJob, Room
 from tricomp.native.plan_numbers import pack
+from tricomp.native.side import pack_side
 
 ROUND_BYTES = 32 << 20  # of words encoded in one call
 ALIGN = 16
 
-_NOTHING = np.zeros(0, np.uint8)
 _MOST_KEPT = 2  # outputs of rounds that are kept for the next ones: fresh memory costs as much as coding
 _kept: list[np.ndarray[Any, Any]] = []
 _lock = threading.Lock()
@@ -98,27 +98,12 @@ def _rounds(jobs: Sequence[EncodeJob]) -> list[list[tuple[int, int, int]]]:
 
 def _request(job: EncodeJob) -> tuple[Any, ...]:
     """A job as the module takes it, but for which chunks."""
-    plan, side = job.plan, job.side
-    planes = [side.plane_tables[plane].freqs.reshape(-1) for plane in sorted(side.plane_tables)]
-    if plan.predict == "scaled_delta":
-        kind: Any = np.uint16
-    else:
-        kind = np.int16
     return (
-        pack(plan, job.source, job.reference is not None),
-        _freqs(side.tables),
-        np.concatenate(planes).astype(np.uint16) if planes else _NOTHING,
-        np.ascontiguousarray(side.dictionary, np.uint8),
-        np.ascontiguousarray(side.palette, plan.dtype.word_dtype) if plan.predict == "palette" else _NOTHING,
-        np.ascontiguousarray(side.scales.rows, kind),
-        _NOTHING if side.scales.columns is None else np.ascontiguousarray(side.scales.columns, kind),
+        pack(job.plan, job.source, job.reference is not None),
+        *pack_side(job.plan, job.side),
         _flat(job.words),
         None if job.reference is None else _flat(job.reference),
     )
-
-
-def _freqs(tables: Tables | None) -> np.ndarray[Any, Any]:
-    return _NOTHING if tables is None else tables.freqs.reshape(-1).astype(np.uint16)
 
 
 def _flat(words: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

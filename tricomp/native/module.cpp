@@ -10,8 +10,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
-#include <new>
-#include <stdexcept>
 #include <vector>
 
 #ifdef __linux__
@@ -20,79 +18,13 @@
 
 #include "frame.h"
 #include "kernels.h"
+#include "module_parts.h"
 #include "planner_module.h"
+#include "side_module.h"
 #include "threads.h"
 
 namespace tricomp {
 namespace {
-
-// Buffers held while the GIL is released.
-class Buffers {
-  public:
-    ~Buffers() {
-        for (Py_buffer& view : views_) PyBuffer_Release(&view);
-    }
-
-    // The bytes of a contiguous buffer; None: none. Throws with a Python error set.
-    Bytes take(PyObject* object, bool is_writable = false) {
-        if (object == Py_None) return Bytes();
-        Py_buffer view;
-        if (PyObject_GetBuffer(object, &view, is_writable ? PyBUF_CONTIG : PyBUF_CONTIG_RO)) throw std::domain_error("");
-        views_.push_back(view);
-        return {static_cast<const uint8_t*>(view.buf), size_t(view.len)};
-    }
-
-  private:
-    std::vector<Py_buffer> views_;
-};
-
-class Unlocked {
-  public:
-    Unlocked() : state_(PyEval_SaveThread()) {}
-    ~Unlocked() { PyEval_RestoreThread(state_); }
-
-  private:
-    PyThreadState* state_;
-};
-
-// Run body; C++ exceptions become Python's. domain_error: one is set already.
-template <class Body>
-PyObject* guarded(Body body) {
-    try {
-        return body();
-    } catch (const std::domain_error&) {
-    } catch (const std::bad_alloc&) {
-        PyErr_NoMemory();
-    } catch (const std::exception& error) {
-        PyErr_SetString(PyExc_ValueError, error.what());
-    }
-    return nullptr;
-}
-
-void require(bool holds, const char* what) {
-    if (!holds) throw std::invalid_argument(what);
-}
-
-PyObject* item(PyObject* tuple, Py_ssize_t i) {
-    PyObject* found = PyTuple_GetItem(tuple, i);
-    if (found == nullptr) throw std::domain_error("");
-    return found;
-}
-
-uint64_t number(PyObject* object) {
-    const uint64_t value = PyLong_AsUnsignedLongLong(object);
-    if (PyErr_Occurred()) throw std::domain_error("");
-    return value;
-}
-
-PlanNumbers plan_of(const Bytes& packed) {
-    PlanNumbers plan;
-    require(packed.n_bytes == sizeof plan.fields, "a plan of another length");
-    std::memcpy(plan.fields, packed.data, sizeof plan.fields);
-    Model model;
-    require(model_of(plan, model), "a plan that contradicts itself");
-    return plan;
-}
 
 size_t word_bytes(const PlanNumbers& plan) { return size_t(plan.fields[P_WORD_BITS]) / 8; }
 size_t source_bytes(const PlanNumbers& plan) {
@@ -168,13 +100,7 @@ std::vector<EncodeRequest> encode_requests_of(PyObject* list, Buffers& buffers) 
     for (size_t i = 0; i < requests.size(); i++) {
         PyObject* given = PyList_GetItem(list, Py_ssize_t(i));
         EncodeRequest& request = requests[i];
-        request.plan = plan_of(buffers.take(item(given, 0)));
-        request.freqs = buffers.take(item(given, 1));
-        request.plane_freqs = buffers.take(item(given, 2));
-        request.dictionary = buffers.take(item(given, 3));
-        request.palette = buffers.take(item(given, 4));
-        request.scale_rows = buffers.take(item(given, 5));
-        request.scale_columns = buffers.take(item(given, 6));
+        take_side(given, buffers, request);
         const Bytes words = buffers.take(item(given, 7)), reference = buffers.take(item(given, 8));
         request.first_chunk = number(item(given, 9));
         request.n_chunks = number(item(given, 10));
@@ -383,6 +309,41 @@ PyObject* checksum(PyObject*, PyObject* object) {
     });
 }
 
+// A buffer, where parts of it begin, bytes of each, an output: the checksum of each part, by so many threads.
+PyObject* checksums(PyObject*, PyObject* args) {
+    return guarded([&]() -> PyObject* {
+        constexpr uint64_t FEW_BYTES = 1 << 20;  // done before another thread has begun
+        PyObject* objects[4];
+        Py_ssize_t n_threads;
+        if (!PyArg_ParseTuple(args, "OOOOn", &objects[0], &objects[1], &objects[2], &objects[3], &n_threads))
+            throw std::domain_error("");
+        Buffers buffers;
+        const Bytes bytes = buffers.take(objects[0]), packed_begins = buffers.take(objects[1]);
+        const Bytes packed_sizes = buffers.take(objects[2]), out = buffers.take(objects[3], true);
+        const size_t n = packed_begins.n_bytes / 8;
+        require(packed_begins.n_bytes == 8 * n && packed_sizes.n_bytes == 8 * n && out.n_bytes == 8 * n,
+                "numbers of parts that differ");
+        std::vector<uint64_t> begins(n), sizes(n), found(n);
+        uint64_t n_bytes = 0;
+        if (n) {
+            std::memcpy(begins.data(), packed_begins.data, 8 * n);
+            std::memcpy(sizes.data(), packed_sizes.data, 8 * n);
+        }
+        for (size_t i = 0; i < n; i++) {
+            require(begins[i] <= bytes.n_bytes && sizes[i] <= bytes.n_bytes - begins[i], "a part outside the buffer");
+            n_bytes += sizes[i];
+        }
+        {
+            Unlocked unlocked;
+            share(n, n_bytes < FEW_BYTES ? 1 : size_t(n_threads), [&] {
+                return [&](size_t i) { found[i] = kernels().xxh3_64(bytes.data + begins[i], size_t(sizes[i])); };
+            });
+        }
+        if (n) std::memcpy(const_cast<uint8_t*>(out.data), found.data(), 8 * n);
+        Py_RETURN_NONE;
+    });
+}
+
 PyObject* equal(PyObject*, PyObject* args) {
     return guarded([&]() -> PyObject* {
         PyObject *one, *other;
@@ -412,6 +373,9 @@ PyMethodDef METHODS[] = {
     {"advise", advise, METH_O, "Ask for large pages for memory that was not written yet."},
     {"seal", seal, METH_VARARGS, "The bytes of buffers in a row and their checksum, by so many threads."},
     {"xxh3_64", checksum, METH_O, "XXH3 of a buffer, 64 bits, seed 0."},
+    {"checksums", checksums, METH_VARARGS, "The same of parts of a buffer, into an output, by so many threads."},
+    {"side_bytes", side_bytes, METH_O, "The side section of a plan and what belongs to it."},
+    {"read_side", side_parts, METH_VARARGS, "What a side section says, or what is wrong with it."},
     {"is_equal", equal, METH_VARARGS, "Whether two buffers hold the same bytes."},
     {nullptr, nullptr, 0, nullptr},
 };

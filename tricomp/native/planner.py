@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from tricomp import native
 from tricomp.dtypes import DType, Words
-from tricomp.job import EncodeJob, Scales, Side, Tables
+from tricomp.job import EncodeJob, Side
+from tricomp.native.side import unpack_side
 from tricomp.plan import ENTROPIES, PREDICTIONS, REMAINDERS, Plan, Spec
 
 _RESULT = struct.Struct("<9Qq1Qq7Q")
@@ -128,24 +128,5 @@ def unpack_result(
         word=word,
         keep_mantissa_bits=keep_mantissa_bits,
     )
-    kind: Any = np.uint16 if plan.predict == "scaled_delta" else np.int16
-    side = Side(
-        Tables(_freqs(freqs).reshape(n_contexts, n_symbols), plan.prob_bits) if freqs else None,
-        _plane_tables(plan, _freqs(plane_freqs)),
-        np.frombuffer(dictionary, np.uint8),
-        np.frombuffer(palette, np.uint64).astype(dtype.word_dtype),
-        Scales(np.frombuffer(rows, kind), np.frombuffer(columns, kind) if has_column_scale else None),
-    )
-    return plan, side
-
-
-def _freqs(freqs: bytes) -> np.ndarray[Any, Any]:
-    return np.frombuffer(freqs, np.uint16).astype(np.int64)
-
-
-def _plane_tables(plan: Plan, freqs: np.ndarray[Any, Any]) -> dict[int, Tables]:
-    tables = {}
-    for plane, width in enumerate(plan.plane_widths):
-        if plan.coded_planes >> plane & 1:
-            tables[plane], freqs = Tables(freqs[None, : 1 << width], plan.prob_bits), freqs[1 << width :]
-    return tables
+    words = np.frombuffer(palette, np.uint64).astype(dtype.word_dtype)
+    return plan, unpack_side(plan, freqs, plane_freqs, dictionary, words, rows, columns)
