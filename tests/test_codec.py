@@ -412,9 +412,9 @@ def test_wrong_and_missing_references_are_named():
 
 
 def test_unknown_backend_and_duplicate_paths(monkeypatch):
-    monkeypatch.setenv("TRICOMP_BACKEND", "triton")
+    monkeypatch.setenv("TRICOMP_BACKEND", "abacus")
     with pytest.raises(
-        InvalidArgument, match="TRICOMP_BACKEND: expected 'auto', 'native' or 'reference', got 'triton'"
+        InvalidArgument, match="TRICOMP_BACKEND: expected 'auto', 'triton', 'native' or 'reference', got 'abacus'"
     ):
         list(codec.encode(snapshot_of(["a"], [np.zeros(3)])))
     assert list(codec.encode(snapshot_of(["a"], [np.zeros(3)]), backend="reference"))

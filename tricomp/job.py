@@ -130,7 +130,7 @@ class Gathered:
 class EncodeJob:
     """One frame to encode. words, reference: uint[n_words]. For `cast`: source is the dtype of the reference.
 
-    wants_reference_sum: see Encoded.
+    wants_reference_sum: see Encoded. digest_sum, reference_sum: as there, where planning has told them.
     """
 
     plan: Plan
@@ -139,6 +139,8 @@ class EncodeJob:
     reference: Words | None = None
     source: DType | None = None
     wants_reference_sum: bool = False
+    digest_sum: int | None = None
+    reference_sum: int | None = None
 
 
 class Room(Protocol):

@@ -1,7 +1,8 @@
 """Encode Snapshots: leaves to frames, in batches, one batch ahead of whoever writes them.
 
 The hard thing: small leaves must share frames, equal and cast leaves must find each other, and frames must go to the
-backend in batches large enough to be fast on all threads, yet small enough to bound memory.
+backend in batches large enough to be fast on all threads, yet small enough to bound memory. Leaves on one device are
+coded there together, and never with those of another.
 """
 
 from __future__ import annotations
@@ -12,29 +13,24 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import chain, groupby
-from typing import Protocol
-
-import numpy as np
+from typing import Any, Protocol
 
 from tricomp.ahead import ahead
+from tricomp.codec.accelerator import home_of
 from tricomp.codec.engine import Engine, FrameToPlan
 from tricomp.codec.siblings import siblings
 from tricomp.dtypes import Words
-from tricomp.errors import InvalidArgument
+from tricomp.errors import BackendError, InvalidArgument
 from tricomp.job import Encoded, EncodeJob, Side
 from tricomp.layout import Leaf, Snapshot
 from tricomp.plan import Frame, Plan, Spec
-from tricomp.reference.bits import is_equal, round_mantissa
 from tricomp.reference.digest import digest_end
-from tricomp.spool import MEMORY_BYTES, Scratch, Spool
+from tricomp.spool import Spool
 
 _log = logging.getLogger("tricomp")
 
 SMALL_WORDS = 16_384  # leaves below this share frames
 GROUP_WORDS = 65_536  # most words of a shared frame
-BATCH_WORDS = 8 << 20  # words encoded at a time; a larger leaf is a batch of its own
-_COPY_BYTES = 16 << 20  # copied at a time
-THREAD_WORDS = 1 << 19  # words of a batch that keep one thread busy: batches are larger for many threads
 
 
 class Reference(Protocol):
@@ -85,53 +81,96 @@ def encode(
 
     reference: an earlier Snapshot or open file; leaves that it lacks, or has in another dtype or shape, are coded
     without it. spec: see Spec; with keep_mantissa_bits the leaves are rounded first. threads, backend: see Engine.
-    A batch is encoded, in a thread, while the frames of the one before are taken: close the iterator if not all are
-    taken. Raises InvalidArgument.
+    Words on a GPU are coded there, on a stream of its own, after what the current stream has been given by now; they
+    must not change until all is taken. A batch is encoded, in a thread, while the frames of the one before are taken:
+    close the iterator if not all are taken. Raises InvalidArgument, OutOfDeviceMemory, BackendError.
     """
-    engine = Engine(threads, backend)
-    return _frames(snapshot, reference, spec or Spec(), engine)
+    groups = _by_home(snapshot)
+    engines = [Engine(threads, backend, home) for home in groups]
+    for engine in engines:
+        _ = engine.coder  # follows what its device has been given
+    return _all_frames(snapshot, reference, spec or Spec(), list(zip(engines, groups.values(), strict=True)))
 
 
-def bounded(snapshot: Snapshot, spec: Spec) -> Snapshot:
+def _by_home(snapshot: Snapshot) -> dict[Any, list[int]]:
+    """Numbers of the leaves on each device, None: the host; of an empty Snapshot the host has none."""
+    groups: dict[Any, list[int]] = {}
+    for i in range(len(snapshot.layout.leaves)):
+        groups.setdefault(home_of(snapshot.buffers[snapshot.layout.places[i].buffer]), []).append(i)
+    return groups
+
+
+def _all_frames(
+    snapshot: Snapshot, reference: Reference | None, spec: Spec, groups: Sequence[tuple[Engine, list[int]]]
+) -> Generator[Frame, None, None]:
+    """The frames of all groups, one after the other."""
+    _warn_of_idle(snapshot, spec)
+    for engine, numbers in groups:
+        yield from _frames(snapshot, reference, spec, engine, numbers)
+
+
+def _warn_of_idle(snapshot: Snapshot, spec: Spec) -> None:
+    for pattern in spec.keep_mantissa_bits:
+        if not any(fnmatchcase(leaf.path, pattern) for leaf in snapshot.layout.leaves):
+            _log.warning("keep_mantissa_bits: no leaf matches %r, so it rounds nothing", pattern)
+
+
+def bounded(snapshot: Snapshot, spec: Spec, engine: Engine | None = None) -> Snapshot:
     """The Snapshot with the mantissas of `spec.keep_mantissa_bits` rounded: what a decoder of it will see.
 
-    Raises InvalidArgument when a pattern matches a leaf that is no float.
+    Rounded leaves are where they were. Raises InvalidArgument when a pattern matches a leaf that is no float.
     """
     if not spec.keep_mantissa_bits:
         return snapshot
     kept = [spec.mantissa_bits_of(leaf.path) for leaf in snapshot.layout.leaves]
-    for pattern in spec.keep_mantissa_bits:
-        if not any(fnmatchcase(leaf.path, pattern) for leaf in snapshot.layout.leaves):
-            _log.warning("keep_mantissa_bits: no leaf matches %r, so it rounds nothing", pattern)
     if all(bits is None for bits in kept):
         return snapshot
     words = []
+    engines: dict[Any, Engine] = {}
     for i, (leaf, bits) in enumerate(zip(snapshot.layout.leaves, kept, strict=True)):
         if bits is not None and not leaf.dtype.is_float:
             raise InvalidArgument(
                 f"leaf {leaf.path!r}: keep_mantissa_bits applies to float leaves, this one is {leaf.dtype.name}. "
                 "Narrow the pattern."
             )
-        words.append(snapshot.words(i) if bits is None else round_mantissa(snapshot.words(i), leaf.dtype, bits))
+        found = snapshot.words(i)
+        if bits is not None:
+            home = home_of(found)
+            worker = engine or engines.setdefault(home, Engine(device=home))
+            found = worker.rounded(worker.adopted(found), leaf.dtype, bits)
+        words.append(found)
     places = tuple(replace(place, buffer=i, offset=0) for i, place in enumerate(snapshot.layout.places))
     return Snapshot(replace(snapshot.layout, places=places), tuple(words))
 
 
 def _frames(
-    snapshot: Snapshot, reference: Reference | None, spec: Spec, engine: Engine
+    snapshot: Snapshot, reference: Reference | None, spec: Spec, engine: Engine, numbers: Sequence[int]
 ) -> Generator[Frame, None, None]:
-    snapshot = bounded(snapshot, spec)
-    leaves = snapshot.layout.leaves
-    digests = _Digests(snapshot, engine)
-    # Asked for once: finding a leaf may mean decoding it.
-    small = [i for i, leaf in enumerate(leaves) if leaf.n_words < SMALL_WORDS]
-    found = dict(zip(small, _counterparts([leaves[i] for i in small], reference)))
-    tasks = _tasks(snapshot, found, siblings(snapshot, digests.of), spec)
-    batches = _batches(tasks, leaves, max(BATCH_WORDS, THREAD_WORDS * engine.n_threads))
+    """The frames of some leaves, which are all on one device. Where its backend fails, the host goes on, if it may."""
+    try:
+        snapshot = _adopted(bounded(snapshot, spec, engine), engine, numbers)
+        leaves = snapshot.layout.leaves
+        digests = _Digests(snapshot, engine)
+        # Asked for once: finding a leaf may mean decoding it.
+        small = [i for i in numbers if leaves[i].n_words < SMALL_WORDS]
+        found = dict(zip(small, _counterparts([leaves[i] for i in small], reference)))
+        tasks = _tasks(snapshot, found, siblings(snapshot, numbers, digests.of, engine), spec, numbers)
+    except BackendError as error:
+        yield from _frames(snapshot, reference, spec, engine.on_host(error), numbers)
+        return
+    batches = _batches(tasks, leaves, engine.batch_words)
 
     def encoded() -> Iterator[list[Frame]]:
+        nonlocal snapshot, digests, engine
         for batch in batches:
-            yield _encoded(snapshot, reference, found, digests, batch, spec, engine)
+            try:
+                frames = _encoded(snapshot, reference, found, digests, batch, spec, engine)
+            except BackendError as error:
+                engine = engine.on_host(error)
+                snapshot = _adopted(snapshot, engine, numbers)
+                digests = _Digests(snapshot, engine)
+                frames = _encoded(snapshot, reference, found, digests, batch, spec, engine)
+            yield frames
 
     if len(batches) < 2:
         yield from chain.from_iterable(encoded())
@@ -141,17 +180,35 @@ def _frames(
             yield from frames
 
 
+def _adopted(snapshot: Snapshot, engine: Engine, numbers: Sequence[int]) -> Snapshot:
+    """The Snapshot with the words of some leaves as the engine takes them."""
+    words = {i: snapshot.words(i) for i in numbers}
+    taken = {i: engine.adopted(found) for i, found in words.items()}
+    if all(taken[i] is words[i] for i in numbers):
+        return snapshot
+    places = list(snapshot.layout.places)
+    buffers = list(snapshot.buffers)
+    for i, found in taken.items():
+        places[i] = replace(places[i], buffer=len(buffers), offset=0)
+        buffers.append(found)
+    return Snapshot(replace(snapshot.layout, places=tuple(places)), tuple(buffers))
+
+
 def _tasks(
-    snapshot: Snapshot, small_references: Mapping[int, Words | None], known: Mapping[int, int], spec: Spec
+    snapshot: Snapshot,
+    small_references: Mapping[int, Words | None],
+    known: Mapping[int, int],
+    spec: Spec,
+    numbers: Sequence[int],
 ) -> list[_Task]:
     """Which leaves form which frames: repeats and casts of a sibling, large leaves alone, small leaves together."""
     leaves = snapshot.layout.leaves
     tasks = [_Task((i,), sibling) for i, sibling in known.items()]
     small: list[int] = []
-    for i, leaf in enumerate(leaves):
+    for i in numbers:
         if i in known:
             continue
-        if leaf.n_words >= SMALL_WORDS:
+        if leaves[i].n_words >= SMALL_WORDS:
             tasks.append(_Task((i,)))
         else:
             small.append(i)
@@ -224,7 +281,8 @@ def encode_leaf(snapshot: Snapshot, reference: Words | None, spec: Spec, engine:
 
     reference: uint[n_words]. Raises InvalidArgument.
     """
-    snapshot = bounded(snapshot, spec)
+    _warn_of_idle(snapshot, spec)
+    snapshot = _adopted(bounded(snapshot, spec, engine), engine, [0])
     (job,) = _jobs(snapshot, {0: reference}, [_Task((0,))], spec, engine)
     if job.reference is not None:
         job = replace(job, wants_reference_sum=True)
@@ -235,7 +293,7 @@ def encode_leaf(snapshot: Snapshot, reference: Words | None, spec: Spec, engine:
     parent = None
     if coded.plan.reference == "parent" and reference is not None:
         told = coded.reference_sum
-        parent = engine.digests([reference])[0] if told is None else digest_end(told, reference.nbytes)
+        parent = engine.digests([engine.adopted(reference)])[0] if told is None else digest_end(told, reference.nbytes)
     return Frame((0,), coded.plan, (digest,), coded.n_bytes, coded.pieces), parent
 
 
@@ -278,24 +336,24 @@ def _jobs(
     given: list[FrameToPlan] = []
     for task in batch:
         leaves = [snapshot.layout.leaves[i] for i in task.leaves]
-        words = _joined([snapshot.words(i) for i in task.leaves])
-        parts = [part for i in task.leaves if (part := old[i]) is not None]
-        parent = _joined(parts) if len(parts) == len(leaves) else None
+        words = engine.joined([snapshot.words(i) for i in task.leaves])
+        parts = [engine.adopted(part) for i in task.leaves if (part := old[i]) is not None]
+        parent = engine.joined(parts) if len(parts) == len(leaves) else None
         shape = leaves[0].shape if len(leaves) == 1 else None
         if shape is not None and leaves[0].dtype.words_per_element > 1:
             shape = (*shape, leaves[0].dtype.words_per_element)
         given.append((words, parent, leaves[0].dtype, shape, spec, spec.mantissa_bits_of(leaves[0].path)))
     planned = iter(engine.plan_frames([frame for frame, task in zip(given, batch) if task.sibling is None]))
     return [
-        next(planned) if task.sibling is None else _sibling_job(snapshot, frame, task.sibling)
+        next(planned) if task.sibling is None else _sibling_job(snapshot, frame, task.sibling, engine)
         for frame, task in zip(given, batch, strict=True)
     ]
 
 
-def _sibling_job(snapshot: Snapshot, frame: FrameToPlan, sibling: int) -> EncodeJob:
+def _sibling_job(snapshot: Snapshot, frame: FrameToPlan, sibling: int, engine: Engine) -> EncodeJob:
     """How to encode a frame that repeats a sibling or rounds it."""
     words, parent, dtype, _, spec, kept = frame
-    if parent is not None and is_equal(parent, words):
+    if parent is not None and engine.is_equal(parent, words):
         plan = Plan(dtype, len(words), "copy", reference="parent", keep_mantissa_bits=kept)
         return EncodeJob(plan, Side(), words, parent)
     source = snapshot.layout.leaves[sibling].dtype
@@ -308,20 +366,4 @@ def _sibling_job(snapshot: Snapshot, frame: FrameToPlan, sibling: int) -> Encode
         sibling=sibling,
         keep_mantissa_bits=kept,
     )
-    return EncodeJob(plan, Side(), words, _joined([snapshot.words(sibling)]), source)
-
-
-def _joined(parts: Sequence[Words]) -> Words:
-    """Words one after the other, aligned in memory as backends want them; not copied where that can be."""
-    if len(parts) > 1:
-        return np.concatenate(parts)
-    (words,) = parts
-    if words.flags.aligned:
-        return words
-    if words.nbytes <= MEMORY_BYTES:
-        return words.copy()
-    octets = words.view(np.uint8).data
-    with closing(Scratch("leaf", "a large leaf while it is encoded")) as scratch:
-        for start in range(0, len(octets), _COPY_BYTES):
-            scratch.append(octets[start : start + _COPY_BYTES])
-        return np.frombuffer(scratch.read(0, scratch.n_bytes), words.dtype)
+    return EncodeJob(plan, Side(), words, engine.joined([snapshot.words(sibling)]), source)

@@ -1,7 +1,8 @@
-"""Which backend codes, and on how many threads: the one table of what the backends are.
+"""Which backend codes, where and on how many threads: the one table of what the backends are.
 
 The hard thing is to say so once and clearly. What was asked for is checked at once; the native module is looked for at
-the first use; and where it is missing the reference works, many times slower, with one warning.
+the first use; and where it is missing the reference works, many times slower, with one warning. Words on a GPU are
+coded there where Triton can, else they are copied to the host, with one warning too.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import logging
 import operator
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -19,16 +21,23 @@ import xxhash
 
 from tricomp import native
 from tricomp.bounds import Bytes
+from tricomp.codec import accelerator
 from tricomp.dtypes import DType, Words
-from tricomp.errors import InvalidArgument
+from tricomp.errors import BackendError, InvalidArgument
 from tricomp.job import DecodeJob, Encoded, EncodeJob, Room, Summed
 from tricomp.plan import Spec
+from tricomp.reference.bits import is_equal, round_mantissa
 from tricomp.reference.digest import digest_end, digest_sum
+from tricomp.spool import MEMORY_BYTES, Scratch
 
 _log = logging.getLogger("tricomp")
-NAMES = ("auto", "native", "reference")
+NAMES = ("auto", "triton", "native", "reference")
 ENVIRONMENT = "TRICOMP_BACKEND"
 MOST_THREADS = 1 << 12  # who asks for more has mistaken the argument
+BATCH_WORDS = 8 << 20  # words encoded at a time; a larger leaf is a batch of its own
+THREAD_WORDS = 1 << 19  # words of a batch that keep one thread busy: batches are larger for many threads
+DEVICE_BATCH_WORDS = 64 << 20  # of a batch on a GPU: it takes 3,000 chunks to fill one; streams wait in as much memory
+_COPY_BYTES = 16 << 20  # copied at a time
 
 FrameToPlan = tuple[Words, Words | None, DType, Sequence[int] | None, Spec, int | None]
 """Words, reference, dtype, shape of the leaf (None: several small ones), spec, mantissa bits kept: see plan_frame."""
@@ -40,7 +49,9 @@ class Backend:
 
     plan_frames: frames to plan -> jobs. encode: jobs, room -> Encoded. decode: jobs, into= -> Summed. digest_sums:
     parts of leaves, and the byte of its leaf at which each begins -> what each adds to its digest. seal: buffers ->
-    their bytes in a row, and their XXH3 as msgpack has it.
+    their bytes in a row, and their XXH3 as msgpack has it. What is not about coding: adopted: words as the others take
+    them; joined: words one after the other; is_equal; rounded: see round_mantissa; strided: of each (words, first,
+    step, most) some words, on the host. batch_words: as many as are best coded at a time, by threads.
     """
 
     name: str
@@ -49,6 +60,43 @@ class Backend:
     decode: Callable[..., list[Summed]]
     digest_sums: Callable[..., list[int]]
     seal: Callable[..., bytes]
+    adopted: Callable[[Any], Words]
+    joined: Callable[[Sequence[Words]], Words]
+    is_equal: Callable[[Words, Words], bool]
+    rounded: Callable[[Words, DType, int], Words]
+    strided: Callable[[Sequence[tuple[Words, int, int, int]]], list[Words]]
+    batch_words: Callable[[int], int]
+
+
+def _joined(parts: Sequence[Words]) -> Words:
+    """Words one after the other, aligned in memory as backends want them; not copied where that can be."""
+    if len(parts) > 1:
+        return np.concatenate(parts)
+    (words,) = parts
+    if words.flags.aligned:
+        return words
+    if words.nbytes <= MEMORY_BYTES:
+        return words.copy()
+    octets = words.view(np.uint8).data
+    with closing(Scratch("leaf", "a large leaf while it is encoded")) as scratch:
+        for start in range(0, len(octets), _COPY_BYTES):
+            scratch.append(octets[start : start + _COPY_BYTES])
+        return np.frombuffer(scratch.read(0, scratch.n_bytes), words.dtype)
+
+
+def _strided(requests: Sequence[tuple[Words, int, int, int]]) -> list[Words]:
+    return [words[first::step][:most] for words, first, step, most in requests]
+
+
+# What the backends on the host share of a Backend, after seal.
+_ON_HOST: tuple[Any, ...] = (
+    accelerator.to_host,
+    _joined,
+    is_equal,
+    round_mantissa,
+    _strided,
+    lambda threads: max(BATCH_WORDS, THREAD_WORDS * threads),
+)
 
 
 def _reference() -> Backend:
@@ -82,13 +130,34 @@ def _reference() -> Backend:
         summed,
         lambda parts, threads: [digest_sum(words, first) for words, first in parts],
         seal,
+        *_ON_HOST,
     )
 
 
 def _native() -> Backend:
     from tricomp.native import decode, digest, encode, planner
 
-    return Backend("native", planner.plan_frames, encode.encode, decode.decode_summed, digest.digest_sums, encode.seal)
+    planned, digested = planner.plan_frames, digest.digest_sums
+    return Backend("native", planned, encode.encode, decode.decode_summed, digested, encode.seal, *_ON_HOST)
+
+
+def _triton(device: Any, is_host_wanted: bool) -> Backend:
+    """The Triton backend on a device, after what its current stream has been given. is_host_wanted: decode to numpy."""
+    worker = accelerator.Accelerator(device, is_host_wanted)
+    return Backend(
+        "triton",
+        worker.plan_frames,
+        worker.encode,
+        worker.decode,
+        worker.digest_sums,
+        _backend("native").seal,
+        worker.adopted,
+        worker.joined,
+        worker.is_equal,
+        worker.rounded,
+        worker.strided,
+        lambda threads: DEVICE_BATCH_WORDS,
+    )
 
 
 @cache
@@ -113,16 +182,19 @@ def _backend(chosen: str) -> Backend:
 class Engine:
     """A backend by its name (None: what TRICOMP_BACKEND says, else "auto"), and threads (None: one a core).
 
-    "auto" is native where its module is there, else the reference. Raises InvalidArgument for other names, for "native"
-    without its module, and for threads that are no number from 1.
+    "auto" is Triton for words on a GPU where it can run; else native where its module is there, else the reference.
+    device: of the words, and where words are decoded to, a torch device; None: the host. Raises InvalidArgument for
+    other names, for "native" without its module, for "triton" without what it needs, and for threads that are no
+    number from 1.
     """
 
     threads: int | None = None
     backend: str | None = None
+    device: Any = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "threads", _checked(self.threads))
-        if _chosen(self.backend) == "native":
+        if _chosen(self.backend) in ("native", "triton"):
             _ = self.coder
 
     @cached_property
@@ -133,7 +205,21 @@ class Engine:
     @cached_property
     def coder(self) -> Backend:
         """The backend's functions."""
-        return _backend(_chosen(self.backend))
+        chosen = _chosen(self.backend)
+        if chosen == "triton" or (chosen == "auto" and self.device is not None and _can_triton(self.device.type)):
+            return _triton(self.device, is_host_wanted=self.device is None)
+        return _backend(chosen)
+
+    def at(self, device: Any) -> Engine:
+        """The same for words on a device, None: the host; to be asked for each time, see Accelerator."""
+        return replace(self, device=device)
+
+    def on_host(self, why: BackendError) -> Engine:
+        """The same on the host, after a failure of the device's backend; raises it again where no other may do it."""
+        if self.device is None or _chosen(self.backend) != "auto":
+            raise why
+        _warn_of_host(str(why))
+        return replace(self, backend="native" if native.is_there() else "reference")
 
     def plan_frames(self, frames: Sequence[FrameToPlan]) -> list[EncodeJob]:
         """A plan for each frame, see plan_frame."""
@@ -151,6 +237,31 @@ class Engine:
         """What each part adds to its leaf's digest. parts: uint[n], and the byte, a multiple of 512, of the leaf."""
         return self.coder.digest_sums(parts, threads=self.n_threads)
 
+    def adopted(self, words: Any) -> Words:
+        """Words where this engine works, and as it takes them: themselves if they are, else a copy."""
+        return self.coder.adopted(words)
+
+    def joined(self, parts: Sequence[Words]) -> Words:
+        """Words one after the other, where this engine works."""
+        return self.coder.joined(parts)
+
+    def is_equal(self, words: Words, others: Words) -> bool:
+        """Whether two arrays of words are the same."""
+        return self.coder.is_equal(words, others)
+
+    def rounded(self, words: Words, dtype: DType, kept_bits: int) -> Words:
+        """Floats rounded to nearest even at kept_bits of mantissa."""
+        return self.coder.rounded(words, dtype, kept_bits)
+
+    def strided(self, requests: Sequence[tuple[Words, int, int, int]]) -> list[Words]:
+        """Of each (words, first, step, most) at most so many words from first on, every step'th; on the host."""
+        return self.coder.strided(requests)
+
+    @property
+    def batch_words(self) -> int:
+        """As many words as are best coded at a time."""
+        return self.coder.batch_words(self.n_threads)
+
     def seal(self, parts: Sequence[Bytes]) -> bytes:
         """All parts in a row, and their checksum: a msgpack uint64 of XXH3 with 64 bits."""
         return self.coder.seal(parts, threads=self.n_threads)
@@ -159,6 +270,20 @@ class Engine:
         """The digest of each leaf. leaves: uint[n] each."""
         sums = self.digest_sums([(words, 0) for words in leaves])
         return [digest_end(total, words.nbytes) for total, words in zip(sums, leaves, strict=True)]
+
+
+@cache
+def _can_triton(kind: str) -> bool:
+    """Whether Triton can run for words on a kind of torch device; where not, that is told once."""
+    why = accelerator.why_not(kind)
+    if why and kind != "cpu":
+        _warn_of_host(f"no Triton kernel can run: {why}")
+    return not why
+
+
+@cache
+def _warn_of_host(why: str) -> None:
+    _log.warning("what is on a GPU is copied to the host and coded there, slower: %s", why)
 
 
 def cores() -> int:
@@ -170,8 +295,17 @@ def cores() -> int:
 
 
 def digests(leaves: Sequence[Words], threads: int | None = None, backend: str | None = None) -> list[int]:
-    """The 64-bit digest of each leaf, FORMAT.md "Digest". leaves: uint[n] each. threads, backend: see Engine."""
-    return Engine(threads, backend).digests(leaves)
+    """The 64-bit digest of each leaf, FORMAT.md "Digest". leaves: uint[n] each, wherever they are. See Engine."""
+    engine, found = Engine(threads, backend), [0] * len(leaves)
+    homes: dict[Any, list[int]] = {}
+    for i, words in enumerate(leaves):
+        homes.setdefault(accelerator.home_of(words), []).append(i)
+    for home, numbers in homes.items():
+        worker = engine if home is None else engine.at(home)
+        told = worker.digests([worker.adopted(leaves[i]) for i in numbers])
+        for i, digest in zip(numbers, told, strict=True):
+            found[i] = digest
+    return found
 
 
 def digest(words: Words) -> int:
@@ -181,16 +315,15 @@ def digest(words: Words) -> int:
 
 def live() -> dict[str, str]:
     """Backend to what can be said of it: what it runs on, or why it is not there."""
-    absent = "none in this version"
     here = f"{native.isa()}, {cores()} threads" if native.is_there() else f"none: {native.why_not()}"
-    return {"native": here, "reference": f"numpy {np.__version__}", "triton": absent}
+    return {"native": here, "reference": f"numpy {np.__version__}", "triton": accelerator.describe()}
 
 
 def _chosen(backend: str | None) -> str:
     chosen = backend or os.environ.get(ENVIRONMENT) or "auto"
     if chosen not in NAMES:
         where = "backend" if backend else ENVIRONMENT
-        raise InvalidArgument(f"{where}: expected 'auto', 'native' or 'reference', got {chosen!r}.")
+        raise InvalidArgument(f"{where}: expected 'auto', 'triton', 'native' or 'reference', got {chosen!r}.")
     return chosen
 
 

@@ -7,8 +7,10 @@ from must not change before, and all of it belongs to the device of the tensors 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from tricomp.errors import OutOfDeviceMemory
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _ALIGN = 256
+_CARRIERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # torch's unsigned ones can do little
 
 
 class HostCopy:
@@ -57,10 +60,69 @@ class Device:
     handle: torch.device
     chunks_a_program: int = field(default_factory=lambda: 32 if IS_INTERPRETED else 8)
     warps: int = 4
+    survey_rows: int = field(default_factory=lambda: 256 if IS_INTERPRETED else 8)
+
+    stream: Any = None  # a torch.cuda.Stream; None: the current one
 
     @property
     def is_accelerator(self) -> bool:
         return self.handle.type == "cuda"
+
+    def after_current(self) -> Device:
+        """The same with a stream of its own, which goes on after all that the current one has been given."""
+        if not self.is_accelerator:
+            return self
+        stream = _side_stream(self.handle)
+        stream.wait_stream(torch.cuda.current_stream(self.handle))
+        return replace(self, stream=stream)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """What is launched and allocated inside belongs to this device and its stream."""
+        if not self.is_accelerator:
+            yield
+            return
+        with torch.cuda.device(self.handle), torch.cuda.stream(self.stream):
+            yield
+
+    def adopted(self, words: Any, align: int) -> torch.Tensor:
+        """Words as a contiguous int tensor on this device at a multiple of align bytes; copied only if they must be.
+
+        words: an int tensor [n] on any device, or uint[n] of numpy.
+        """
+        if isinstance(words, np.ndarray):
+            if self.is_accelerator:
+                with self.running():
+                    return self.to_device(np.ascontiguousarray(words).view(np.uint8)).view(_CARRIERS[words.itemsize])
+            room = self._room(words.nbytes, words.itemsize, align)
+            room.numpy().view(words.dtype)[:] = words
+            return room
+        if words.device == self.handle and words.is_contiguous() and words.data_ptr() % align == 0:
+            tensor: torch.Tensor = words
+            return tensor
+        with self.running():
+            room = self._room(words.nbytes, words.element_size(), align)
+            return room.copy_(words, non_blocking=True)
+
+    def joined(self, parts: Sequence[torch.Tensor], align: int) -> torch.Tensor:
+        """Int tensors of this device one after the other; the only one as it is."""
+        if len(parts) == 1:
+            return parts[0]
+        with self.running():
+            n_bytes = sum(part.nbytes for part in parts)
+            room = self._room(n_bytes, parts[0].element_size(), align)
+            return torch.cat(list(parts), out=room)
+
+    def is_equal(self, words: torch.Tensor, others: torch.Tensor) -> bool:
+        """Whether two int tensors of this device are the same. Waits."""
+        with self.running():
+            return torch.equal(words, others)
+
+    def _room(self, n_bytes: int, item_bytes: int, align: int) -> torch.Tensor:
+        """An int tensor of so many bytes at a multiple of align."""
+        room = self.empty(n_bytes + align, torch.uint8)
+        first = -room.data_ptr() % align
+        return room[first : first + n_bytes].view(_CARRIERS[item_bytes])
 
     def empty(self, shape: int | Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Memory on the device. Raises OutOfDeviceMemory."""
@@ -113,6 +175,12 @@ class Device:
             return
         with torch.cuda.device(self.handle):
             kernel[grid](*arguments, **constants, num_warps=self.warps)
+
+
+@cache
+def _side_stream(handle: torch.device) -> Any:
+    """One stream a device: what is encoded at the same time there would only wait for each other's memory."""
+    return torch.cuda.Stream(handle)  # type: ignore[no-untyped-call]
 
 
 class Upload:

@@ -1,0 +1,246 @@
+"""The Triton backend as the engine calls it: words on a device to frames and back. Imports the kernels when asked.
+
+Kernels code; what concerns bytes on the host (side sections, checksums, plans from what kernels gathered) is the native
+module's. The hard thing is order: work runs on a stream of its own, after all that the caller has launched on the
+device, and nobody waits but whoever needs bytes on the host.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xxhash
+
+from tricomp import native
+from tricomp.dtypes import DType, Words
+from tricomp.errors import InvalidArgument
+from tricomp.job import DecodeJob, Encoded, EncodeJob, Facts, Gathered, Room, Summed
+from tricomp.plan import Plan, Spec
+
+if TYPE_CHECKING:
+    from tricomp.kernels.device import Device
+    from tricomp.kernels.survey import Surveyed
+
+FrameToPlan = tuple[Words, Words | None, DType, Sequence[int] | None, Spec, int | None]
+
+_ALIGN = 16  # of words that kernels read
+
+
+@cache
+def why_not(kind: str = "cuda") -> str:
+    """Why no Triton kernel can run here, for memory of a kind of torch device; empty if one can."""
+    for package in ("torch", "triton"):
+        if find_spec(package) is None:
+            return f"{package} is not installed"
+    if not native.is_there():
+        return f"it needs the native module ({native.why_not()})"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return ""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    return "" if kind == "cuda" else f"its tensors are on {kind!r}"
+
+
+def describe() -> str:
+    """What the backend runs on, or why it does not."""
+    if why_not():
+        return f"none: {why_not()}"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "Triton's interpreter, on the CPU"
+    import torch
+
+    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+
+
+def home_of(words: Any) -> Any:
+    """The device on which words are, None for numpy arrays."""
+    return None if isinstance(words, np.ndarray) else words.device
+
+
+def to_host(words: Any) -> Words:
+    """Words as a numpy array, copied from the device on which they are."""
+    if isinstance(words, np.ndarray):
+        return words
+    found: Words = words.detach().cpu().numpy()
+    return found.view(f"<u{found.itemsize}")
+
+
+class Accelerator:
+    """The backend's functions on one device, ordered after what the current stream of the caller has been given."""
+
+    name = "triton"
+
+    def __init__(self, place: Any = None, is_host_wanted: bool = False) -> None:
+        """place: a torch device; None: the current GPU, or the CPU under the interpreter. Raises InvalidArgument.
+
+        is_host_wanted: decode to numpy arrays. What is said of Words holds of int tensors here.
+        """
+        if why_not():
+            raise InvalidArgument(
+                f"backend 'triton' cannot be used: {why_not()}. Install tricomp[torch] and triton on a machine with a "
+                f"GPU, or set TRITON_INTERPRET=1 to run its kernels on the CPU, slowly."
+            )
+        import torch
+
+        from tricomp.kernels.device import IS_INTERPRETED, Device
+
+        if place is None:
+            place = torch.device("cpu") if IS_INTERPRETED else torch.device("cuda", torch.cuda.current_device())
+        self._is_host_wanted = is_host_wanted
+        self.device: Device = Device(place).after_current()
+
+    def adopted(self, words: Any) -> Any:
+        """Words on this device, at a multiple of 16 bytes in memory: themselves where they are, else a copy."""
+        return self.device.adopted(words, _ALIGN)
+
+    def joined(self, parts: Sequence[Any]) -> Any:
+        """Words one after the other."""
+        return self.device.joined([self.adopted(part) for part in parts], _ALIGN)
+
+    def is_equal(self, words: Any, others: Any) -> bool:
+        """Whether two arrays of words are the same."""
+        return self.device.is_equal(self.adopted(words), self.adopted(others))
+
+    def rounded(self, words: Any, dtype: DType, kept_bits: int) -> Any:
+        """Floats rounded to nearest even at kept_bits of mantissa, see reference.bits.round_mantissa."""
+        from tricomp.kernels.rounding import round_mantissa
+
+        return round_mantissa(self.adopted(words), dtype, kept_bits, self.device)
+
+    def strided(self, requests: Sequence[tuple[Any, int, int, int]]) -> list[Words]:
+        """Of each (words, first, step, most): at most so many words from first on, on the host."""
+        from tricomp.kernels.survey import Lookup, gather
+
+        lookups = []
+        nothing = np.zeros(1, np.int64)
+        for words, first, step, most in requests:
+            rows = np.arange(first, len(words), step, dtype=np.int64)[:most]
+            lookups.append(Lookup(self.adopted(words), rows, nothing, 1))
+        with self.device.running():
+            return [found.reshape(-1) for found in gather(lookups, self.device)] if lookups else []
+
+    def digest_sums(self, parts: Sequence[tuple[Any, int]], threads: int) -> list[int]:
+        """What each part adds to its leaf's digest."""
+        from tricomp.kernels.survey import Request, survey
+
+        with self.device.running():
+            found = survey([Request(self.adopted(words), first_byte=first) for words, first in parts], self.device)
+        return [one.digest_sum for one in found]
+
+    def plan_frames(self, frames: Sequence[FrameToPlan], threads: int) -> list[EncodeJob]:
+        """A plan for each frame: all words are surveyed, some gathered, and the native planner decides from these."""
+        from tricomp.kernels.survey import Lookup, Request, gather, survey
+        from tricomp.native.planner_gathered import commonest, lattices, plan_gathered
+
+        words = [self.adopted(frame[0]) for frame in frames]
+        references = [None if frame[1] is None else self.adopted(frame[1]) for frame in frames]
+        with self.device.running():
+            found = survey([Request(*pair) for pair in zip(words, references, strict=True)], self.device)
+        facts = [_facts(one, old is not None) for one, old in zip(found, references, strict=True)]
+        wanted = [
+            [] if known.is_exact else lattices(len(new), frame[2], frame[3], old is not None)
+            for frame, new, old, known in zip(frames, words, references, facts, strict=True)
+        ]
+        lookups = []
+        for new, old, places in zip(words, references, wanted, strict=True):
+            lookups += [Lookup(new, one.rows, one.columns, one.n_columns) for one in places]
+            lookups += [
+                Lookup(old, one.rows, one.columns, one.n_columns)
+                for one in places
+                if old is not None and one.has_reference
+            ]
+        with self.device.running():
+            told = iter(gather(lookups, self.device) if lookups else [])
+        gathered = []
+        for frame, new, old, known, places in zip(frames, words, references, facts, wanted, strict=True):
+            mine = [next(told).reshape(-1) for _ in places]
+            theirs = [next(told).reshape(-1) if old is not None and one.has_reference else None for one in places]
+            _, _, dtype, shape, spec, kept = frame
+            gathered.append(
+                Gathered(
+                    len(new), dtype, shape, spec, kept, known, tuple(places), mine, None if old is None else theirs
+                )
+            )
+        likes = commonest(gathered, threads)
+        counted = [i for i, like in enumerate(likes) if like is not None]
+        with self.device.running():
+            counts = survey([Request(words[i], like=likes[i]) for i in counted], self.device) if counted else []
+        for i, one in zip(counted, counts, strict=True):
+            gathered[i] = replace(gathered[i], n_unlike_commonest=one.n_unlike)
+        return [
+            EncodeJob(
+                plan,
+                side,
+                new,
+                old if plan.reference == "parent" else None,
+                digest_sum=one.digest_sum,
+                reference_sum=one.reference_sum if plan.reference == "parent" else None,
+            )
+            for (plan, side), new, old, one in zip(
+                plan_gathered(gathered, threads), words, references, found, strict=True
+            )
+        ]
+
+    def encode(self, jobs: Sequence[EncodeJob], room: Callable[[], Room], threads: int) -> list[Encoded]:
+        """Encode frames; their bytes are in pinned host memory of their own."""
+        from tricomp.kernels.encode import DeviceJob, encode
+
+        given = [
+            DeviceJob(
+                job.plan,
+                job.side,
+                self.adopted(job.words),
+                None if job.reference is None else self.adopted(job.reference),
+                job.source,
+            )
+            for job in jobs
+        ]
+        with self.device.running():
+            coded = encode(given, self.device).result()
+        return [
+            _assembled(job, one.rows, one.begins, one.payload, threads) for job, one in zip(jobs, coded, strict=True)
+        ]
+
+    def decode(self, jobs: Sequence[DecodeJob], threads: int, into: Sequence[Any] | None) -> list[Summed]:
+        """Decode frames to the device; into: tensors, or arrays to copy to; None: tensors of their own."""
+        raise NotImplementedError
+
+
+def _facts(found: Surveyed, has_reference: bool) -> Facts:
+    return Facts(found.like, found.n_unlike, found.n_unlike_reference if has_reference else None, found.joined)
+
+
+def _assembled(
+    job: EncodeJob, rows: np.ndarray[Any, Any], begins: np.ndarray[Any, Any], payload: memoryview, threads: int
+) -> Encoded:
+    """The frame of coded chunks: their checksums, and the head before them."""
+    if not len(rows):
+        return Encoded(job.plan, 0, b"", (), job.digest_sum, job.reference_sum)
+    checks = checksums(payload, begins, rows[:, 2].astype(np.int64), threads)
+    rows[:, 0], rows[:, 1] = checks & np.uint64(0xFFFFFFFF), checks >> np.uint64(32)
+    side = side_bytes(job.plan, job.side)
+    directory = rows.astype("<u4").tobytes()
+    head = side + directory + bytes(-len(directory) % _ALIGN)
+    plan = replace(job.plan, side_bytes=len(side), side_check=xxhash.xxh3_64_intdigest(head))
+    return Encoded(plan, len(head) + len(payload), head, [payload], job.digest_sum, job.reference_sum)
+
+
+def checksums(
+    payload: memoryview, begins: np.ndarray[Any, Any], sizes: np.ndarray[Any, Any], threads: int
+) -> np.ndarray[Any, Any]:
+    found = [xxhash.xxh3_64_intdigest(payload[b : b + n]) for b, n in zip(begins.tolist(), sizes.tolist())]
+    return np.array(found, np.uint64)
+
+
+def side_bytes(plan: Plan, side: Any) -> bytes:
+    from tricomp.reference.side import write
+
+    return write(plan, side)
