@@ -22,8 +22,8 @@ TREE = {f"w{i}": weights((50 + i, 400), seed=i) for i in range(12)}
 
 @pytest.fixture
 def small_batches(monkeypatch):
-    monkeypatch.setattr("tricomp.codec.encoding.BATCH_WORDS", 45_000)  # two leaves
-    monkeypatch.setattr("tricomp.codec.encoding.THREAD_WORDS", 1)
+    monkeypatch.setattr("tricomp.codec.engine.BATCH_WORDS", 45_000)  # two leaves
+    monkeypatch.setattr("tricomp.codec.engine.THREAD_WORDS", 1)
 
 
 def working():
@@ -36,8 +36,8 @@ def test_batches_change_no_byte(tmp_path, monkeypatch):
     for name, reference in (("full", None), ("delta", old), ("delta of a file", tmp_path / "old.tri")):
         tricomp.save(tmp_path / "one.tri", TREE, reference)
         with monkeypatch.context() as patch:
-            patch.setattr("tricomp.codec.encoding.BATCH_WORDS", 45_000)
-            patch.setattr("tricomp.codec.encoding.THREAD_WORDS", 1)
+            patch.setattr("tricomp.codec.engine.BATCH_WORDS", 45_000)
+            patch.setattr("tricomp.codec.engine.THREAD_WORDS", 1)
             tricomp.save(tmp_path / "many.tri", TREE, reference)
         assert (tmp_path / "one.tri").read_bytes() == (tmp_path / "many.tri").read_bytes(), name
     assert working() == []

@@ -7,7 +7,6 @@ device, and nobody waits but whoever needs bytes on the host.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -21,7 +20,9 @@ from tricomp import native
 from tricomp.dtypes import DType, Words
 from tricomp.errors import InvalidArgument
 from tricomp.job import DecodeJob, Encoded, EncodeJob, Facts, Gathered, Room, Summed
-from tricomp.plan import Plan, Spec
+from tricomp.native import digest
+from tricomp.native.side import side_bytes
+from tricomp.plan import Spec
 
 if TYPE_CHECKING:
     from tricomp.kernels.device import Device
@@ -40,11 +41,11 @@ def why_not(kind: str = "cuda") -> str:
             return f"{package} is not installed"
     if not native.is_there():
         return f"it needs the native module ({native.why_not()})"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return ""
-    import torch
+    from tricomp.kernels.device import IS_INTERPRETED, gpu_names
 
-    if not torch.cuda.is_available():
+    if IS_INTERPRETED:
+        return ""
+    if not gpu_names():
         return "torch sees no GPU"
     return "" if kind == "cuda" else f"its tensors are on {kind!r}"
 
@@ -53,11 +54,9 @@ def describe() -> str:
     """What the backend runs on, or why it does not."""
     if why_not():
         return f"none: {why_not()}"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return "Triton's interpreter, on the CPU"
-    import torch
+    from tricomp.kernels.device import IS_INTERPRETED, gpu_names
 
-    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return "Triton's interpreter, on the CPU" if IS_INTERPRETED else ", ".join(gpu_names())
 
 
 def home_of(words: Any) -> Any:
@@ -88,14 +87,10 @@ class Accelerator:
                 f"backend 'triton' cannot be used: {why_not()}. Install tricomp[torch] and triton on a machine with a "
                 f"GPU, or set TRITON_INTERPRET=1 to run its kernels on the CPU, slowly."
             )
-        import torch
+        from tricomp.kernels.device import Device, current_device
 
-        from tricomp.kernels.device import IS_INTERPRETED, Device
-
-        if place is None:
-            place = torch.device("cpu") if IS_INTERPRETED else torch.device("cuda", torch.cuda.current_device())
         self._is_host_wanted = is_host_wanted
-        self.device: Device = Device(place).after_current()
+        self.device: Device = Device(current_device() if place is None else place).after_current()
 
     def adopted(self, words: Any) -> Any:
         """Words on this device, at a multiple of 16 bytes in memory: themselves where they are, else a copy."""
@@ -224,23 +219,10 @@ def _assembled(
     """The frame of coded chunks: their checksums, and the head before them."""
     if not len(rows):
         return Encoded(job.plan, 0, b"", (), job.digest_sum, job.reference_sum)
-    checks = checksums(payload, begins, rows[:, 2].astype(np.int64), threads)
+    checks = digest.checksums(payload, begins, rows[:, 2].astype(np.int64), threads)
     rows[:, 0], rows[:, 1] = checks & np.uint64(0xFFFFFFFF), checks >> np.uint64(32)
     side = side_bytes(job.plan, job.side)
     directory = rows.astype("<u4").tobytes()
     head = side + directory + bytes(-len(directory) % _ALIGN)
     plan = replace(job.plan, side_bytes=len(side), side_check=xxhash.xxh3_64_intdigest(head))
     return Encoded(plan, len(head) + len(payload), head, [payload], job.digest_sum, job.reference_sum)
-
-
-def checksums(
-    payload: memoryview, begins: np.ndarray[Any, Any], sizes: np.ndarray[Any, Any], threads: int
-) -> np.ndarray[Any, Any]:
-    found = [xxhash.xxh3_64_intdigest(payload[b : b + n]) for b, n in zip(begins.tolist(), sizes.tolist())]
-    return np.array(found, np.uint64)
-
-
-def side_bytes(plan: Plan, side: Any) -> bytes:
-    from tricomp.reference.side import write
-
-    return write(plan, side)

@@ -16,11 +16,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from tricomp.errors import OutOfDeviceMemory
+from tricomp.errors import BackendError, OutOfDeviceMemory
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _ALIGN = 256
 _CARRIERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # torch's unsigned ones can do little
+
+
+def gpu_names() -> list[str]:
+    """The accelerators that torch can use, by name."""
+    if not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def current_device() -> torch.device:
+    """The GPU that is current; under the interpreter the CPU."""
+    return torch.device("cpu") if IS_INTERPRETED else torch.device("cuda", torch.cuda.current_device())
 
 
 class HostCopy:
@@ -167,14 +179,25 @@ class Device:
         return _Event(self.handle) if self.is_accelerator else _Nothing()
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        """Launch a kernel on the device's current stream. Grids of no programs are left out."""
+        """Launch a kernel on the device's current stream; inside `running`. Grids of no programs are left out.
+
+        Raises BackendError where it cannot be compiled or launched.
+        """
         if 0 in grid:
             return
         if not self.is_accelerator:
             kernel[grid](*arguments, **constants)
             return
-        with torch.cuda.device(self.handle):
-            kernel[grid](*arguments, **constants, num_warps=self.warps)
+        try:
+            kernel[grid](*arguments, **constants, num_warps=self.warps, enable_fp_fusion=False)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # Triton's compiler, a C compiler that is missing, the driver: each has its own
+            first = next(iter(str(error).strip().splitlines()), "")
+            raise BackendError(
+                f"{self.handle}: the kernel {kernel.__name__} does not run here: {type(error).__name__}: {first} "
+                f"Triton needs a C compiler (CC) and a driver that fits it; backend='native' does without."
+            ) from error
 
 
 @cache
