@@ -15,10 +15,10 @@ from tricomp.kernels.pack import unpack_row
 
 @triton.jit
 def copy_kernel(p_sections, p_out, n_each, BLOCK: tl.constexpr):
-    """Copy sections. p_sections: int64[n, 3]: source address, a multiple of 8; byte of the output, of 16; bytes.
+    """Copy sections. p_sections: int64[n, 3]: source address; byte of the output, a multiple of 16; bytes.
 
     Programs (n, parts): each takes n_each bytes, a multiple of 16 * BLOCK, of one section. A section's end is filled up
-    with zeros to a multiple of 16. p_out: uint8[...].
+    with zeros to a multiple of 16. Streams stand at multiples of 16; words of raw chunks anywhere. p_out: uint8[...].
     """
     p_section = p_sections + 3 * tl.program_id(0).to(tl.int64)
     source = tl.load(p_section)
@@ -27,6 +27,12 @@ def copy_kernel(p_sections, p_out, n_each, BLOCK: tl.constexpr):
     at = tl.program_id(1).to(tl.int64) * n_each
     end = tl.minimum(at + n_each, n_bytes)
     o_word = tl.arange(0, BLOCK)
+    if source % 8 != 0:
+        while at < end:
+            o_byte = at + o_word.to(tl.int64)
+            b_byte = tl.load((source + o_byte).to(tl.pointer_type(tl.uint8)), mask=o_byte < end, other=0)
+            tl.store((p_target + o_byte).to(tl.pointer_type(tl.uint8)), b_byte, mask=o_byte < end)
+            at += BLOCK
     while at < end:
         o_byte = at + 8 * o_word.to(tl.int64)
         m_whole = o_byte + 8 <= n_bytes

@@ -245,7 +245,8 @@ def encode_kernel(
     chunk_log2 = tl.load(p_f + F_CHUNK_LOG2)
     n_words = tl.load(p_f + F_N_WORDS)
     p_words = tl.load(p_f + F_WORDS)
-    b_first = (first_chunk + o_chunk).to(tl.int64) << chunk_log2
+    # A program with fewer than C chunks reads its last one again, as wide loads have no mask.
+    b_first = (first_chunk + tl.minimum(o_chunk, n_chunks - 1)).to(tl.int64) << chunk_log2
     size = tl.full((), 1, tl.int64) << chunk_log2
     b_size = tl.minimum(tl.maximum(n_words - b_first, 0), size)
     b_size = tl.where(o_chunk < n_chunks, b_size, 0).to(tl.int32)

@@ -24,8 +24,8 @@ PLANE_RAW, PLANE_CONSTANT, PLANE_RANS = 0, 1, 2
 MOST_PLANES = 8
 STATE_BYTES = 4 * LANES
 
-SPARSE, FULL, DELTA, SCALED_DELTA, CAST, PALETTE = (
-    PREDICTIONS.index(name) for name in ("sparse", "full", "delta", "scaled_delta", "cast", "palette")
+RAW, SPARSE, FULL, DELTA, SCALED_DELTA, CAST, PALETTE = (
+    PREDICTIONS.index(name) for name in ("raw", "sparse", "full", "delta", "scaled_delta", "cast", "palette")
 )
 PLANES, STACK = REMAINDERS.index("planes"), REMAINDERS.index("stack")
 INDEX, RANS = ENTROPIES.index("index"), ENTROPIES.index("rans")
@@ -67,6 +67,51 @@ class Field(IntEnum):
     STACK_END = 30
     PLANE = 31  # and the seven after it
     N = 39
+
+
+class Part(IntEnum):
+    """Columns of what a decoder is told of a chunk, int64 each. Addresses are of device memory; 0: nothing there."""
+
+    NUMBER = 0  # of the chunk in its frame
+    SYMBOLS = 1  # rans: states; index: packed places
+    SYMBOL_WORDS = 2
+    N_SYMBOL_WORDS = 3
+    SHIFTS = 4
+    HEADS = 5
+    STACK_WORDS = 6
+    N_STACK_WORDS = 7
+    CONSTANT = 8  # what the planes that are constant give to every remainder
+    PLANE = 9  # where each plane stands packed, if it does; and the seven after it
+    N = 17
+
+
+class Stream(IntEnum):
+    """Columns of what a decoder is told of a coded byte plane, int64 each."""
+
+    CHUNK = 0  # its row of the told faults
+    N_ROWS = 1
+    STATES = 2
+    WORDS = 3
+    N_WORDS = 4
+    TABLE = 5
+    TARGET = 6
+    N = 7
+
+
+class Fault(IntEnum):
+    """Columns of what a decoder tells of a chunk, uint8 each: not 0 if so.
+
+    The first five in the order in which they are told; what the other two mean is found out on the host.
+    """
+
+    SYMBOLS_END = 0
+    PLANES_END = 1
+    SHIFT = 2
+    HEAD = 3
+    STACK_END = 4
+    INDEX = 5
+    PATCHES = 6
+    N = 8
 
 
 class Result(IntEnum):
@@ -113,6 +158,8 @@ def kind_of(plan: Plan, has_reference: bool, source: DType | None) -> Kind:
     dtype = plan.dtype
     is_cast = plan.predict == "cast" and source is not None
     widths = plan.plane_widths
+    # Remainders that are zero throughout are planes too, but none of them is left.
+    remainder = plan.remainder if widths or plan.remainder != "planes" else "none"
     return Kind(
         W=dtype.word_bits,
         M=dtype.mantissa_bits,
@@ -125,7 +172,7 @@ def kind_of(plan: Plan, has_reference: bool, source: DType | None) -> Kind:
         HAS_CONTEXTS=plan.n_contexts > 1,
         INDEX_BITS=plan.index_bits,
         P=plan.prob_bits if plan.entropy == "rans" else 0,
-        REMAINDER=REMAINDERS.index(plan.remainder),
+        REMAINDER=REMAINDERS.index(remainder),
         N_PLANES=len(widths),
         LAST_BITS=widths[-1] if widths else 0,
         HAS_BLOCK_SHIFTS=plan.has_block_shifts,

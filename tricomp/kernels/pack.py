@@ -99,6 +99,27 @@ def pack_row(b_hold, b_row, p_words, q, m_row, o_lane, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def append_row(b_hold, b_row, p_words, q, m_row, o_lane, WIDTH: tl.constexpr):
+    """The same layout as `pack_row`, rows ascending. b_hold: uint64, bits of the word that is being filled; at first 0.
+
+    A word is stored with each row that has bits of it. Returns b_hold.
+    """
+    if WIDTH == 8:
+        p_word = (p_words + 4 * (32 * q + o_lane).to(tl.int64)).to(tl.pointer_type(tl.uint32))
+        tl.store(p_word, b_row, mask=m_row)
+    else:
+        j = 4 * WIDTH * q // 32
+        n_below = 4 * WIDTH * q % 32
+        b_hold = b_hold | (b_row.to(tl.uint64) << n_below.to(tl.uint64))
+        p_word = (p_words + 4 * (32 * j + o_lane).to(tl.int64)).to(tl.pointer_type(tl.uint32))
+        tl.store(p_word, (b_hold & 0xFFFFFFFF).to(tl.uint32), mask=m_row)
+        tl.store(p_word + 32, (b_hold >> 32).to(tl.uint32), mask=m_row & (n_below + 4 * WIDTH > 32))
+        if n_below + 4 * WIDTH >= 32:
+            b_hold = b_hold >> 32
+    return b_hold
+
+
+@triton.jit
 def unpack_row(p_words, q, m_row, o_lane, WIDTH: tl.constexpr):
     """Inverse of `pack_row`, any row at any time: a lane's four values of row q, uint32 each."""
     b_low = 4 * WIDTH * q
