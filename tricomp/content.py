@@ -12,7 +12,7 @@ from typing import Any
 
 from tricomp import bounds, codec, container, tree
 from tricomp.dtypes import Words
-from tricomp.layout import Leaf, Snapshot, snapshot_of
+from tricomp.layout import DeviceArray, Leaf, Snapshot, snapshot_of
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ def content_of(value: Any) -> Content:
     structure, paths, arrays = tree.flatten(value)
     n_copied = 0
     for path, array in zip(paths, arrays, strict=True):
+        if isinstance(array, DeviceArray):
+            continue
         if not array.flags.c_contiguous or not array.dtype.isnative:
             n_copied += array.nbytes  # of a tensor that was expanded, more than it has in memory, or in its file
             bounds.DEFAULTS.check("max_decoded_bytes", n_copied, f"leaf {path!r}: bytes to copy")

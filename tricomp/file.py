@@ -169,6 +169,21 @@ class File(Mapping[str, Array]):
         words = self._frames.decode_all(numbers)
         return {self._contents.leaves[number].path: self._frames.array(number, words[number]) for number in numbers}
 
+    def load_to(self, device: Any, leaves: Iterable[str] | None = None) -> Any:
+        """What load gives, decoded on a torch device: leaves are DeviceArrays in memory of their own there.
+
+        Only compressed bytes cross the bus. Raises what load raises, BackendError where no kernel can run there, and
+        OutOfDeviceMemory.
+        """
+        frames = self._frames.at(device)
+        if leaves is None:
+            words = frames.decode_all(range(len(self)))
+            arrays = [frames.device_array(number, words.pop(number)) for number in range(len(self))]
+            return tree.unflatten(self.structure, arrays, self._limits, f"{self.name}: tree")
+        numbers = sorted(self._index[path] for path in matching(self, leaves))
+        words = frames.decode_all(numbers)
+        return {self._contents.leaves[n].path: frames.device_array(n, words.pop(n)) for n in numbers}
+
     def content(self) -> Content:
         """All leaves, decoded, in memory of their own, and the structure; needs no registered type."""
         words = self._frames.decode_all(range(len(self)))

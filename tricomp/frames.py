@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from tricomp.container import Contents, Entry
 from tricomp.content import Content
 from tricomp.dtypes import Words, from_words
 from tricomp.errors import CorruptFile, CorruptFrame, LimitExceeded, WrongReference
-from tricomp.layout import Leaf
+from tricomp.layout import DeviceArray, Leaf
 from tricomp.plan import Plan
 from tricomp.reuse import Reuse
 from tricomp.storage import Source
@@ -48,6 +49,14 @@ class Frames:
         self.plans: dict[int, Plan] = {}
         self.cache: OrderedDict[int, dict[int, Words]] = OrderedDict()  # by first leaf of a shared frame
 
+    def at(self, device: Any) -> Frames:
+        """The same frames, and those below them, decoded to a torch device. Their words are int tensors there."""
+        there = copy(self)
+        there.engine, there.cache = self.engine.at(device), OrderedDict()
+        if isinstance(self.reference, Frames):
+            there.reference = self.reference.at(device)
+        return there
+
     def plan(self, entry: Entry) -> Plan:
         """The Plan of a frame, checked against its leaves. Raises CorruptFrame, LimitExceeded."""
         first = entry.leaves[0]
@@ -67,8 +76,14 @@ class Frames:
     def array(self, number: int, words: Words) -> Array:
         """An array in memory of its own: no file, cache, reference or other leaf is reached through it."""
         leaf, entry = self.contents.leaves[number], self.frame_of[number]
+        assert isinstance(words, np.ndarray)
         is_own = len(entry.leaves) == 1 and words.flags.owndata and words.flags.writeable
         return from_words(words if is_own else words.copy(), leaf.dtype, leaf.shape)
+
+    def device_array(self, number: int, words: Any) -> DeviceArray:
+        """The same of words on a device."""
+        leaf, entry = self.contents.leaves[number], self.frame_of[number]
+        return DeviceArray(leaf.dtype, leaf.shape, words if len(entry.leaves) == 1 else words.clone())
 
     def decode_all(self, numbers: Iterable[int], room: Reuse | None = None) -> dict[int, Words]:
         """Words of leaves by number, each frame decoded once; those that are siblings of others first.
@@ -81,6 +96,8 @@ class Frames:
         frames = {self.frame_of[number].leaves[0]: self.frame_of[number] for number in sorted(wanted)}
         ordered = sorted(frames.values(), key=lambda entry: self.plan(entry).reference == "sibling")
         most_words = max(_BATCH_WORDS, _THREAD_WORDS * self.engine.n_threads)
+        if self.engine.device is not None:
+            most_words = self.engine.batch_words
         done: dict[int, Words] = {}
         below = Reuse()
         batch: list[int] = []
@@ -291,7 +308,9 @@ class Frames:
                 decoded.update(self.cache[entry.leaves[0]])
             else:
                 waiting.append(entry)
-        into = None if room is None else [self._room(entry, room) for entry in waiting]
+        into = None
+        if room is not None and self.engine.device is None:
+            into = [self._room(entry, room) for entry in waiting]
         try:
             stored = [self._stored_frame(entry, above, decoded) for entry in waiting]
             found = codec.decode_many(stored, self.engine, into)
@@ -337,8 +356,8 @@ class Frames:
             found = above.get(leaf.path)
             self._require_parent(leaf, None if found is None else found[0])
             assert found is not None
-            parts.append(found[1])
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+            parts.append(self.engine.adopted(found[1]))
+        return parts[0] if len(parts) == 1 else self.engine.joined(parts)
 
     def _require_parent(self, leaf: Leaf, found: Leaf | None) -> None:
         """Raise CorruptFile unless the parent's leaf has the dtype and shape of this one."""

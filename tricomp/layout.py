@@ -1,7 +1,7 @@
 """Leaves, their Layout in flat Buffers, and the Snapshot that adapters hand to the core. Imports dtypes and errors.
 
-The hard thing: a Snapshot never says on which device its Buffers live; the codec asks the Buffers. Here a Buffer is
-a numpy uint array; other backends bring their own.
+The hard thing: a Snapshot never says on which device its Buffers live; the codec asks the Buffers. A Buffer is a numpy
+uint array, or a flat tensor of integers in the memory of a GPU, which is handed on and never looked into here.
 """
 
 from __future__ import annotations
@@ -38,6 +38,22 @@ class Leaf:
 def is_shape(shape: Sequence[int]) -> bool:
     """Whether a leaf can be of this shape: in bytes, below what an address can hold, also if another size is 0."""
     return len(shape) <= 64 and math.prod(max(size, 1) for size in shape) < 1 << 59
+
+
+@dataclass(frozen=True)
+class DeviceArray:
+    """An array in memory that numpy does not see: a leaf as adapters hand it to the core, and get it back.
+
+    words: its words as a flat, contiguous torch tensor of integers of that width, on whatever device.
+    """
+
+    dtype: DType
+    shape: tuple[int, ...]
+    words: Any
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.words.nbytes)
 
 
 @dataclass(frozen=True)
@@ -87,12 +103,19 @@ class Snapshot:
         return None if i is None else (self.layout.leaves[i], self.words(i))
 
     def copy(self) -> Snapshot:
-        """The same Snapshot in memory of its own, so that training may go on."""
-        return Snapshot(self.layout, tuple(buffer.copy() for buffer in self.buffers))
+        """The same Snapshot in memory of its own, where it is, so that training may go on."""
+        buffers = [b.copy() if isinstance(b, np.ndarray) else b.clone() for b in self.buffers]
+        return Snapshot(self.layout, tuple(buffers))
 
 
-def snapshot_of(paths: Sequence[str], arrays: Sequence[np.ndarray[Any, Any]]) -> Snapshot:
-    """A Snapshot over numpy arrays, one Buffer a leaf, sharing memory where it is contiguous and little-endian."""
-    leaves = tuple(Leaf(p, of(a, p), a.shape) for p, a in zip(paths, arrays, strict=True))
-    places = tuple(Place(i, 0) for i in range(len(leaves)))
-    return Snapshot(Layout(leaves, places), tuple(to_words(a, p) for p, a in zip(paths, arrays, strict=True)))
+def snapshot_of(paths: Sequence[str], arrays: Sequence[Any]) -> Snapshot:
+    """A Snapshot over arrays, of numpy or DeviceArrays, one Buffer a leaf.
+
+    It shares memory where that is contiguous and little-endian.
+    """
+    leaves, words = [], []
+    for path, array in zip(paths, arrays, strict=True):
+        is_far = isinstance(array, DeviceArray)
+        leaves.append(Leaf(path, array.dtype if is_far else of(array, path), array.shape))
+        words.append(array.words if is_far else to_words(array, path))
+    return Snapshot(Layout(tuple(leaves), tuple(Place(i, 0) for i in range(len(leaves)))), tuple(words))

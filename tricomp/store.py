@@ -68,7 +68,7 @@ class Store:
         keep: Sequence[Keep] = (),
         reference: ReferenceChoice = "previous",
         spec: Spec | None = None,
-        reference_in: Literal["host", "store"] = "host",
+        reference_in: Literal["device", "host", "store"] = "host",
         *,
         storage_options: Mapping[str, Any] | None = None,
         cache: str | os.PathLike[str] | None = None,
@@ -80,8 +80,8 @@ class Store:
         self._engine = codec.Engine(threads, backend)
         if reference not in ("previous", "keyframe"):
             raise InvalidArgument(f"Store: reference is 'previous' or 'keyframe', not {reference!r}.")
-        if reference_in not in ("host", "store"):
-            raise InvalidArgument(f"Store: reference_in is 'host' or 'store', not {reference_in!r}.")
+        if reference_in not in ("device", "host", "store"):
+            raise InvalidArgument(f"Store: reference_in is 'device', 'host' or 'store', not {reference_in!r}.")
         if not isinstance(keyframe, KeyframeEvery):
             raise InvalidArgument(f"Store: keyframe: expected a tricomp.KeyframeEvery, got {keyframe!r}.")
         if not isinstance(keep, Sequence) or not all(callable(getattr(policy, "kept", None)) for policy in keep):
@@ -318,7 +318,7 @@ class Store:
         self._held = None
         try:
             with self._steps.open(parent.step, is_reference=True) as file:
-                base = file.content() if self._reference_in == "host" else file
+                base = file if self._reference_in == "store" else file.content()
                 return self._write(step, content, base, metadata, since_keyframe)
         except (CorruptFile, CorruptFrame, MissingStep) as error:
             _log.warning("step %d stands alone, since step %d cannot be read: %s", step, parent.step, error)
@@ -341,8 +341,10 @@ class Store:
     def _hold(self, content: Content, report: Report) -> None:
         """Keep a copy of what was saved, rounded where spec rounds: if it is what a reader of the file decodes."""
         self._held = None
-        if self._reference_in == "host":
-            held = Content(content.structure, codec.bounded(content.snapshot, self._spec or Spec()).copy())
+        if self._reference_in != "store":
+            snapshot = codec.bounded(content.snapshot, self._spec or Spec())
+            snapshot = snapshot.copy() if self._reference_in == "device" else codec.copied_to_host(snapshot)
+            held = Content(content.structure, snapshot)
             self._held = held if held.content_id == report.content_id else None
 
     def _prune(self) -> tuple[int, ...]:

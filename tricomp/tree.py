@@ -1,4 +1,4 @@
-"""Trees to a structure, paths and leaves, and back. Imports numpy, msgpack, bounds, errors.
+"""Trees to a structure, paths and leaves, and back. Imports numpy, msgpack, bounds, errors, layout.
 
 A structure is msgpack: the tree with every array replaced by a mark. The k-th mark is leaf k, and a leaf's path follows
 from the keys above it, so neither number nor path is stored. The hard thing: what comes back must be what went in,
@@ -20,6 +20,7 @@ import numpy as np
 from tricomp import bounds
 from tricomp.bounds import BIG_INT, LEAF, NAMED_TUPLE, REGISTERED, TUPLE, Limits
 from tricomp.errors import CorruptFile, InvalidArgument, UnsupportedNode
+from tricomp.layout import DeviceArray
 
 Tree = Any
 Array = np.ndarray[Any, Any]
@@ -65,14 +66,14 @@ def key_of(part: str) -> str:
     return part.replace("~1", "/").replace("~0", "~")
 
 
-def flatten(tree: Tree, limits: Limits = bounds.DEFAULTS) -> tuple[bytes, tuple[str, ...], tuple[Array, ...]]:
+def flatten(tree: Tree, limits: Limits = bounds.DEFAULTS) -> tuple[bytes, tuple[str, ...], tuple[Any, ...]]:
     """Structure, paths and leaves of a tree, in the tree's own order.
 
-    Leaves are numpy arrays of any dtype and shape, not copied; numpy scalars become 0-d arrays.
+    Leaves are numpy arrays of any dtype and shape, not copied, or DeviceArrays; numpy scalars become 0-d arrays.
     Raises UnsupportedNode naming the path, LimitExceeded when the tree is too deep (or holds itself).
     """
     paths: list[str] = []
-    leaves: list[Array] = []
+    leaves: list[Array | DeviceArray] = []
     structure = msgpack.packb(_to_plain(tree, None, 0, paths, leaves, limits))
     limits.check("max_leaves", len(leaves), "tree")
     limits.check("max_table_bytes", len(structure), "tree")
@@ -123,7 +124,14 @@ def _refusal(path: str | None, what: str, advice: str) -> UnsupportedNode:
     return UnsupportedNode(f"{'the tree itself' if path is None else f'node {path!r}'}: {what}. {advice}")
 
 
-def _to_plain(node: Tree, path: str | None, depth: int, paths: list[str], leaves: list[Array], limits: Limits) -> Any:
+def _to_plain(
+    node: Tree,
+    path: str | None,
+    depth: int,
+    paths: list[str],
+    leaves: list[Array | DeviceArray],
+    limits: Limits,
+) -> Any:
     limits.check("max_depth", depth, f"depth of the tree at {path!r}")
 
     def child(value: Tree, key: str | int) -> Any:
@@ -133,6 +141,10 @@ def _to_plain(node: Tree, path: str | None, depth: int, paths: list[str], leaves
     if kind is np.ndarray or kind is np.memmap or isinstance(node, np.generic):
         paths.append("" if path is None else path)
         leaves.append(np.asarray(node))
+        return _MARK
+    if kind is DeviceArray:
+        paths.append("" if path is None else path)
+        leaves.append(node)
         return _MARK
     if node is None or kind is bool or kind is float or kind is bytes:
         return node

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import torch
 
 import tricomp
-from tricomp.errors import InvalidArgument
+from tricomp.errors import BackendError, InvalidArgument
 from tricomp_torch.tensors import device_of
 from tricomp_torch.trees import NOTES_KEY, Flat, flatten, unflatten, unflatten_leaves
+
+_log = logging.getLogger("tricomp")
 
 
 def save(
@@ -66,9 +69,21 @@ def load(
     device = device_of(map_location)
     with tricomp.open(os.fspath(path), reference=plain_reference(reference), threads=threads) as file:
         notes = notes_of(file.metadata)
+        found = load_leaves(file, leaves, device)
         if leaves is None:
-            return unflatten(Flat(file.load(), notes), device)
-        return unflatten_leaves(file.load(leaves), notes, device)
+            return unflatten(Flat(found, notes), device)
+        return unflatten_leaves(found, notes, device)
+
+
+def load_leaves(file: tricomp.File, leaves: Sequence[str] | None, device: torch.device | None) -> Any:
+    """What file.load gives, decoded on the device if kernels run there: then leaves are DeviceArrays."""
+    if device is None or device.type == "cpu":
+        return file.load(leaves)
+    try:
+        return file.load_to(device, leaves)
+    except BackendError as error:
+        _log.warning("decoding on the host, and copying to %s: %s", device, error)
+        return file.load(leaves)
 
 
 def with_notes(metadata: Mapping[str, Any] | None, notes: Mapping[str, Any]) -> dict[str, Any]:

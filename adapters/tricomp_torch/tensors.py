@@ -1,8 +1,8 @@
 """One tensor to one numpy array and back, bit for bit. Imports torch, numpy and the core's dtypes and errors.
 
 The hard thing: torch and numpy disagree about which dtypes exist, so the bits cross over as signed integers of the
-same width and are named again on the other side. A CPU tensor crosses without a copy. A tensor on another device is
-first copied to host memory, once, by `.to("cpu")`: compressing it where it lives is not in this version.
+same width and are named again on the other side. A CPU tensor crosses without a copy. One on another device stays
+there, as a DeviceArray that shares its memory: the core compresses it where it lives, or copies it, if nothing can.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import torch
 
 from tricomp import dtypes
 from tricomp.errors import InvalidArgument, UnsupportedDtype, UnsupportedNode
+from tricomp.layout import DeviceArray
 
 Array = np.ndarray[Any, Any]
+Leaf = Any  # an Array or a DeviceArray
 
 # Names are the same on both sides, except that numpy has no 4-byte complex and torch no float8_e3m4 and its like.
 _TORCH_BY_NAME = {name: getattr(torch, name) for name in dtypes.NAMES if hasattr(torch, name)}
@@ -26,22 +28,71 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 _CARRIER_BY_ITEM_BYTES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def to_leaf(tensor: torch.Tensor, path: str) -> Leaf:
+    """The core's leaf for a tensor, sharing its memory where that is row-major: an array, or off the CPU a DeviceArray.
+
+    Raises what to_array raises.
+    """
+    if is_on_host(tensor):
+        return to_array(tensor, path)
+    name = _name_of(tensor, path)
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    if tensor.is_complex():
+        plain = torch.view_as_real(plain)
+    carrier = _CARRIER_BY_ITEM_BYTES[plain.element_size()]
+    words = plain.contiguous().reshape(-1).view(carrier)
+    return DeviceArray(dtypes.by_name(name), tuple(tensor.shape), words)
+
+
+def is_on_host(tensor: torch.Tensor) -> bool:
+    """Whether numpy can share a tensor's memory."""
+    return tensor.device.type == "cpu"
+
+
 def to_array(tensor: torch.Tensor, path: str) -> Array:
     """The numpy array of a tensor's bits, sharing its memory when it is on the CPU.
 
     Any strides, any number of dimensions; requires_grad is dropped. Raises UnsupportedNode for tensors that are not
     plain strided memory and UnsupportedDtype for dtypes the format does not know, both naming the path.
     """
+    name = _name_of(tensor, path)
+    plain = tensor.detach().resolve_conj().resolve_neg().to("cpu")
+    if tensor.is_complex():
+        return plain.numpy()
+    return plain.view(_CARRIER_BY_ITEM_BYTES[plain.element_size()]).numpy().view(dtypes.by_name(name).numpy)
+
+
+def _name_of(tensor: torch.Tensor, path: str) -> str:
+    """The core's name of a plain tensor's dtype."""
     _require_plain(tensor, path)
     name = _NAME_BY_TORCH.get(tensor.dtype)
     if name is None:
         raise UnsupportedDtype(
             f"leaf {path!r}: {tensor.dtype} is not one of {', '.join(_TORCH_BY_NAME)}. Convert it, or leave it out."
         )
-    plain = tensor.detach().resolve_conj().resolve_neg().to("cpu")
-    if tensor.is_complex():
-        return plain.numpy()
-    return plain.view(_CARRIER_BY_ITEM_BYTES[plain.element_size()]).numpy().view(dtypes.by_name(name).numpy)
+    return name
+
+
+def to_numpy(array: DeviceArray) -> Array:
+    """The numpy array of a DeviceArray, copied to the host."""
+    words: Array = array.words.cpu().numpy()
+    return words.view(array.dtype.numpy).reshape(array.shape)
+
+
+def from_device_array(array: DeviceArray, path: str, strides: Sequence[int] | None = None) -> torch.Tensor:
+    """The tensor of a DeviceArray, on its device, sharing its memory unless strides ask for another order.
+
+    Raises UnsupportedDtype, naming the path, for dtypes torch lacks.
+    """
+    dtype = _torch_dtype(array.dtype.name, path)
+    if dtype.is_complex:
+        parts = array.words.view(torch.float32 if dtype == torch.complex64 else torch.float64)
+        tensor = torch.view_as_complex(parts.reshape(*array.shape, 2))
+    else:
+        tensor = array.words.view(dtype).reshape(array.shape)
+    if strides is None:
+        return tensor
+    return torch.empty_strided(array.shape, tuple(strides), dtype=dtype, device=tensor.device).copy_(tensor)
 
 
 def to_tensor(
@@ -74,7 +125,10 @@ def view_as_tensor(array: Array, path: str) -> torch.Tensor:
 
 def dtype_of(array: Array, path: str) -> torch.dtype:
     """torch's dtype for an array's bits. Raises UnsupportedDtype, naming the path, for dtypes torch lacks."""
-    name = array.dtype.name
+    return _torch_dtype(array.dtype.name, path)
+
+
+def _torch_dtype(name: str, path: str) -> torch.dtype:
     if name not in _TORCH_BY_NAME:
         raise UnsupportedDtype(f"leaf {path!r}: torch has no dtype {name!r}. Load this file with tricomp.load.")
     dtype: torch.dtype = _TORCH_BY_NAME[name]

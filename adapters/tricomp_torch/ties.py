@@ -14,7 +14,8 @@ import torch
 
 from tricomp.dtypes import to_words
 from tricomp.errors import CorruptFile
-from tricomp_torch.tensors import Array, fills_memory, to_tensor
+from tricomp.layout import DeviceArray
+from tricomp_torch.tensors import Leaf, fills_memory, from_device_array, to_tensor
 
 
 class TieFinder:
@@ -40,9 +41,9 @@ class TieMaker:
     def __init__(self, ties: Mapping[str, str], strides: Mapping[str, Sequence[int]]) -> None:
         self._ties, self._strides = ties, strides
         self._firsts = set(ties.values())
-        self._made: dict[str, tuple[str, Array, torch.Tensor]] = {}
+        self._made: dict[str, tuple[str, Leaf, torch.Tensor]] = {}
 
-    def tensor(self, path: str, array: Array, device: torch.device | None) -> torch.Tensor:
+    def tensor(self, path: str, array: Leaf, device: torch.device | None) -> torch.Tensor:
         """The tensor of path, or a view of the tensor it is tied to.
 
         Raises CorruptFile if the two arrays of a tie differ, or strides do not fit, which no writer of them produces.
@@ -57,7 +58,7 @@ class TieMaker:
                 )
             return made.detach()
         strides = self._strides.get(path)
-        if strides is not None and not (len(strides) == array.ndim and fills_memory(array.shape, strides)):
+        if strides is not None and not (len(strides) == len(array.shape) and fills_memory(array.shape, strides)):
             raise CorruptFile(
                 f"leaf {path!r} is noted to have the strides {list(strides)}, which do not fit its shape "
                 f"{list(array.shape)}. Read the file with tricomp.load, which does not use them, and save it again."
@@ -67,15 +68,21 @@ class TieMaker:
             self._made[first] = (path, array, made)
         return made
 
-    def make(self, path: str, array: Array, device: torch.device | None, strides: Sequence[int] | None) -> torch.Tensor:
+    def make(self, path: str, array: Leaf, device: torch.device | None, strides: Sequence[int] | None) -> torch.Tensor:
         """The tensor of an array, untied."""
+        if isinstance(array, DeviceArray):
+            return from_device_array(array, path, strides)
         return to_tensor(array, path, device, strides)
 
-    def is_tied(self, first: str, held: Array, path: str, array: Array) -> bool:
+    def is_tied(self, first: str, held: Leaf, path: str, array: Leaf) -> bool:
         """Whether two leaves, paths and arrays, can be one tensor."""
         return is_same(held, array)
 
 
-def is_same(a: Array, b: Array) -> bool:
+def is_same(a: Leaf, b: Leaf) -> bool:
     """Whether two arrays hold the same bits in the same shape."""
-    return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(to_words(a), to_words(b))
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    if isinstance(a, DeviceArray) and isinstance(b, DeviceArray):
+        return torch.equal(a.words, b.words)
+    return np.array_equal(to_words(a), to_words(b))

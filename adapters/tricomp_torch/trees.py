@@ -18,9 +18,10 @@ import numpy as np
 import torch
 
 from tricomp.errors import CorruptFile, LimitExceeded, UnsupportedNode
+from tricomp.layout import DeviceArray
 from tricomp.tree import join
 from tricomp_torch import subclasses
-from tricomp_torch.tensors import PLAIN, Array, to_array, unusual_strides
+from tricomp_torch.tensors import PLAIN, Leaf, to_leaf, to_numpy, unusual_strides
 from tricomp_torch.ties import TieFinder, TieMaker
 
 NOTES_KEY = "tricomp_torch"
@@ -70,9 +71,9 @@ class Flat:
 def flatten(tree: Any, on_leaf: Callable[[str, torch.Tensor], None] | None = None) -> Flat:
     """The core's tree for a tree of tensors and plain values.
 
-    CPU tensors share memory with the result, so it must be used before they change; other devices are copied to the
-    host. on_leaf gets path and tensor of every leaf. Raises UnsupportedNode or UnsupportedDtype, naming the path, and
-    LimitExceeded if the tree is too deep (or holds itself); what else the core can judge is left to it.
+    Tensors share memory with the result, on whatever device, so it must be used before they change. on_leaf gets path
+    and tensor of every leaf. Raises UnsupportedNode or UnsupportedDtype, naming the path, and LimitExceeded if the tree
+    is too deep (or holds itself); what else the core can judge is left to it.
     """
     ties = TieFinder()
     kinds: dict[str, str] = {}
@@ -80,8 +81,8 @@ def flatten(tree: Any, on_leaf: Callable[[str, torch.Tensor], None] | None = Non
     strides: dict[str, list[int]] = {}
     parts: dict[str, Any] = {}
 
-    def leaf(tensor: torch.Tensor, path: str) -> Array:
-        array = to_array(tensor, path)
+    def leaf(tensor: torch.Tensor, path: str) -> Leaf:
+        array = to_leaf(tensor, path)
         ties.add(path, tensor)
         if on_leaf is not None:
             on_leaf(path, tensor)
@@ -132,7 +133,7 @@ def flatten(tree: Any, on_leaf: Callable[[str, torch.Tensor], None] | None = Non
     return Flat(flat, {key: value for key, value in notes.items() if value})
 
 
-MakeTensor = Callable[[str, Array, torch.device | None], torch.Tensor]
+MakeTensor = Callable[[str, Any, torch.device | None], torch.Tensor]
 
 
 def unflatten(flat: Flat, device: torch.device | None = None, make: MakeTensor | None = None) -> Any:
@@ -151,6 +152,10 @@ def unflatten(flat: Flat, device: torch.device | None = None, make: MakeTensor |
     def walk(node: Any, path: str | None) -> Any:
         name = path or ""
         kind = kinds.get(name)
+        if isinstance(node, DeviceArray):
+            if kind in ("ndarray", "generic"):
+                return walk(to_numpy(node), path)
+            return _taking_part(make(name, node, device), gradients.get(name), name)
         if isinstance(node, np.ndarray):
             if kind == "ndarray":
                 return node
@@ -198,15 +203,17 @@ def _taking_part(tensor: torch.Tensor, note: str | None, path: str) -> torch.Ten
         raise CorruptFile(f"{path!r} is noted as {note}, but is a {tensor.dtype}. Use tricomp.load.") from None
 
 
-def unflatten_leaves(leaves: Mapping[str, Array], notes: Mapping[str, Any], device: torch.device | None) -> Any:
+def unflatten_leaves(leaves: Mapping[str, Leaf], notes: Mapping[str, Any], device: torch.device | None) -> Any:
     """Tensors of some leaves of a tree, by path. Ties among them are kept; inner tensors of a tensor subclass stand by
     themselves, at paths of their own."""
     kinds = _table(notes, "kinds")
     maker = maker_of(notes)
     made: dict[str, Any] = {}
     for path, array in leaves.items():
-        is_numpy = kinds.get(path) in ("ndarray", "generic")
-        made[path] = array if is_numpy else maker.tensor(path, array, device)
+        if kinds.get(path) in ("ndarray", "generic"):
+            made[path] = to_numpy(array) if isinstance(array, DeviceArray) else array
+        else:
+            made[path] = maker.tensor(path, array, device)
     return made
 
 

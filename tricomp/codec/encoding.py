@@ -16,7 +16,7 @@ from itertools import chain, groupby
 from typing import Any, Protocol
 
 from tricomp.ahead import ahead
-from tricomp.codec.accelerator import home_of
+from tricomp.codec.accelerator import home_of, host_copy
 from tricomp.codec.engine import Engine, FrameToPlan
 from tricomp.codec.siblings import siblings
 from tricomp.dtypes import Words
@@ -141,6 +141,11 @@ def bounded(snapshot: Snapshot, spec: Spec, engine: Engine | None = None) -> Sna
         words.append(found)
     places = tuple(replace(place, buffer=i, offset=0) for i, place in enumerate(snapshot.layout.places))
     return Snapshot(replace(snapshot.layout, places=places), tuple(words))
+
+
+def copied_to_host(snapshot: Snapshot) -> Snapshot:
+    """The Snapshot in memory of its own on the host."""
+    return Snapshot(snapshot.layout, tuple(host_copy(buffer) for buffer in snapshot.buffers))
 
 
 def _frames(

@@ -151,14 +151,16 @@ class Device:
         """The same, filled with zeros."""
         return self.empty(shape, dtype).zero_()
 
-    def to_host(self, tensor: torch.Tensor) -> HostCopy:
-        """Start copying to pinned memory."""
+    def to_host(self, tensor: torch.Tensor, wait: bool = False) -> HostCopy:
+        """Start copying to pinned memory, which torch keeps for the next time.
+
+        wait: until it is done; and what is on the host is copied too.
+        """
         if not self.is_accelerator:
-            return HostCopy(tensor)
-        target = torch.empty(
-            tensor.shape, dtype=tensor.dtype, pin_memory=True
-        )  # torch keeps such memory for the next time
-        target.copy_(tensor, non_blocking=True)
+            found = tensor.cpu()
+            return HostCopy(found.clone() if wait and found is tensor else found)
+        target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        target.copy_(tensor, non_blocking=not wait)
         return HostCopy(target)
 
     def to_device(self, octets: np.ndarray[Any, Any]) -> torch.Tensor:
