@@ -7,7 +7,7 @@ means is FORMAT.md's, and each backend's own business.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -124,6 +124,13 @@ class Gathered:
     words: Sequence[Array]
     reference: Sequence[Array | None] | None = None
     n_unlike_commonest: int | None = None
+
+    def extended(
+        self, lattices: Sequence[Lattice], words: Sequence[Array], reference: Sequence[Array | None] | None = None
+    ) -> Gathered:
+        """The same with more lattices, and what they want."""
+        old = None if self.reference is None else (*self.reference, *(reference or [None] * len(words)))
+        return replace(self, lattices=(*self.lattices, *lattices), words=(*self.words, *words), reference=old)
 
 
 @dataclass(frozen=True)

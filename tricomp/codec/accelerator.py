@@ -19,7 +19,7 @@ import xxhash
 from tricomp import native
 from tricomp.dtypes import DType, Words
 from tricomp.errors import InvalidArgument
-from tricomp.job import DecodeJob, Encoded, EncodeJob, Facts, Gathered, Room, Summed
+from tricomp.job import DecodeJob, Encoded, EncodeJob, Facts, Gathered, Lattice, Room, Summed
 from tricomp.native import digest
 from tricomp.native.side import side_bytes
 from tricomp.plan import Spec
@@ -142,42 +142,30 @@ class Accelerator:
 
     def plan_frames(self, frames: Sequence[FrameToPlan], threads: int) -> list[EncodeJob]:
         """A plan for each frame: all words are surveyed, some gathered, and the native planner decides from these."""
-        from tricomp.kernels.survey import Lookup, Request, gather, survey
-        from tricomp.native.planner_gathered import commonest, lattices, plan_gathered
+        from tricomp.kernels.survey import Request, survey
+        from tricomp.native.planner_gathered import lattices, plan_gathered, wanted
 
         words = [self.adopted(frame[0]) for frame in frames]
         references = [None if frame[1] is None else self.adopted(frame[1]) for frame in frames]
         with self.device.running():
             found = survey([Request(*pair) for pair in zip(words, references, strict=True)], self.device)
         facts = [_facts(one, old is not None) for one, old in zip(found, references, strict=True)]
-        wanted = [
-            [] if known.is_exact else lattices(len(new), frame[2], frame[3], old is not None)
+        first = [
+            () if known.is_exact else tuple(lattices(len(new), frame[2], frame[3], old is not None))
             for frame, new, old, known in zip(frames, words, references, facts, strict=True)
         ]
-        lookups = []
-        for new, old, places in zip(words, references, wanted, strict=True):
-            lookups += [Lookup(new, one.rows, one.columns, one.n_columns) for one in places]
-            lookups += [
-                Lookup(old, one.rows, one.columns, one.n_columns)
-                for one in places
-                if old is not None and one.has_reference
-            ]
+        told = self._gathered(first, words, references)
+        gathered = [
+            Gathered(len(new), *frame[2:], known, places, *some)
+            for frame, new, known, places, some in zip(frames, words, facts, first, told, strict=True)
+        ]
+        more = wanted(gathered, threads)
+        told = self._gathered([one.lattices for one in more], words, references)
+        counted = [i for i, one in enumerate(more) if one.commonest is not None]
+        likes = [Request(words[i], like=more[i].commonest) for i in counted]
         with self.device.running():
-            told = iter(gather(lookups, self.device) if lookups else [])
-        gathered = []
-        for frame, new, old, known, places in zip(frames, words, references, facts, wanted, strict=True):
-            mine = [next(told).reshape(-1) for _ in places]
-            theirs = [next(told).reshape(-1) if old is not None and one.has_reference else None for one in places]
-            _, _, dtype, shape, spec, kept = frame
-            gathered.append(
-                Gathered(
-                    len(new), dtype, shape, spec, kept, known, tuple(places), mine, None if old is None else theirs
-                )
-            )
-        likes = commonest(gathered, threads)
-        counted = [i for i, like in enumerate(likes) if like is not None]
-        with self.device.running():
-            counts = survey([Request(words[i], like=likes[i]) for i in counted], self.device) if counted else []
+            counts = survey(likes, self.device) if likes else []
+        gathered = [one.extended(asked.lattices, *some) for one, asked, some in zip(gathered, more, told, strict=True)]
         for i, one in zip(counted, counts, strict=True):
             gathered[i] = replace(gathered[i], n_unlike_commonest=one.n_unlike)
         return [
@@ -193,6 +181,26 @@ class Accelerator:
                 plan_gathered(gathered, threads), words, references, found, strict=True
             )
         ]
+
+    def _gathered(
+        self, places: Sequence[Sequence[Lattice]], words: Sequence[Any], references: Sequence[Any]
+    ) -> list[tuple[list[Words], list[Words | None] | None]]:
+        """What lattices want of the words of each frame, and of its reference."""
+        from tricomp.kernels.survey import Lookup, gather
+
+        lookups = [
+            Lookup(held, one.rows, one.columns, one.n_columns)
+            for mine, new, old in zip(places, words, references, strict=True)
+            for one in mine
+            for held in ((new, old) if one.has_reference else (new,))
+        ]
+        with self.device.running():
+            told = iter(gather(lookups, self.device) if lookups else [])
+        found = []
+        for mine, old in zip(places, references, strict=True):
+            pairs = [(next(told).reshape(-1), next(told).reshape(-1) if one.has_reference else None) for one in mine]
+            found.append(([some for some, _ in pairs], None if old is None else [some for _, some in pairs]))
+        return found
 
     def encode(self, jobs: Sequence[EncodeJob], room: Callable[[], Room], threads: int) -> list[Encoded]:
         """Encode frames; their bytes are in pinned host memory of their own."""

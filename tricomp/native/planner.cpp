@@ -245,15 +245,45 @@ void plan_one(const PlanRequest& request, Scratch& scratch, size_t n_threads, Pl
     best.finish(plan);
 }
 
-std::optional<uint64_t> commonest_word(const PlanRequest& request, Scratch& scratch, size_t n_threads) {
-    if (request.is_exact()) return std::nullopt;
+// What may be missing where the frame is elsewhere: never less than planning then asks for.
+void find_wants(const PlanRequest& request, bool has_means, Scratch& scratch, size_t n_threads, Wants& wants) {
+    if (request.is_exact()) return;
     Frame frame(request, scratch, n_threads);
     look_at(frame);
     uint64_t word;
-    if (!commonest_of(frame, word)) return std::nullopt;
+    const bool has_commonest = commonest_of(frame, word);
+    if (!frame.is_elsewhere() && !has_commonest) return;
+    const bool is_float = request.kind.is_float, has_reference = request.reference != nullptr;
+    double bits = double(frame.word_bits()) - SIMPLER_BITS;  // the best costs no more
+    Choice other;
+    if (palette_choice(frame, other)) bits = std::min(bits, other.bits);
+    const double delta_bits = has_reference ? delta_choice(frame, true).bits : bits;
+    std::vector<std::pair<uint64_t, uint64_t>> asked;  // uses and columns of lattices
+    bool is_hopeless = !is_float || !has_reference;  // scaled deltas
+    if (is_float) {
+        double full_bits = bits;
+        for (const auto& cut : promising_splits(frame, std::min(bits, delta_bits), full_bits))
+            for (const LatticeUse use : {SCALE_ROWS, SCALE_TAIL, SCALE_COLUMNS}) asked.emplace_back(use, cut.first);
+        // With scales it costs less, or a little more: nobody knows yet.
+        bits = std::min(bits, full_bits);
+        is_hopeless = is_hopeless || (asked.empty() && delta_bits >= bits + HOPELESS_BITS);
+    } else {
+        bits = std::min(bits, delta_choice(frame, false).bits);
+    }
+    bits = std::min(bits, delta_bits);
+    if (frame.is_elsewhere() && !is_hopeless) {
+        const uint64_t n_columns = promising_factors(frame);
+        for (const LatticeUse use : {FACTOR_ROWS, FACTOR_COLUMNS})
+            if (n_columns) asked.emplace_back(use, n_columns);
+    }
+    for (const auto& one : asked) {
+        Lattice lattice;
+        if (frame.is_elsewhere() && find_lattice(request, one.first, one.second, has_means, lattice))
+            wants.lattices.push_back(std::move(lattice));
+    }
+    if (!has_commonest) return;
     const size_t n_unlike = frame.stats.count_unequal_rows_to(request.words, word, frame.thin);
-    if (!seems_sparse(frame, n_unlike, double(frame.word_bits()))) return std::nullopt;  // it costs more than raw words
-    return seems_sparse(frame, n_unlike, best_choice(frame).bits) ? std::optional<uint64_t>(word) : std::nullopt;
+    if (seems_sparse(frame, n_unlike, bits)) wants.commonest = word;
 }
 
 // Scratch memory that is kept for later calls: fresh memory costs as much as planning. Nobody waits for the lock, which
@@ -322,11 +352,10 @@ void plan_frames(const std::vector<PlanRequest>& requests, size_t n_threads, std
     });
 }
 
-void commonest_words(const std::vector<PlanRequest>& requests, size_t n_threads,
-                     std::vector<std::optional<uint64_t>>& words) {
-    words.assign(requests.size(), std::nullopt);
+void wants_of(const std::vector<PlanRequest>& requests, bool has_means, size_t n_threads, std::vector<Wants>& wants) {
+    wants.assign(requests.size(), Wants());
     for_each(requests, n_threads, [&](size_t i, planning::Scratch& scratch, size_t n_each) {
-        words[i] = planning::commonest_word(requests[i], scratch, n_each);
+        planning::find_wants(requests[i], has_means, scratch, n_each, wants[i]);
     });
 }
 

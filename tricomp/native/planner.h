@@ -15,7 +15,8 @@ namespace tricomp {
 
 // What a lattice is read for: all but the first two belong to a split. TAIL: what the last, partial row has of the columns.
 enum LatticeUse : uint32_t {
-    SAMPLE, WHOLE, SPLIT, SCALE_ROWS, SCALE_TAIL, SCALE_COLUMNS, FACTOR_ROWS, FACTOR_TAIL, FACTOR_COLUMNS
+    SAMPLE, WHOLE, SPLIT, PROBED_ROWS, PROBED_COLUMNS, FACTOR_TAIL,  // known from sizes alone
+    SCALE_ROWS, SCALE_TAIL, SCALE_COLUMNS, FACTOR_ROWS, FACTOR_COLUMNS, N_LATTICE_USES  // where the former promise something
 };
 
 // Places in a frame: some columns of some of its rows of n_columns words.
@@ -90,13 +91,17 @@ void plan_frame(const PlanRequest&, PlanResult&);
 // of words that are unlike its commonest.
 void plan_frames(const std::vector<PlanRequest>&, size_t n_threads, std::vector<PlanResult>&);
 
-// All that planning may read of a frame elsewhere: known from its kind, sizes and has_reference alone. has_means: means are
-// gathered where they are enough.
-std::vector<Lattice> lattices_of(const PlanRequest&, bool has_means);
-// One of them. False: there is none.
+// What is read of every frame elsewhere: known from its kind, sizes and has_reference alone.
+std::vector<Lattice> lattices_of(const PlanRequest&);
+// A lattice of a frame. False: there is none. has_means: means are gathered where they are enough.
 bool find_lattice(const PlanRequest&, uint64_t use, uint64_t n_columns, bool has_means, Lattice&);
 
-// Of frames elsewhere: the word that a sparse frame would be told by, where that is worth counting.
-void commonest_words(const std::vector<PlanRequest>&, size_t n_threads, std::vector<std::optional<uint64_t>>&);
+// What planning may want to know besides: more lattices, and how many words are unlike one.
+struct Wants {
+    std::vector<Lattice> lattices;
+    std::optional<uint64_t> commonest;
+};
+
+void wants_of(const std::vector<PlanRequest>&, bool has_means, size_t n_threads, std::vector<Wants>&);
 
 }  // namespace tricomp

@@ -77,16 +77,23 @@ void in_parts(const Frame& frame, uint64_t n_all, uint64_t n_each, const std::fu
 void Frame::take_sample() {
     Lattice lattice = sample_lattice(n_words);
     firsts = std::move(lattice.some_rows);
-    sample.firsts = sample.places = firsts.data();
-    sample.n_all = firsts.size();
-    sample.width = size_t(lattice.length);
+    thin = thin_rows(firsts, size_t(lattice.length));
     if (is_elsewhere()) {
-        for (size_t row = 0; row < firsts.size(); row++) places.push_back(row * sample.width);
-        sample.places = places.data();
+        for (size_t row = 0; row < firsts.size(); row++) places.push_back(row * thin.width);
+        thin.places = places.data();
     }
+    sample = thin;
+    sample.step = 1;
     n_sampled = sample.n_words();
-    thin = sample;
+}
+
+SampleRows thin_rows(const std::vector<uint64_t>& firsts, size_t width) {
+    SampleRows thin;
+    thin.firsts = thin.places = firsts.data();
+    thin.n_all = firsts.size();
+    thin.width = width;
     thin.step = (std::max<size_t>(firsts.size() / THIN_ROWS, 1) - 1) | 1;  // odd: rows that take turns are met alike
+    return thin;
 }
 
 Standing Frame::standing(const Lattice& lattice) const {

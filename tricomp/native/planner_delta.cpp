@@ -17,7 +17,6 @@ constexpr size_t EXPONENTS = 16;  // of the prediction that contexts are made of
 constexpr uint64_t TOP_PERCENT = 97;
 constexpr size_t TOP_STEP = 4;  // rows of the thin sample of which one is looked at for that
 constexpr std::pair<size_t, uint32_t> WINDOWS[] = {{8, 0}, {8, 1}, {4, 1}, {4, 0}};  // contexts, log2 of exponents in one
-constexpr size_t PROBE_ROWS = 64, PROBE_COLUMNS = 16;  // of the sample on which factors are tried
 constexpr double DECAY_BITS = 0.03;  // what a factor must save where numbers have signs
 constexpr float RATIO_LOW = 0.26f, RATIO_HIGH = 3.9f;
 constexpr int64_t FACTOR_ONE = 1 << FACTOR_BITS;
@@ -210,19 +209,17 @@ void finish_delta(Frame& frame, const Fit& fit, const Predicted& predicted, Plan
 
 // Some words of the sample, copied: probes of factors. room: up to a multiple of 32 words.
 struct Probe {
+    SampleRows rows;  // where they are from
     std::vector<uint64_t> words, reference;  // as many bytes as are needed
-    std::vector<uint64_t> positions;
     std::vector<uint32_t> spread;  // factor of row and column, one = 2^15
-    size_t n = 0, n_columns = 0;  // words, in runs of so many
+    size_t n = 0;
 };
 
 Probe probe_of(const Frame& frame) {
     Probe probe;
-    SampleRows rows = frame.thin;
-    rows.step *= std::max<size_t>(frame.thin.n_rows() / PROBE_ROWS, 1);
-    const size_t n_columns = std::min(rows.width, PROBE_COLUMNS), n_bytes = frame.word_bits() / 8;
-    probe.n = rows.n_rows() * n_columns;
-    probe.n_columns = n_columns;
+    const SampleRows rows = probe.rows = probe_rows(frame.thin);
+    const size_t n_bytes = frame.word_bits() / 8, row_bytes = rows.width * n_bytes;
+    probe.n = rows.n_words();
     const size_t room = (probe.n * n_bytes + 32 * n_bytes) / 8 + 1;
     probe.words.assign(room, 0);
     probe.reference.assign(room, 0);
@@ -231,10 +228,8 @@ Probe probe_of(const Frame& frame) {
     uint8_t* out = reinterpret_cast<uint8_t*>(probe.words.data());
     uint8_t* old = reinterpret_cast<uint8_t*>(probe.reference.data());
     for (size_t row = 0; row < rows.n_rows(); row++) {
-        const size_t at = row * n_columns * n_bytes;
-        std::memcpy(out + at, words + rows.place(row) * n_bytes, n_columns * n_bytes);
-        std::memcpy(old + at, reference + rows.place(row) * n_bytes, n_columns * n_bytes);
-        for (size_t i = 0; i < n_columns; i++) probe.positions.push_back(rows.first(row) + i);
+        std::memcpy(out + row * row_bytes, words + rows.place(row) * n_bytes, row_bytes);
+        std::memcpy(old + row * row_bytes, reference + rows.place(row) * n_bytes, row_bytes);
     }
     probe.spread.assign(probe.n + 32, uint32_t(FACTOR_ONE));
     return probe;
@@ -348,50 +343,18 @@ void round_factors(std::vector<uint16_t>& factors) {
     }
 }
 
-// Rows and columns of a split, ascending: those that a probe's words stand in, and rows that columns are measured on.
-struct Places {
-    std::vector<uint64_t> rows, columns;
-};
-
-// first, first + 1 .. to last where it is not there yet. numbers: ascending.
-void append(std::vector<uint64_t>& numbers, uint64_t first, uint64_t last) {
-    for (first = std::max(first, numbers.empty() ? 0 : numbers.back() + 1); first <= last; first++) numbers.push_back(first);
-}
-
-Places places_of(const Probe& probe, uint64_t n_columns, uint64_t n_fitted, uint64_t step) {
-    Places places;
-    std::vector<std::pair<uint64_t, uint64_t>> runs;  // of columns, first and last
-    for (size_t i = 0; i < probe.n; i += probe.n_columns) {
-        const uint64_t first = probe.positions[i], last = probe.positions[i + probe.n_columns - 1];
-        const uint64_t row = first / n_columns, last_row = last / n_columns;
-        append(places.rows, row, last_row);
-        if (last_row > row) {
-            runs.emplace_back(0, last_row > row + 1 ? n_columns - 1 : last % n_columns);
-            runs.emplace_back(first % n_columns, n_columns - 1);
-        } else {
-            runs.emplace_back(first % n_columns, last % n_columns);
-        }
-    }
-    std::sort(runs.begin(), runs.end());
-    for (const auto& run : runs) append(places.columns, run.first, run.second);
-    std::vector<uint64_t> fitted, all;
-    for (uint64_t row = 0; row < n_fitted; row += step) fitted.push_back(row);
-    std::set_union(places.rows.begin(), places.rows.end(), fitted.begin(), fitted.end(), std::back_inserter(all));
-    places.rows.swap(all);
-    return places;
-}
-
 // The factors that the probe's words are multiplied by; factors: of all rows and columns, or of some.
 void spread_factors(const Factors& factors, const Places* some, Probe& probe) {
     const uint64_t n_columns = factors.n_columns;
     const auto place_of = [](const std::vector<uint64_t>& numbers, uint64_t number) {
         return size_t(std::lower_bound(numbers.begin(), numbers.end(), number) - numbers.begin());
     };
-    for (size_t i = 0; i < probe.n; i += probe.n_columns) {
-        uint64_t row = probe.positions[i] / n_columns, column = probe.positions[i] % n_columns;
+    const size_t width = probe.rows.width;
+    for (size_t i = 0; i < probe.n; i += width) {
+        uint64_t row = probe.rows.first(i / width) / n_columns, column = probe.rows.first(i / width) % n_columns;
         size_t row_place = some ? place_of(some->rows, row) : size_t(row);
         size_t column_place = some ? place_of(some->columns, column) : size_t(column);
-        for (size_t j = i; j < i + probe.n_columns; j++) {
+        for (size_t j = i; j < i + width; j++) {
             uint64_t spread = factors.rows[row_place];
             if (!factors.columns.empty()) spread = spread * factors.columns[column_place] >> FACTOR_BITS;
             probe.spread[j] = uint32_t(spread);
@@ -415,32 +378,31 @@ struct Split {
 // alone, which tell as well what a split is worth.
 Split try_split(Frame& frame, Probe& probe, uint64_t common, uint64_t n_columns, bool has_column_scale, bool is_probed) {
     const Kind& kind = frame.request.kind;
-    const uint64_t n_whole = frame.n_words / n_columns, tail = frame.n_words % n_columns;
-    const Lattice by_row = lattice_of(FACTOR_ROWS, n_columns, frame.n_words);
-    const Lattice by_column = lattice_of(FACTOR_COLUMNS, n_columns, frame.n_words);
+    const uint64_t n_words = frame.n_words, n_whole = n_words / n_columns, tail = n_words % n_columns;
     const float one = float(FACTOR_ONE), unit = one / (float(common) / float(1 << 30));
     Split split;
     Factors& factors = split.factors;
     factors.n_columns = n_columns;
     factors.common = common;
     Places some;
-    if (is_probed) some = places_of(probe, n_columns, has_column_scale ? n_whole : 0, by_column.step);
-    factors.rows.resize(is_probed ? some.rows.size() : size_t(n_whole + (tail ? 1 : 0)));
+    if (is_probed) some = places_of(probe.rows, n_columns, n_words, has_column_scale);
     const bool has_tail = is_probed ? some.rows.back() == n_whole : tail > 0;
-    const size_t n_rows = factors.rows.size() - has_tail;
+    const Lattice by_row = is_probed ? probed_lattice(PROBED_ROWS, some, n_columns, n_words)
+                                     : lattice_of(FACTOR_ROWS, n_columns, n_words);
     const Standing rows = frame.standing(by_row);
-    if (is_probed) {
-        frame.stats.row_medians(kind, rows.words, rows.reference, rows.stride, some.rows.data(), n_rows, rows.columns, unit,
+    const uint64_t row_bytes = rows.stride * (kind.word_bits / 8), n_rows = by_row.n_rows;
+    factors.rows.resize(size_t(n_rows + has_tail));
+    if (rows.rows) {
+        frame.stats.row_medians(kind, rows.words, rows.reference, rows.stride, rows.rows, n_rows, rows.columns, unit,
                                 factors.rows.data());
     } else {
-        const uint64_t row_bytes = rows.stride * (kind.word_bits / 8);
         in_parts(frame, n_rows, PART_ROWS, [&](uint64_t first, uint64_t n) {
             frame.stats.row_medians(kind, rows.words + first * row_bytes, rows.reference + first * row_bytes, rows.stride,
                                     nullptr, n, rows.columns, unit, factors.rows.data() + first);
         });
     }
     if (has_tail) {
-        const Lattice at_end = lattice_of(FACTOR_TAIL, n_columns, frame.n_words);
+        const Lattice at_end = lattice_of(FACTOR_TAIL, n_columns, n_words);
         const Standing last = frame.standing(at_end);
         frame.stats.row_medians(kind, last.words, last.reference, last.stride, nullptr, 1, last.columns, unit,
                                 factors.rows.data() + n_rows);
@@ -448,14 +410,17 @@ Split try_split(Frame& frame, Probe& probe, uint64_t common, uint64_t n_columns,
     round_factors(factors.rows);
     double side_bits = vector_bits(factors.rows, size_t(n_whole + (tail ? 1 : 0)));
     if (has_column_scale) {
+        const Lattice by_column = is_probed ? probed_lattice(PROBED_COLUMNS, some, n_columns, n_words)
+                                            : lattice_of(FACTOR_COLUMNS, n_columns, n_words);
+        const Standing columns = frame.standing(by_column);
         std::vector<float> units;
         for (size_t row = 0; row < n_rows; row++)
-            if ((is_probed ? some.rows[row] : row) % by_column.step == 0) units.push_back(unit * (one / float(factors.rows[row])));
-        factors.columns.resize(is_probed ? some.columns.size() : size_t(n_columns));
-        const Standing columns = frame.standing(by_column);
-        frame.stats.column_medians(kind, columns.words, columns.reference, columns.stride, by_column.n_rows,
-                                   is_probed ? some.columns.data() : nullptr, factors.columns.size(), units.data(),
-                                   factors.columns.data());
+            if (by_row.row(row) % by_column.step == 0) units.push_back(unit * (one / float(factors.rows[row])));
+        factors.columns.resize(size_t(by_column.n_some()));
+        // Some columns stand one after the other where they were gathered.
+        const uint64_t* places = is_probed && !frame.is_elsewhere() ? by_column.starts.data() : nullptr;
+        frame.stats.column_medians(kind, columns.words, columns.reference, columns.stride, by_column.n_rows, places,
+                                   factors.columns.size(), units.data(), factors.columns.data());
         round_factors(factors.columns);
         side_bits += vector_bits(factors.columns, size_t(n_columns));
     }
@@ -488,32 +453,60 @@ Choice delta_choice(Frame& frame, bool has_reference) {
             }};
 }
 
-bool scaled_delta_choice(Frame& frame, Choice& choice) {
-    Probe probe = probe_of(frame);
+namespace {
+
+Factors unsplit(const Frame& frame, uint64_t common) {
+    Factors factors;
+    factors.rows.assign(1, uint16_t(FACTOR_ONE));
+    factors.n_columns = frame.n_words;
+    factors.common = common;
+    return factors;
+}
+
+// The best split by the probe's rows and columns, or by all of them where there are few.
+struct Search {
+    Probe probe;
+    bool is_probed = false;
+    Tried common;
+    Split best;
+    std::pair<uint64_t, bool> chosen;  // no columns: the frame is not split
+};
+
+bool search_factors(Frame& frame, Search& search) {
+    Probe& probe = search.probe = probe_of(frame);
     // Numbers of both signs change by what is added to them, not by what they are multiplied with, decay aside.
     const bool has_signs = count_negative(frame, probe) * 1000 > probe.n;
-    const Tried common = best_factor(frame, probe, has_signs ? 3 : 5);
+    const Tried common = search.common = best_factor(frame, probe, has_signs ? 3 : 5);
     if (has_signs && common.cost > common.plain - DECAY_BITS) return false;
-    Split best;
-    best.factors.rows.assign(1, uint16_t(FACTOR_ONE));
-    best.factors.n_columns = frame.n_words;
-    best.factors.common = common.common;
-    best.bits = common.cost;
-    if (!has_signs) {
-        const bool is_probed = frame.n_words > FIT_WORDS;
-        const Factors unsplit = best.factors;
-        std::pair<uint64_t, bool> chosen;
-        for (const auto& cut : splits(frame.request)) {
-            Split split = try_split(frame, probe, common.common, cut.first, cut.second, is_probed);
-            if (split.bits < best.bits) {
-                best = std::move(split);
-                chosen = cut;
-            }
+    Split& best = search.best;
+    best = {unsplit(frame, common.common), common.cost};
+    search.is_probed = frame.n_words > FIT_WORDS;
+    if (has_signs) return true;
+    for (const auto& cut : splits(frame.request)) {
+        Split split = try_split(frame, probe, common.common, cut.first, cut.second, search.is_probed);
+        if (split.bits < best.bits) {
+            best = std::move(split);
+            search.chosen = cut;
         }
-        if (is_probed && chosen.first) {
-            best = try_split(frame, probe, common.common, chosen.first, chosen.second, false);
-            if (!(best.bits < common.cost)) best.factors = unsplit;
-        }
+    }
+    return true;
+}
+
+}  // namespace
+
+uint64_t promising_factors(Frame& frame) {
+    Search search;
+    return search_factors(frame, search) && search.is_probed ? search.chosen.first : 0;
+}
+
+bool scaled_delta_choice(Frame& frame, Choice& choice) {
+    Search search;
+    if (!search_factors(frame, search)) return false;
+    Split& best = search.best;
+    if (search.is_probed && search.chosen.first) {
+        const Tried& common = search.common;
+        best = try_split(frame, search.probe, common.common, search.chosen.first, search.chosen.second, false);
+        if (!(best.bits < common.cost)) best.factors = unsplit(frame, common.common);
     }
     const Factors& factors = best.factors;
     double side_bits = vector_bits(factors.rows, factors.rows.size());

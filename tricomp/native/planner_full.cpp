@@ -374,30 +374,51 @@ void finish_full(Frame& frame, const Fit& fit, const Scales& scales, const Packi
     }
 }
 
+// Without scales, and the splits of which they seem worth fitting.
+struct Unscaled {
+    bool has_sign;
+    Fit best;
+    std::vector<std::pair<uint64_t, bool>> promising;
+};
+
+Unscaled unscaled(Frame& frame, double rival) {
+    Unscaled found;
+    const size_t n_negative = frame.stats.count_negative(frame.request.words, frame.thin);
+    found.has_sign = n_negative * 1000 > frame.thin.n_words();
+    found.best = best_full(frame, nullptr, 0.0);
+    const double rest = double(frame.request.kind.mantissa_bits + found.has_sign);
+    if (!(found.best.bits + rest < rival + HOPELESS_BITS)) return found;
+    const double least = std::max(SIMPLER_BITS, found.best.bits + rest - rival);
+    const std::vector<std::pair<uint64_t, bool>> cuts = splits(frame.request);
+    std::vector<double> gains;
+    for (const auto& cut : cuts) gains.push_back(split_gain(frame, cut.first, cut.second));
+    const double first = gains.empty() ? 0.0 : *std::max_element(gains.begin(), gains.end());
+    for (size_t i = 0; i < cuts.size(); i++)
+        if (!(gains[i] <= least || gains[i] < first - NEAR_GAIN)) found.promising.push_back(cuts[i]);
+    return found;
+}
+
 }  // namespace
 
+std::vector<std::pair<uint64_t, bool>> promising_splits(Frame& frame, double rival, double& bits) {
+    const Unscaled found = unscaled(frame, rival);
+    if (found.promising.empty()) bits = found.best.bits + pack(frame, found.best.k, found.has_sign).bits;
+    return found.promising;
+}
+
 Choice full_choice(Frame& frame, double rival) {
-    const size_t n_negative = frame.stats.count_negative(frame.request.words, frame.thin);
-    const bool has_sign = n_negative * 1000 > frame.thin.n_words();
-    Fit best = best_full(frame, nullptr, 0.0);
+    const Unscaled found = unscaled(frame, rival);
+    const bool has_sign = found.has_sign;
+    Fit best = found.best;
     Scales scales;
-    const double rest = double(frame.request.kind.mantissa_bits + has_sign);
-    if (best.bits + rest < rival + HOPELESS_BITS) {
-        const double least = std::max(SIMPLER_BITS, best.bits + rest - rival);
-        const std::vector<std::pair<uint64_t, bool>> cuts = splits(frame.request);
-        std::vector<double> gains;
-        for (const auto& cut : cuts) gains.push_back(split_gain(frame, cut.first, cut.second));
-        const double first = gains.empty() ? 0.0 : *std::max_element(gains.begin(), gains.end());
-        for (size_t i = 0; i < cuts.size(); i++) {
-            if (gains[i] <= least || gains[i] < first - NEAR_GAIN) continue;
-            Scales fitted = fit_scales(frame, cuts[i].first, cuts[i].second);
-            const double side_bits =
-                vector_bits(fitted.rows, fitted.rows.size()) + vector_bits(fitted.columns, fitted.columns.size());
-            const Fit scaled = best_full(frame, &fitted, side_bits);
-            if (scaled.bits < best.bits) {
-                best = scaled;
-                scales = std::move(fitted);
-            }
+    for (const auto& cut : found.promising) {
+        Scales fitted = fit_scales(frame, cut.first, cut.second);
+        const double side_bits =
+            vector_bits(fitted.rows, fitted.rows.size()) + vector_bits(fitted.columns, fitted.columns.size());
+        const Fit scaled = best_full(frame, &fitted, side_bits);
+        if (scaled.bits < best.bits) {
+            best = scaled;
+            scales = std::move(fitted);
         }
     }
     const Packing packing = pack(frame, best.k, has_sign);

@@ -1,8 +1,9 @@
 """Plan frames whose words lie on another device: where to gather words, and plans from these and from facts. Imports
 ground and numpy; decides as `tricomp.native.planner` does from whole arrays.
 
-The hard thing: what is gathered must be all that planning may read, known from sizes alone; so the module that plans
-lists it, and the numbers of a request stand in the order of planner_module.h.
+The hard thing: what is gathered must be all that planning reads, and little; so the module that plans lists it: what is
+read of every frame, known from sizes alone, then what these words promise something of. The numbers of a request stand
+in the order of planner_module.h.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,40 +24,52 @@ from tricomp.plan import Plan, Spec
 _FACTS = struct.Struct("<8Q")
 
 
-def lattices(
-    n_words: int, dtype: DType, shape: Sequence[int] | None, has_reference: bool, has_means: bool = False
-) -> list[Lattice]:
-    """What planning may read of a frame, the sample first; or, where it is less, one lattice of all words in order.
+class Wanted(NamedTuple):
+    """What the plan of a frame needs besides.
 
-    has_means: the caller gathers means where they are enough, see Lattice; else words. What is found is kept.
+    lattices: more places to gather. commonest: a word; how many of all words differ from it is to be counted.
     """
-    return list(_lattices(n_words, dtype, None if shape is None else tuple(shape), has_reference, has_means))
+
+    lattices: tuple[Lattice, ...]
+    commonest: int | None
 
 
-@lru_cache(maxsize=256)
-def _lattices(
-    n_words: int, dtype: DType, shape: tuple[int, ...] | None, has_reference: bool, has_means: bool
-) -> tuple[Lattice, ...]:
+def lattices(n_words: int, dtype: DType, shape: Sequence[int] | None, has_reference: bool) -> list[Lattice]:
+    """What is read of every frame, the sample first; or, where that is less, one lattice of all words in order.
+
+    Much less than a large frame. What is found is kept for later calls.
+    """
+    return list(_lattices(n_words, dtype, None if shape is None else tuple(shape), has_reference))
+
+
+@lru_cache(maxsize=1024)
+def _lattices(n_words: int, dtype: DType, shape: tuple[int, ...] | None, has_reference: bool) -> tuple[Lattice, ...]:
     facts = _FACTS.pack(n_words, has_reference, *[0] * 6)
-    found = native.load().lattices((pack_request(dtype, shape, Spec()), facts), has_means)
+    return _unpack(native.load().lattices((pack_request(dtype, shape, Spec()), facts)))
+
+
+def _unpack(found: list[tuple[Any, ...]]) -> tuple[Lattice, ...]:
     return tuple(
         Lattice(use, np.frombuffer(rows, np.int64), np.frombuffer(columns, np.int64), *rest)
         for use, rows, columns, *rest in found
     )
 
 
-def commonest(frames: Sequence[Gathered], threads: int | None = None) -> list[int | None]:
-    """Of each frame the word that a sparse plan would be told by; None where there is none, or it seems hopeless.
+def wanted(frames: Sequence[Gathered], threads: int | None = None, has_means: bool = False) -> list[Wanted]:
+    """What the plan of each frame may need besides, now that its `lattices` are gathered: of most nothing.
 
-    n_unlike_commonest must then say how many words of the frame differ from it, before its plan is made.
+    has_means: the caller gathers means where they are enough, see Lattice; else words.
     """
     requests = [_request(frame) for frame in frames]
-    found: list[int | None] = native.load().commonest_words(requests, native.n_threads(threads))
-    return found
+    found = native.load().plan_wants(requests, has_means, native.n_threads(threads))
+    return [Wanted(_unpack(more), word) for more, word in found]
 
 
 def plan_gathered(frames: Sequence[Gathered], threads: int | None = None) -> list[tuple[Plan, Side]]:
-    """Choose how to encode each frame, see plan_frames. Raises ValueError where sizes or counts do not fit."""
+    """Choose how to encode each frame, see plan_frames; each has got what was `wanted`.
+
+    Raises ValueError where it has not, or where sizes or counts do not fit.
+    """
     requests = [_request(frame) for frame in frames]
     results = native.load().plan_gathered(requests, native.n_threads(threads))
     return [

@@ -4,6 +4,7 @@
 // what is listed here is gathered where the frame lies on another device, so planning must read nothing else.
 
 #include <algorithm>
+#include <iterator>
 
 #include "planner_parts.h"
 
@@ -21,6 +22,7 @@ static_assert(SPLIT_RUNS * RUN <= MOST_LATTICE_COLUMNS && SCALE_RUNS * RUN <= RO
 constexpr uint64_t SCALE_COLUMN_ROWS = 256;  // most rows that a column's scale is measured on
 constexpr uint64_t FACTOR_COLUMN_ROWS = 512;  // and a column's factor
 constexpr uint64_t FACTOR_ROW_COLUMNS = 64;  // most columns that a row's factor is measured on
+constexpr size_t PROBE_ROWS = 64, PROBE_COLUMNS = 16;  // of the sample on which factors are tried
 
 // All columns, or n_runs runs of them, of which begin_of gives the first column.
 template <class BeginOf>
@@ -54,6 +56,17 @@ void keep_below(Lattice& lattice, uint64_t n) {
             if (column < n) kept.push_back(column);
     lattice.starts.swap(kept);
     lattice.length = 1;
+}
+
+bool is_factors(LatticeUse use) {
+    return use == FACTOR_ROWS || use == FACTOR_TAIL || use == FACTOR_COLUMNS || use == PROBED_ROWS || use == PROBED_COLUMNS;
+}
+
+bool is_columns(LatticeUse use) { return use == SCALE_COLUMNS || use == FACTOR_COLUMNS || use == PROBED_COLUMNS; }
+
+// first, first + 1 .. to last where it is not there yet. numbers: ascending.
+void append(std::vector<uint64_t>& numbers, uint64_t first, uint64_t last) {
+    for (first = std::max(first, numbers.empty() ? 0 : numbers.back() + 1); first <= last; first++) numbers.push_back(first);
 }
 
 Lattice whole_lattice(uint64_t n_words, const std::vector<std::pair<uint64_t, bool>>& cuts) {
@@ -102,7 +115,7 @@ Lattice lattice_of(LatticeUse use, uint64_t n_columns, uint64_t n_words) {
     Lattice lattice;
     lattice.use = use;
     lattice.n_columns = n_columns;
-    lattice.has_reference = use == FACTOR_ROWS || use == FACTOR_TAIL || use == FACTOR_COLUMNS;
+    lattice.has_reference = is_factors(use);
     const auto every = [&](uint64_t most) {
         lattice.step = (n_whole + most - 1) / most;
         lattice.n_rows = (n_whole + lattice.step - 1) / lattice.step;
@@ -128,14 +141,58 @@ Lattice lattice_of(LatticeUse use, uint64_t n_columns, uint64_t n_words) {
         }
         case SCALE_COLUMNS: every(SCALE_COLUMN_ROWS); break;
         case FACTOR_COLUMNS: every(std::min(std::max<uint64_t>(FIT_WORDS / n_columns, 16), FACTOR_COLUMN_ROWS)); break;
-        case SAMPLE:
-        case WHOLE: break;  // they are no split's
+        default: break;  // they are no split's, or a probe's
     }
     if (use == SCALE_ROWS || use == FACTOR_ROWS) lattice.n_rows = n_whole;
     if (use == SCALE_TAIL || use == FACTOR_TAIL) {
         lattice.first_row = n_whole;
         lattice.n_rows = tail ? 1 : 0;
         keep_below(lattice, tail);
+    }
+    return lattice;
+}
+
+SampleRows probe_rows(const SampleRows& thin) {
+    SampleRows rows = thin;
+    rows.step *= std::max<size_t>(thin.n_rows() / PROBE_ROWS, 1);
+    rows.width = std::min(thin.width, PROBE_COLUMNS);
+    return rows;
+}
+
+Places places_of(const SampleRows& probe, uint64_t n_columns, uint64_t n_words, bool has_column_scale) {
+    Places places;
+    std::vector<std::pair<uint64_t, uint64_t>> runs;  // of columns, first and last
+    for (size_t i = 0; i < probe.n_rows(); i++) {
+        const uint64_t first = probe.first(i), last = first + probe.width - 1;
+        const uint64_t row = first / n_columns, last_row = last / n_columns;
+        append(places.rows, row, last_row);
+        if (last_row > row) {
+            runs.emplace_back(0, last_row > row + 1 ? n_columns - 1 : last % n_columns);
+            runs.emplace_back(first % n_columns, n_columns - 1);
+        } else {
+            runs.emplace_back(first % n_columns, last % n_columns);
+        }
+    }
+    std::sort(runs.begin(), runs.end());
+    for (const auto& run : runs) append(places.columns, run.first, run.second);
+    std::vector<uint64_t> fitted, all;
+    const Lattice measured = lattice_of(FACTOR_COLUMNS, n_columns, n_words);
+    for (uint64_t i = 0; has_column_scale && i < measured.n_rows; i++) fitted.push_back(measured.row(i));
+    std::set_union(places.rows.begin(), places.rows.end(), fitted.begin(), fitted.end(), std::back_inserter(all));
+    places.rows.swap(all);
+    return places;
+}
+
+Lattice probed_lattice(LatticeUse use, const Places& places, uint64_t n_columns, uint64_t n_words) {
+    Lattice lattice = lattice_of(use == PROBED_ROWS ? FACTOR_ROWS : FACTOR_COLUMNS, n_columns, n_words);
+    lattice.use = use;
+    if (use == PROBED_ROWS) {
+        lattice.some_rows = places.rows;
+        if (lattice.some_rows.back() == n_words / n_columns) lattice.some_rows.pop_back();  // the tail has its own
+        lattice.n_rows = lattice.some_rows.size();
+    } else {
+        lattice.starts = places.columns;
+        lattice.length = 1;
     }
     return lattice;
 }
@@ -160,9 +217,10 @@ std::vector<std::pair<uint64_t, bool>> splits(const PlanRequest& request) {
 
 }  // namespace planning
 
-bool find_lattice(const PlanRequest& request, uint64_t use, uint64_t n_columns, bool has_means, Lattice& lattice) {
+bool find_lattice(const PlanRequest& request, uint64_t number, uint64_t n_columns, bool has_means, Lattice& lattice) {
     using namespace planning;
-    if (!request.n_words || use > FACTOR_COLUMNS) return false;
+    if (!request.n_words || number >= N_LATTICE_USES) return false;
+    const LatticeUse use = LatticeUse(number);
     const auto cuts = request.kind.is_float ? splits(request) : std::vector<std::pair<uint64_t, bool>>();
     if (use == SAMPLE) {
         lattice = sample_lattice(request.n_words);
@@ -171,33 +229,36 @@ bool find_lattice(const PlanRequest& request, uint64_t use, uint64_t n_columns, 
     } else {
         const auto is_cut = [=](const std::pair<uint64_t, bool>& cut) { return cut.first == n_columns; };
         const auto cut = std::find_if(cuts.begin(), cuts.end(), is_cut);
-        const bool is_column = use == SCALE_COLUMNS || use == FACTOR_COLUMNS;
-        const bool is_factor = use == FACTOR_ROWS || use == FACTOR_TAIL || use == FACTOR_COLUMNS;
-        if (cut == cuts.end() || (is_column && !cut->second) || (is_factor && !request.has_reference)) return false;
-        lattice = lattice_of(LatticeUse(use), n_columns, request.n_words);
+        if (cut == cuts.end() || (is_columns(use) && !cut->second) || (is_factors(use) && !request.has_reference)) return false;
+        if (use == PROBED_ROWS || use == PROBED_COLUMNS) {
+            const Lattice sample = sample_lattice(request.n_words);
+            const SampleRows probe = probe_rows(thin_rows(sample.some_rows, size_t(sample.length)));
+            lattice = probed_lattice(use, places_of(probe, n_columns, request.n_words, cut->second), n_columns, request.n_words);
+        } else {
+            lattice = lattice_of(use, n_columns, request.n_words);
+        }
     }
     lattice.has_reference = lattice.has_reference && request.has_reference;
     lattice.is_means = has_means && (use == SCALE_ROWS || use == SCALE_TAIL);
     return lattice.n_words() > 0;
 }
 
-std::vector<Lattice> lattices_of(const PlanRequest& request, bool has_means) {
+std::vector<Lattice> lattices_of(const PlanRequest& request) {
     using namespace planning;
     std::vector<Lattice> found;
-    uint64_t n_bytes = 0;
+    uint64_t n_words = 0;
+    const uint64_t n_each = request.has_reference ? 2 : 1;
     const auto take = [&](LatticeUse use, uint64_t n_columns) {
         Lattice lattice;
-        if (!find_lattice(request, use, n_columns, has_means, lattice)) return;
-        n_bytes += lattice.n_bytes(request.kind.word_bits) * (lattice.has_reference ? 2 : 1);
+        if (!find_lattice(request, use, n_columns, false, lattice)) return;
+        n_words += lattice.n_words() * (lattice.has_reference ? 2 : 1);
         found.push_back(std::move(lattice));
     };
     take(SAMPLE, 1);
     for (const auto& cut : splits(request))
-        for (const LatticeUse use : {SPLIT, SCALE_ROWS, SCALE_TAIL, SCALE_COLUMNS, FACTOR_ROWS, FACTOR_TAIL, FACTOR_COLUMNS})
-            take(use, cut.first);
+        for (const LatticeUse use : {SPLIT, PROBED_ROWS, PROBED_COLUMNS, FACTOR_TAIL}) take(use, cut.first);
     // Words stand in several lattices, and in the sample; all of the frame may be less than these.
-    const uint64_t all = request.n_words * (request.kind.word_bits / 8) * (request.has_reference ? 2 : 1);
-    if (request.n_words / ROW <= LEAST_SAMPLE_ROWS || n_bytes >= all) {
+    if (request.n_words / ROW <= LEAST_SAMPLE_ROWS || n_words >= request.n_words * n_each) {
         found.clear();
         take(WHOLE, 0);
     }

@@ -264,13 +264,8 @@ PyObject* list_of(size_t n, Make make) {
     return results;
 }
 
-// The requests of a list, and how many threads.
 template <class RequestOf>
-std::vector<PlanRequest> requests_of(PyObject* args, Views& views, size_t& n_threads, RequestOf request_of_item) {
-    PyObject* list;
-    Py_ssize_t given;
-    if (!PyArg_ParseTuple(args, "O!n", &PyList_Type, &list, &given)) throw PythonError();
-    n_threads = size_t(given < 1 ? 1 : given);
+std::vector<PlanRequest> requests_of(PyObject* list, Views& views, RequestOf request_of_item) {
     std::vector<PlanRequest> requests;
     for (Py_ssize_t i = 0; i < PyList_Size(list); i++) requests.push_back(request_of_item(PyList_GetItem(list, i), views));
     return requests;
@@ -279,15 +274,18 @@ std::vector<PlanRequest> requests_of(PyObject* args, Views& views, size_t& n_thr
 template <class RequestOf>
 PyObject* planned(PyObject* args, RequestOf request_of_item) {
     return answered([&]() {
+        PyObject* list;
+        Py_ssize_t n_threads;
+        if (!PyArg_ParseTuple(args, "O!n", &PyList_Type, &list, &n_threads)) throw PythonError();
         Views views;
-        size_t n_threads;
-        const std::vector<PlanRequest> requests = requests_of(args, views, n_threads, request_of_item);
+        const std::vector<PlanRequest> requests = requests_of(list, views, request_of_item);
         std::vector<PlanResult> plans;
-        unlocked([&]() { plan_frames(requests, n_threads, plans); });
+        unlocked([&]() { plan_frames(requests, size_t(n_threads < 1 ? 1 : n_threads), plans); });
         return list_of(plans.size(), [&](size_t i) { return tuple_of(plans[i]); });
     });
 }
 
+// Its use, rows, columns, n_columns, whether the reference is read, whether means are.
 inline PyObject* tuple_of(const Lattice& lattice) {
     std::vector<uint64_t> rows(lattice.n_rows), columns;
     for (uint64_t i = 0; i < lattice.n_rows; i++) rows[i] = lattice.row(i);
@@ -296,6 +294,10 @@ inline PyObject* tuple_of(const Lattice& lattice) {
     return Py_BuildValue("(INNKNN)", unsigned(lattice.use), bytes_of(rows), bytes_of(columns),
                          (unsigned long long)lattice.n_columns, PyBool_FromLong(lattice.has_reference),
                          PyBool_FromLong(lattice.is_means));
+}
+
+inline PyObject* list_of(const std::vector<Lattice>& lattices) {
+    return list_of(lattices.size(), [&](size_t i) { return tuple_of(lattices[i]); });
 }
 
 }  // namespace plan_requests
@@ -312,32 +314,32 @@ inline PyObject* plan_gathered(PyObject*, PyObject* args) {
     return planned(args, gathered_of);
 }
 
-// The same -> for each a word to be counted, or None.
-inline PyObject* commonest_words(PyObject*, PyObject* args) {
+// The same, whether means are gathered, threads -> for each lattices that are wanted too, and a word to be counted or None.
+inline PyObject* plan_wants(PyObject*, PyObject* args) {
     using namespace plan_requests;
     return answered([&]() {
+        PyObject* list;
+        int has_means;
+        Py_ssize_t n_threads;
+        if (!PyArg_ParseTuple(args, "O!pn", &PyList_Type, &list, &has_means, &n_threads)) throw PythonError();
         Views views;
-        size_t n_threads;
-        const std::vector<PlanRequest> requests = requests_of(args, views, n_threads, gathered_of);
-        std::vector<std::optional<uint64_t>> words;
-        unlocked([&]() { commonest_words(requests, n_threads, words); });
-        return list_of(words.size(), [&](size_t i) -> PyObject* {
-            return words[i] ? PyLong_FromUnsignedLongLong(*words[i]) : Py_BuildValue("");
+        const std::vector<PlanRequest> requests = requests_of(list, views, gathered_of);
+        std::vector<Wants> wants;
+        unlocked([&]() { wants_of(requests, has_means != 0, size_t(n_threads < 1 ? 1 : n_threads), wants); });
+        return list_of(wants.size(), [&](size_t i) -> PyObject* {
+            PyObject* more = list_of(wants[i].lattices);
+            if (!wants[i].commonest) return Py_BuildValue("(NO)", more, Py_None);
+            return Py_BuildValue("(NK)", more, (unsigned long long)*wants[i].commonest);
         });
     });
 }
 
-// (numbers and shape, facts), whether means are gathered -> of each lattice its use, rows, columns, n_columns, whether the
-// reference is read, and whether means are.
-inline PyObject* lattices(PyObject*, PyObject* args) {
+// (numbers and shape, facts) -> the lattices of every such frame.
+inline PyObject* lattices(PyObject*, PyObject* given) {
     using namespace plan_requests;
     return answered([&]() {
-        PyObject* given;
-        int has_means;
-        if (!PyArg_ParseTuple(args, "O!p", &PyTuple_Type, &given, &has_means)) throw PythonError();
         Views views;
-        const std::vector<Lattice> found = lattices_of(facts_of(given, views), has_means != 0);
-        return list_of(found.size(), [&](size_t i) { return tuple_of(found[i]); });
+        return list_of(lattices_of(facts_of(given, views)));
     });
 }
 

@@ -99,8 +99,20 @@ void in_parts(const Frame&, uint64_t n_all, uint64_t n_each, const std::function
 
 std::vector<std::pair<uint64_t, bool>> splits(const PlanRequest&);  // columns, whether columns get a scale
 Lattice sample_lattice(uint64_t n_words);
-// What a split's lattice of some use is made of; there may be no words in it.
+SampleRows thin_rows(const std::vector<uint64_t>& firsts, size_t width);
+// What a split's lattice of some use is made of; there may be no words in it. Those of a probe are made by probed_lattice.
 Lattice lattice_of(LatticeUse, uint64_t n_columns, uint64_t n_words);
+// Of the thin sample the words on which factors are tried.
+SampleRows probe_rows(const SampleRows& thin);
+
+// Rows and columns of a split, ascending: those that a probe's words stand in, and rows that columns are measured on.
+struct Places {
+    std::vector<uint64_t> rows, columns;
+};
+
+Places places_of(const SampleRows& probe, uint64_t n_columns, uint64_t n_words, bool has_column_scale);
+// What is read to measure the factors of these alone.
+Lattice probed_lattice(LatticeUse, const Places&, uint64_t n_columns, uint64_t n_words);
 
 template <class Count>
 double entropy_bits(const Count* counts, size_t n) {
@@ -130,8 +142,12 @@ std::pair<size_t, size_t> densest(const uint32_t* counts, size_t n, size_t wides
 
 // rival: bits per word that another prediction costs.
 Choice full_choice(Frame&, double rival);
+// The splits of which full_choice would fit scales; where there are none, bits: of its choice.
+std::vector<std::pair<uint64_t, bool>> promising_splits(Frame&, double rival, double& bits);
 Choice delta_choice(Frame&, bool has_reference);
 bool scaled_delta_choice(Frame&, Choice&);  // false: there is none
+// The columns of the split of which scaled_delta_choice would fit all factors, 0: of none.
+uint64_t promising_factors(Frame&);
 
 }  // namespace planning
 }  // namespace tricomp
