@@ -30,6 +30,30 @@ def top_bit(b_x, W: tl.constexpr):
 
 
 @triton.jit
+def top_bits(b_x, W: tl.constexpr):
+    """The word's bits at the top of a uint32; of 64 bits the upper ones."""
+    if W == 64:
+        return (b_x >> 32).to(tl.uint32)
+    else:
+        return b_x << (32 - W)
+
+
+@triton.jit
+def in_order(b_x, W: tl.constexpr, IS_FLOAT: tl.constexpr, IS_SIGNED: tl.constexpr):
+    """Words at the top of uint32 or uint64, such that differences modulo its width are those of `ordered`."""
+    if W < 32:
+        b_x = b_x << (32 - W)
+    if IS_FLOAT and IS_SIGNED:
+        if W == 64:
+            b_fill = (b_x.to(tl.int64, bitcast=True) >> 63).to(tl.uint64, bitcast=True)
+            b_x = b_x ^ (b_fill & tl.full((), (1 << 63) - 1, tl.uint64))
+        else:
+            b_fill = (b_x.to(tl.int32, bitcast=True) >> 31).to(tl.uint32, bitcast=True)
+            b_x = b_x ^ (b_fill & ((1 << 31) - (1 << (32 - W))))
+    return b_x
+
+
+@triton.jit
 def ordered(b_x, W: tl.constexpr, IS_FLOAT: tl.constexpr, IS_SIGNED: tl.constexpr):
     """The order-preserving integer view of words."""
     if IS_SIGNED:

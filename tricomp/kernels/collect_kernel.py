@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from tricomp.kernels.lanes import word_at
-from tricomp.kernels.pack import unpack_row
 
 
 @triton.jit
@@ -50,8 +49,9 @@ def copy_kernel(p_sections, p_out, n_each, BLOCK: tl.constexpr):
 def patch_kernel(p_patches, p_out, W: tl.constexpr):
     """Spell out the patches of chunks: their positions, then their words, then zeros up to a multiple of 16 bytes.
 
-    p_patches: int64[n, 6]: address of the chunk's words, their number, address of the flags, patches (0: nothing to
-    do), byte of the output, and its W, which picks the launch that does it. p_out: uint8[...].
+    p_patches: int64[n, 6]: address of the chunk's words, their number, address of the flags (for each lane, 16 bits for
+    four rows), patches (0: nothing to do), byte of the output, and its W, which picks the launch that does it. p_out:
+    uint8[...].
     """
     p_patch = p_patches + 6 * tl.program_id(0).to(tl.int64)
     p_words = tl.load(p_patch)
@@ -64,7 +64,9 @@ def patch_kernel(p_patches, p_out, W: tl.constexpr):
         n_done = tl.full((), 0, tl.int64)
         q = tl.full((), 0, tl.int32)
         while q < (n_words + 127) // 128:
-            b_0, b_1, b_2, b_3 = unpack_row(p_flags, q, o_lane < 32, o_lane, 1)
+            p_four = (p_flags + 2 * (32 * (q // 4) + o_lane).to(tl.int64)).to(tl.pointer_type(tl.uint16))
+            b_four = tl.load(p_four).to(tl.uint32) >> (4 * (q % 4)).to(tl.uint32)
+            b_0, b_1, b_2, b_3 = b_four & 1, (b_four >> 1) & 1, (b_four >> 2) & 1, (b_four >> 3) & 1
             b_count = (b_0 + b_1 + b_2 + b_3).to(tl.int32)
             n_row = tl.sum(b_count, axis=0)
             if n_row > 0:

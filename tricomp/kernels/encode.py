@@ -18,7 +18,7 @@ from tricomp.dtypes import DType
 from tricomp.job import Side
 from tricomp.kernels.collect_kernel import copy_kernel, patch_kernel
 from tricomp.kernels.device import Device, Upload
-from tricomp.kernels.encode_kernel import encode_kernel, plane_kernel
+from tricomp.kernels.encode_kernel import LONGEST_ROW, encode_kernel, plane_kernel
 from tricomp.kernels.frame import (
     ALIGN,
     DIRECTORY_FIELDS,
@@ -30,17 +30,18 @@ from tricomp.kernels.frame import (
     ROW,
     STATE_BYTES,
     Field,
+    Flow,
     Kind,
     Result,
     aligned,
+    flow_of,
     kind_of,
-    length_bits,
     longest_remainder,
     numbers_of,
     packed_bytes,
     stack_word_bits,
 )
-from tricomp.kernels.tables import encoder_entries, index_places
+from tricomp.kernels.tables import encoder_entries, entry_lengths, index_places
 from tricomp.plan import Plan
 
 SCRATCH_BYTES = 1 << 30  # of streams that wait to be put together, at most, unless one chunk needs more
@@ -151,6 +152,7 @@ class _Frame:
 
     def __init__(self, job: DeviceJob, upload: Upload) -> None:
         plan, side = job.plan, job.side
+        assert plan.n_columns < LONGEST_ROW.value or not plan.has_column_scale, "such columns cost more than they save"
         self.job, self.upload = job, upload
         self.kind = kind_of(plan, job.reference is not None, job.source)
         self.layout = _layout_of(plan, side)
@@ -160,11 +162,10 @@ class _Frame:
         numbers[Field.REFERENCE] = 0 if job.reference is None else job.reference.data_ptr()
         self.tables = _upload_side(plan, side, upload)
         numbers.update(self.layout.places)
-        if plan.entropy != "none":
-            numbers[Field.LENGTHS] = sum(bits << 8 * i for i, bits in enumerate(length_bits(plan, side)))
         self.numbers = numbers
         self.plane_tables = {
-            plane: upload.put(encoder_entries(side.plane_tables[plane])) for plane in self.layout.plane_streams
+            plane: upload.put(encoder_entries(side.plane_tables[plane]).reshape(-1))
+            for plane in self.layout.plane_streams
         }
 
     def row(self, scratch: int, first_chunk: int) -> list[int]:
@@ -181,9 +182,10 @@ def _signed(number: int) -> int:
 def _upload_side(plan: Plan, side: Side, upload: Upload) -> dict[int, int]:
     places: dict[int, int] = {}
     if side.tables is not None:
-        places[Field.TABLE] = upload.put(encoder_entries(side.tables))
+        places[Field.TABLE] = upload.put(_zero_last(encoder_entries(side.tables), entry_lengths(plan, side)))
     if plan.entropy == "index":
-        places[Field.PLACES] = upload.put(index_places(side.dictionary, plan.n_symbols))
+        entries = index_places(side.dictionary, plan.n_symbols)[None]
+        places[Field.PLACES] = upload.put(_zero_last(entries, entry_lengths(plan, side)))
     if plan.predict == "palette":
         places[Field.LIST] = upload.put(side.palette)
     if plan.is_scaled:
@@ -191,6 +193,11 @@ def _upload_side(plan: Plan, side: Side, upload: Upload) -> dict[int, int]:
         if side.scales.columns is not None:
             places[Field.COLUMNS] = upload.put(side.scales.columns)
     return places
+
+
+def _zero_last(entries: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Entries, then lengths, octet by octet; each context's of symbol 0 at its end, so that no place is below 0."""
+    return np.concatenate([np.roll(part, -1, axis=1).reshape(-1).view(np.uint8) for part in (entries, lengths)])
 
 
 def _layout_of(plan: Plan, side: Side) -> _Layout:
@@ -219,10 +226,10 @@ def _layout_of(plan: Plan, side: Side) -> _Layout:
         places[Field.STATES], places[Field.SYMBOLS_END] = stream(plan.prob_bits, STATE_BYTES)
     elif plan.entropy == "index":
         places[Field.SYMBOLS_END] = take(packed_bytes(n_padded, plan.index_bits))
-    for plane, width in enumerate(plan.plane_widths):
-        places[Field.PLANE + plane] = take(packed_bytes(n_padded, width))
-        if plane in side.plane_tables:
-            streams[plane] = stream(plan.prob_bits, STATE_BYTES)
+    for plane in range(len(plan.plane_widths)):  # one after the other, at equal distances
+        places[Field.PLANE + plane] = take(n_padded)
+    for plane in side.plane_tables:
+        streams[plane] = stream(plan.prob_bits, STATE_BYTES)
     if plan.remainder == "stack":
         if plan.has_block_shifts:
             places[Field.SHIFTS] = take(n_padded // ROW)
@@ -272,7 +279,7 @@ def _round(
     results = device.zeros((len(told), int(Result.N)), torch.int32)
     tables = Upload(device)
     rows = np.zeros((len(members), int(Field.N)), np.int64)
-    work: dict[tuple[Kind, bool], list[tuple[int, int, int, int]]] = {}
+    work: dict[tuple[Kind, Flow], list[tuple[int, int, int, int]]] = {}
     planes: dict[tuple[int, int], list[tuple[int, ...]]] = {}
     at, n_before = scratch.data_ptr(), 0
     known = []
@@ -283,7 +290,8 @@ def _round(
         at += n * one.layout.n_bytes
         if one.job.plan.predict != "raw":
             for is_whole, start, count in _parts(one.job, first, n, device.chunks_a_program):
-                work.setdefault((one.kind, is_whole), []).append((i, start, count, n_before + start - first))
+                key = one.kind, flow_of(one.job.plan, is_whole)
+                work.setdefault(key, []).append((i, start, count, n_before + start - first))
                 for plane, (states, end) in one.layout.plane_streams.items():
                     width = one.job.plan.plane_widths[plane]
                     begin_of = one.layout.places[Field.PLANE + plane]
@@ -296,7 +304,7 @@ def _round(
     plane_launches = [(key, tables.put(np.array(part, np.int64)), len(part)) for key, part in planes.items()]
     sizes = tables.put(np.concatenate(known))
     tables.send()
-    for (kind, is_whole), place, n_programs in launches:
+    for (kind, flow), place, n_programs in launches:
         device.launch(
             encode_kernel,
             (n_programs,),
@@ -304,7 +312,7 @@ def _round(
             tables.view(frame_table, torch.int64),
             results,
             **kind.constants(),
-            IS_WHOLE=int(is_whole),
+            **flow.constants(),
             C=device.chunks_a_program,
         )
     for (width, prob_bits), place, n_programs in plane_launches:

@@ -11,35 +11,37 @@ import triton.language as tl
 
 from tricomp.kernels.lanes import ballot, population
 
-# Fields of the upper half of an encoder's entry, see tables.py: complement, bias, shift.
+# Fields of the upper half of an encoder's entry, see tables.py: complement, shift, patch, bias.
 COMPLEMENT_MASK = tl.constexpr((1 << 11) - 1)
-BIAS_BEGIN = tl.constexpr(11)
-BIAS_MASK = tl.constexpr((1 << 12) - 1)
-SHIFT_BEGIN = tl.constexpr(23)
-SHIFT_MASK = tl.constexpr((1 << 4) - 1)
+SHIFT_BEGIN = tl.constexpr(11)
+SHIFT_MASK = tl.constexpr((1 << 5) - 1)
+PATCH_MASK = tl.constexpr(1 << 16)
+BIAS_BEGIN = tl.constexpr(20)
 
 
 @triton.jit
-def rans_push(b_state, b_entry, p_words, o_next, m_lane, b_bit, P: tl.constexpr, C: tl.constexpr):
+def rans_push(b_state, b_entry, p_words, o_next, m_lane, b_bit, P: tl.constexpr, C: tl.constexpr, ALL: tl.constexpr):
     """Encode one symbol a lane. b_entry: uint64, of its symbol. p_words: int64 address of u16, filled downwards.
 
-    o_next: int32, one past where the last of the next words goes. Returns states and o_next.
+    o_next: int32, one past where the last of the next words goes. ALL: every lane takes part, whatever m_lane says.
+    Returns states and o_next.
     """
     b_fields = (b_entry >> 32).to(tl.uint32)
     b_complement = b_fields & COMPLEMENT_MASK
-    b_bias = (b_fields >> BIAS_BEGIN) & BIAS_MASK
     b_shift = (b_fields >> SHIFT_BEGIN) & SHIFT_MASK
-    m_full = m_lane & ((b_state >> (31 - P)) + b_complement >= (1 << P))
+    m_full = (b_state >> (31 - P)) + b_complement >= (1 << P)
+    if not ALL:
+        m_full = m_full & m_lane
     b_full = ballot(m_full, b_bit, C)
-    o_next -= population(b_full)
-    o_word = o_next + population(b_full & (b_bit - 1))
+    o_word = o_next - population(b_full & (0 - b_bit))  # those of this lane and of the lanes above it are still to come
     p_word = (p_words + 2 * o_word.to(tl.int64)).to(tl.pointer_type(tl.uint16))
     tl.store(p_word, (b_state & 0xFFFF).to(tl.uint16), mask=m_full)
     b_state = tl.where(m_full, b_state >> 16, b_state)
-    b_reciprocal = b_entry & 0xFFFFFFFF
-    b_quotient = ((b_state.to(tl.uint64) * b_reciprocal) >> 32).to(tl.uint32) >> b_shift
-    b_pushed = b_state + b_quotient * b_complement + b_bias
-    return tl.where(m_lane, b_pushed, b_state), o_next
+    b_quotient = tl.umulhi(b_state, (b_entry & 0xFFFFFFFF).to(tl.uint32)) >> b_shift
+    b_pushed = b_state + (b_fields >> BIAS_BEGIN) + b_quotient * b_complement
+    if not ALL:
+        b_pushed = tl.where(m_lane, b_pushed, b_state)
+    return b_pushed, o_next - population(b_full)
 
 
 @triton.jit

@@ -181,6 +181,28 @@ def kind_of(plan: Plan, has_reference: bool, source: DType | None) -> Kind:
     )
 
 
+@dataclass(frozen=True)
+class Flow:
+    """What else is constant in an encoder, without which its loop would ask at every row.
+
+    IS_WHOLE: all chunks of a program are full, and their words aligned. BY_FOUR: rows of the split hold a multiple of
+    four words. HAS_SHIFT: planes leave out bits at the bottom.
+    """
+
+    IS_WHOLE: bool
+    BY_FOUR: bool
+    HAS_SHIFT: bool
+
+    def constants(self) -> dict[str, int]:
+        """By name, as launches take them."""
+        return {name: int(value) for name, value in self.__dict__.items()}
+
+
+def flow_of(plan: Plan, is_whole: bool) -> Flow:
+    """The flow of an encoder. Without a split, rows are long enough."""
+    return Flow(is_whole, plan.n_columns % 4 == 0, plan.shift > 0)
+
+
 def numbers_of(plan: Plan) -> dict[Field, int]:
     """What the plan alone tells of a frame's row."""
     return {

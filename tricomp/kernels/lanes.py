@@ -146,7 +146,7 @@ def forward(b_row, b_column, n_rows, n_more, n_columns):
     """Row and column of a split after some positions more, which are n_rows whole rows and n_more columns."""
     b_column += n_more
     m_past = b_column >= n_columns
-    return b_row + n_rows + m_past.to(tl.int64), tl.where(m_past, b_column - n_columns, b_column)
+    return b_row + n_rows + m_past.to(b_row.dtype), tl.where(m_past, b_column - n_columns, b_column)
 
 
 @triton.jit
@@ -154,4 +154,4 @@ def backward(b_row, b_column, n_rows, n_less, n_columns):
     """Inverse of `forward`."""
     b_column -= n_less
     m_before = b_column < 0
-    return b_row - n_rows - m_before.to(tl.int64), tl.where(m_before, b_column + n_columns, b_column)
+    return b_row - n_rows - m_before.to(b_row.dtype), tl.where(m_before, b_column + n_columns, b_column)

@@ -27,15 +27,14 @@ def stack_push(
 ):
     """Push one value of b_length bits (int32, up to B) a lane. b_held: int32, bits held, below B.
 
-    p_words: int64 address of words of B bits, filled downwards; o_next: int32, one past the next. Returns b_hold,
-    b_held, o_next. Where m_lane is not set, b_length and b_value must be 0.
+    Above those, b_hold has bits that were stored before. p_words: int64 address of words of B bits, filled downwards;
+    o_next: int32, one past the next. Returns b_hold, b_held, o_next. Lanes that hold back push 0 bits.
     """
     b_hold = (b_hold << b_length.to(b_hold.dtype)) | b_value.to(b_hold.dtype)
     b_held += b_length
     m_full = b_held >= B
     b_full = ballot(m_full, b_bit, C)
-    o_next -= population(b_full)
-    o_word = o_next + population(b_full & (b_bit - 1))
+    o_word = o_next - population(b_full & (0 - b_bit))  # those of this lane and of the lanes above it are still to come
     b_held &= B - 1
     b_above = b_hold >> b_held.to(b_hold.dtype)
     if B == 16:
@@ -44,8 +43,7 @@ def stack_push(
     else:
         p_word = (p_words + 4 * o_word.to(tl.int64)).to(tl.pointer_type(tl.uint32))
         tl.store(p_word, b_above.to(tl.uint32), mask=m_full)
-    b_one = tl.full((), 1, b_hold.dtype)
-    return b_hold & ((b_one << b_held.to(b_hold.dtype)) - 1), b_held, o_next
+    return b_hold, b_held, o_next - population(b_full)
 
 
 @triton.jit
@@ -71,30 +69,33 @@ def stack_pop(b_hold, b_held, b_length, p_words, o_next, b_bit, B: tl.constexpr,
 
 @triton.jit
 def joined_row(b_0, b_1, b_2, b_3, WIDTH: tl.constexpr):
-    """A lane's four values of a row side by side; uint32."""
-    return b_0 | (b_1 << WIDTH) | (b_2 << (2 * WIDTH)) | (b_3 << (3 * WIDTH))
+    """A lane's four values of a row side by side; uint32. Added: a shift and an addition are one instruction."""
+    return b_0 + (b_1 << WIDTH) + (b_2 << (2 * WIDTH)) + (b_3 << (3 * WIDTH))
 
 
 @triton.jit
 def pack_row(b_hold, b_row, p_words, q, m_row, o_lane, WIDTH: tl.constexpr):
-    """Pack row q of four values of WIDTH bits a lane, rows descending. b_hold: uint64, bits that wait for a word.
+    """Pack row q of four values of WIDTH bits a lane, rows descending. b_hold: see `hold_of_rows`; pushed last.
 
     p_words: int64 address of u32. m_row: whether the row is one of the chunk's. Returns b_hold. A word is stored with
-    the row that holds its lowest bit.
+    the row that holds its lowest bit; b_hold goes on with bits that were stored, and they leave it at its top.
     """
     if WIDTH == 8:
-        p_word = (p_words + 4 * (32 * q + o_lane).to(tl.int64)).to(tl.pointer_type(tl.uint32))
-        tl.store(p_word, b_row, mask=m_row)
+        p_word = (p_words + 4 * o_lane.to(tl.int64)) + 128 * q
+        tl.store(p_word.to(tl.pointer_type(tl.uint32)), b_row, mask=m_row)
+    elif 8 % WIDTH == 0:
+        N_ROWS: tl.constexpr = 8 // WIDTH
+        b_hold = (b_hold << (4 * WIDTH)) + b_row
+        if q % N_ROWS == 0:
+            p_word = (p_words + 4 * o_lane.to(tl.int64)) + 128 * (q // N_ROWS)
+            tl.store(p_word.to(tl.pointer_type(tl.uint32)), b_hold, mask=m_row)
     else:
         b_hold = (b_hold << (4 * WIDTH)) | b_row.to(tl.uint64)
-        n_below = 4 * WIDTH * q  # bits of the rows below this one
-        j = (n_below + 31) // 32
-        n_kept = 32 * j - n_below
-        p_word = (p_words + 4 * (32 * j + o_lane).to(tl.int64)).to(tl.pointer_type(tl.uint32))
-        b_word = ((b_hold >> n_kept.to(tl.uint64)) & 0xFFFFFFFF).to(tl.uint32)
-        tl.store(p_word, b_word, mask=m_row & (n_kept < 4 * WIDTH))
+        n_kept = (-4 * WIDTH * q) & 31
         if n_kept < 4 * WIDTH:
-            b_hold = b_hold & ((tl.full((), 1, tl.uint64) << n_kept.to(tl.uint64)) - 1)
+            p_word = (p_words + 4 * o_lane.to(tl.int64)) + 128 * ((4 * WIDTH * q + 31) // 32)
+            b_word = ((b_hold >> n_kept.to(tl.uint64)) & 0xFFFFFFFF).to(tl.uint32)
+            tl.store(p_word.to(tl.pointer_type(tl.uint32)), b_word, mask=m_row)
     return b_hold
 
 
@@ -117,6 +118,12 @@ def append_row(b_hold, b_row, p_words, q, m_row, o_lane, WIDTH: tl.constexpr):
         if n_below + 4 * WIDTH >= 32:
             b_hold = b_hold >> 32
     return b_hold
+
+
+@triton.jit
+def hold_of_rows(WIDTH: tl.constexpr, C: tl.constexpr):
+    """Nothing yet, for `pack_row`: uint64 where words of 32 bits end within rows, else uint32. [C * 32]"""
+    return tl.zeros((C * 32,), tl.uint32 if 8 % WIDTH == 0 else tl.uint64)
 
 
 @triton.jit

@@ -1,8 +1,9 @@
 """Prediction stage in registers: a word to (symbol, remainder) and back, its context, the scaled reference.
 
-Imports triton and bits. Mirrors `tricomp.reference.predict`; integers only. A symbol is an int32; n_symbols stands for
-a word that does not fit, whose entry is that of a patch, see tables.py. The hard thing: k, the base and the like are
-numbers of the frame, not of the kernel, so that one kernel serves all frames of a kind.
+Imports triton and bits. Mirrors `tricomp.reference.predict`. A symbol is an int32; n_symbols stands for a word that
+does not fit, whose entry is that of a patch, see tables.py. No float decides: those here are integers whose conversion
+is exact. The hard thing: k, the base and the like are numbers of the frame, not of the kernel, so that one kernel
+serves all frames of a kind.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import triton.language as tl
 from tricomp.kernels.bits import (
     bit_length,
     exponent,
+    in_order,
     low_bits,
     magnitude,
     negated,
     ordered,
     top_bit,
+    top_bits,
     unordered,
     word_mask,
 )
@@ -25,19 +28,23 @@ from tricomp.kernels.lanes import word_at
 
 
 @triton.jit
-def split_full(b_x, b_level, k, base, n_symbols, has_sign, W: tl.constexpr, M: tl.constexpr):
-    """Symbol, remainder (of the word's type) and its length. b_level: int32, R + C; the numbers are int32."""
+def split_full(b_x, b_level, k, base, n_symbols, has_sign, W: tl.constexpr, M: tl.constexpr, HAS_SCALES: tl.constexpr):
+    """A word's place among the entries of its context, uint32, and its remainder.
+
+    Entries are those of the symbols from 1 on, of a patch, and of symbol 0. b_level: int32, R + C; the numbers are
+    int32. The remainder of a patch means nothing, and so does that of symbol 0 where it has no bits.
+    """
     n_low = M - k
-    b_magnitude = magnitude(b_x, W, True, True)
-    b_high = (b_magnitude >> n_low.to(b_x.dtype)).to(tl.int32)
-    b_place = b_high - ((b_level >> 3) << k) - base
-    m_zero = b_x == 0
-    b_sign = top_bit(b_x, W)
-    m_fits = (b_place >= 0) & (b_place < n_symbols - 1) & ((b_sign == 0) | (has_sign != 0))
-    b_symbol = tl.where(m_zero, 0, tl.where(m_fits, b_place + 1, n_symbols))
-    b_kept = b_sign * has_sign.to(b_x.dtype)
-    b_remainder = (b_x & low_bits(n_low, b_x)) | (b_kept << n_low.to(b_x.dtype))
-    return b_symbol, b_remainder, tl.where(m_zero, 0, n_low + has_sign)
+    b_high = (magnitude(b_x, W, True, True) >> n_low.to(b_x.dtype)).to(tl.int32)
+    b_place = b_high - base
+    if HAS_SCALES:
+        b_place = b_place - (b_level >> 3) * (1 << k)
+    # A sign that is not coded makes the place too large, as an uint32, and so does a place below 0.
+    b_signs = top_bits(b_x, W) & tl.where(has_sign != 0, 0, 1 << 31).to(tl.uint32)
+    b_place = tl.minimum(b_place.to(tl.uint32, bitcast=True) | b_signs, (n_symbols - 1).to(tl.uint32))
+    b_place = tl.where(b_x == 0, n_symbols.to(tl.uint32), b_place)
+    b_down = b_x >> (W - 1 - n_low).to(b_x.dtype)  # the sign is where it belongs
+    return b_place, ((b_x ^ b_down) & low_bits(n_low, b_x)) ^ b_down
 
 
 @triton.jit
@@ -86,24 +93,34 @@ def split_delta(
     IS_FLOAT: tl.constexpr,
     IS_SIGNED: tl.constexpr,
 ):
-    """Symbol, remainder and its length. b_y: what the difference is taken from."""
-    b_change = ordered(b_x, W, IS_FLOAT, IS_SIGNED) - ordered(b_y, W, IS_FLOAT, IS_SIGNED) & word_mask(W)
-    b_sign = top_bit(b_change, W)
-    b_size = (b_change ^ negated(b_sign, W)) + b_sign & word_mask(W)
-    b_length = bit_length(b_size, W)
-    b_up = tl.maximum(k + 1 - b_length, 0).to(b_x.dtype)
-    b_down = tl.maximum(b_length - k - 1, 0).to(b_x.dtype)
-    b_lead = ((b_size << b_up) >> b_down).to(tl.int32) & ((1 << k) - 1)
-    b_code = (b_length << k) | b_lead
-    b_code = tl.where(has_sign != 0, b_code, (b_code << 1) | b_sign.to(tl.int32))
-    b_place = b_code - base
-    m_same = b_size == 0
-    m_fits = (b_place > 0) & (b_place < n_symbols)
-    b_symbol = tl.where(m_same, 0, tl.where(m_fits, b_place, n_symbols))
-    b_remainder = b_size & low_bits(b_down, b_x)
-    b_remainder = b_remainder | ((b_sign * has_sign.to(b_x.dtype)) << b_down)
-    b_width = tl.where(m_same, 0, b_down.to(tl.int32) + has_sign)
-    return b_symbol, tl.where(m_same, 0, b_remainder), b_width
+    """As `split_full`, of x - y in their order. b_y: what the difference is taken from.
+
+    Computed with at the top of 32 or 64 bits, where it wraps of itself. The size as a float has its length as the
+    exponent, and the bits below its leading one on top of the mantissa: symbol and k bits in one shift.
+    """
+    RAISED: tl.constexpr = 0 if W > 32 else 32 - W
+    b_change = in_order(b_x, W, IS_FLOAT, IS_SIGNED) - in_order(b_y, W, IS_FLOAT, IS_SIGNED)
+    if W == 64:
+        b_signed = b_change.to(tl.int64, bitcast=True)
+        b_negative = (b_signed >> 63).to(tl.uint64, bitcast=True)
+        b_size = tl.abs(b_signed).to(tl.uint64, bitcast=True)
+    else:
+        b_signed = b_change.to(tl.int32, bitcast=True)
+        b_negative = (b_signed >> 31).to(tl.uint32, bitcast=True)
+        b_size = tl.abs(b_signed).to(tl.uint32, bitcast=True)
+    b_exact = b_size
+    if W > 23:  # Below a leading one 7 bits stay, the next is cleared and takes what rounding carries.
+        b_exact = b_size & ((b_size >> 8) ^ tl.full((), -1, tl.int64).to(b_size.dtype))
+    b_float = b_exact.to(tl.float32).to(tl.int32, bitcast=True)
+    more = 1 - has_sign
+    b_code = (b_float >> (23 - k)) << more
+    b_place = b_code + (b_negative.to(tl.int32) & more) - (((126 + RAISED) << k << more) + base + 1)
+    b_place = tl.minimum(b_place.to(tl.uint32, bitcast=True), (n_symbols - 1).to(tl.uint32))
+    b_place = tl.where(b_size == 0, n_symbols.to(tl.uint32), b_place)
+    b_down = tl.maximum((b_float >> 23) - (127 + RAISED + k), 0)
+    b_one = tl.full((), 1, b_x.dtype) << b_down.to(b_x.dtype)
+    b_sign = b_one & b_negative & (0 - has_sign).to(b_x.dtype)
+    return b_place, ((b_size >> RAISED) & (b_one - 1)) | b_sign
 
 
 @triton.jit

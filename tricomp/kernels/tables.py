@@ -11,16 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from tricomp.job import Tables
+from tricomp.job import Side, Tables
+from tricomp.plan import Plan
 
 Array = np.ndarray[Any, Any]
 
-COMPLEMENT_BITS, BIAS_BITS = 11, 12  # mirrored in entropy.py
-PATCH_BIT = 63
+# Fields of an entry's upper half, mirrored in entropy.py; the complement to 2^prob_bits is at its bottom. The topmost
+# is added as it is shifted down, in one instruction, and so is the one above the complement used without a mask.
+SHIFT_BEGIN, PATCH_BIT, BIAS_BEGIN = 11, 16, 20
 
 
 def encoder_entries(tables: Tables) -> Array:
-    """uint64[n_contexts * (n_symbols + 1)]: reciprocal, 2^prob_bits - f << 32, bias << 43, shift << 55, patch << 63.
+    """uint64[n_contexts, n_symbols + 1]: reciprocal, and in the upper half the fields above.
 
     A symbol without frequency, and the one after the last, have the entry of their context's stand-in with the patch
     bit set.
@@ -35,11 +37,31 @@ def encoder_entries(tables: Tables) -> Array:
     reciprocal = np.where(is_one, (1 << 32) - 1, reciprocal)
     bias = starts + np.where(is_one, size - 1, 0)
     shift = np.maximum(log2 - 1, 0)
-    high = (size - f) | bias << COMPLEMENT_BITS | shift << (COMPLEMENT_BITS + BIAS_BITS)
+    high = (size - f) | shift << SHIFT_BEGIN | bias << BIAS_BEGIN
     entries = reciprocal.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)
-    stand_in = np.take_along_axis(entries, tables.favourites()[:, None], 1) | np.uint64(1 << PATCH_BIT)
+    stand_in = np.take_along_axis(entries, tables.favourites()[:, None], 1) | np.uint64(1 << 32 + PATCH_BIT)
     entries = np.where(freqs == 0, stand_in, entries)
-    return np.concatenate([entries, stand_in], axis=1).reshape(-1)
+    return np.concatenate([entries, stand_in], axis=1)
+
+
+def entry_lengths(plan: Plan, side: Side) -> Array:
+    """uint8[n_contexts, n_symbols + 1]: bits of the remainder that goes with each entry."""
+    symbols = np.arange(plan.n_symbols)
+    if plan.remainder != "stack":
+        lengths = np.zeros(plan.n_symbols, np.int64)
+    elif plan.predict == "full":
+        lengths = np.full(plan.n_symbols, plan.remainder_bits)
+    else:
+        code = symbols + plan.base
+        size = np.minimum((code if plan.has_sign else code >> 1) >> plan.mantissa_bits, plan.dtype.word_bits)
+        lengths = np.maximum(size - 1 - plan.mantissa_bits, 0) + plan.has_sign
+    lengths[:1] = 0
+    if side.tables is None:
+        is_coded, stand_ins = np.isin(symbols, side.dictionary)[None], side.dictionary[:1].astype(np.int64)
+    else:
+        is_coded, stand_ins = side.tables.freqs > 0, side.tables.favourites()
+    of_patches = lengths[stand_ins][:, None]
+    return np.concatenate([np.where(is_coded, lengths, of_patches), of_patches], axis=1).astype(np.uint8)
 
 
 def decoder_slots(tables: Tables) -> Array:

@@ -1,0 +1,166 @@
+"""The kernel variants that matter: what launches make of the plans that real state gets. Imports tricomp's ground.
+
+A variant is a kernel with its constants. These come from a Plan by way of `kernels.frame.kind_of`, as a launch takes
+them, and never by hand. The hard thing is which ones: all dtypes times all that a plan may say are thousands, so each
+way of predicting, coding and packing is here for the dtypes that training state has, and once for the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from tricomp import dtypes
+from tricomp.kernels.frame import Kind, flow_of, kind_of
+from tricomp.plan import Plan
+
+C = 8  # chunks a program, and warps that code them, as kernels.device has them
+WARPS = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """A plan that frames get. stream: the ratio benchmark's, whose size the bound takes; hot: its speed matters."""
+
+    name: str
+    plan: Plan
+    source: str = ""
+    is_hot: bool = False
+    stream: str = ""
+
+    @property
+    def kind(self) -> Kind:
+        source = dtypes.by_name(self.source) if self.source else None
+        return kind_of(self.plan, self.plan.reference != "none", source)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with its constants. case: the plan's, if it codes words; argument types as Triton writes them."""
+
+    name: str
+    module: str
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, int], ...]
+    is_hot: bool = False
+    case: Case | None = None
+
+    def function(self) -> Any:
+        """The kernel; imports triton."""
+        return getattr(import_module(f"tricomp.kernels.{self.module}"), self.kernel)
+
+
+def _plan(dtype: str, predict: str, **fields: Any) -> Plan:
+    return Plan(dtypes.by_name(dtype), 1 << 24, predict, **fields)
+
+
+def _full(dtype: str, **fields: Any) -> Plan:
+    return _plan(dtype, "full", **{"entropy": "rans", "n_symbols": 64, "remainder": "planes", **fields})
+
+
+def _delta(dtype: str, **fields: Any) -> Plan:
+    common = {"entropy": "rans", "n_symbols": 48, "remainder": "stack", "reference": "parent"}
+    return _plan(dtype, "delta", **{**common, **fields})
+
+
+def _scaled_delta(dtype: str, **fields: Any) -> Plan:
+    return replace(_delta(dtype, n_columns=4096, **fields), predict="scaled_delta")
+
+
+_SCALES = {"n_columns": 4096, "has_column_scale": True}
+_INDEX = {"entropy": "index", "n_contexts": 1}
+
+
+def _hot() -> Iterator[Case]:
+    """What nearly all bytes of a checkpoint are: weights and moments in bfloat16 and float32."""
+    for name, k in (("bfloat16", 1), ("float32", 2)):
+        w = f"w {name}"
+        yield Case(f"{name} full", _full(name), stream=w)
+        yield Case(f"{name} full, scales", _full(name, n_contexts=4, mantissa_bits=2, **_SCALES), stream=w)
+        yield Case(f"{name} delta", _delta(name, n_contexts=8, mantissa_bits=1), stream=f"{w}, 10 apart")
+        yield Case(f"{name} full, index 4", _full(name, **_INDEX, index_bits=4), stream=w)
+        yield Case(f"{name} delta, index 4", _delta(name, **_INDEX, index_bits=4), stream=f"{w}, 10 apart")
+        yield Case(f"{name} scaled delta", _scaled_delta(name, mantissa_bits=k, has_sign=False), stream="v, 10 apart")
+    yield Case("float32 full, 8 phases", _full("float32", n_contexts=8, has_sign=False, **_SCALES), stream="v")
+
+
+def _others() -> Iterator[Case]:
+    for name in ("float16", "float64", "float8_e4m3fn"):
+        k = min(2, dtypes.by_name(name).mantissa_bits)
+        yield Case(f"{name} full", _full(name, mantissa_bits=k))
+        yield Case(f"{name} full, scales", _full(name, mantissa_bits=k, n_contexts=4, **_SCALES))
+        yield Case(f"{name} full, index 4", _full(name, **_INDEX, mantissa_bits=k, index_bits=4))
+        yield Case(f"{name} delta", _delta(name, n_contexts=8))
+        yield Case(f"{name} delta, index 4", _delta(name, **_INDEX, index_bits=4))
+    for name in ("float16", "float64"):
+        yield Case(f"{name} scaled delta", _scaled_delta(name, n_contexts=4, has_column_scale=True))
+    for name in ("int8", "int16", "int32", "int64", "uint32"):
+        yield Case(f"{name} delta", _delta(name))
+        yield Case(f"{name} delta from 0", _delta(name, reference="none", has_sign=False))
+    for name in ("bfloat16", "float32"):
+        yield Case(f"{name} full, rows", _full(name, n_columns=4096, n_contexts=4, mantissa_bits=2))
+        yield Case(f"{name} full, stack", _full(name, remainder="stack"))
+        yield Case(f"{name} full, block shifts", _full(name, remainder="stack", has_block_shifts=True, mantissa_bits=2))
+        yield Case(f"{name} delta, block shifts", _delta(name, has_block_shifts=True, n_contexts=8))
+        yield Case(f"{name} delta, one context", _delta(name))
+        yield Case(f"{name} delta, index 2", _delta(name, **_INDEX, index_bits=2))
+        yield Case(f"{name} scaled delta, columns", _scaled_delta(name, n_contexts=8, has_column_scale=True))
+        yield Case(f"{name} scaled delta, index 4", _scaled_delta(name, **_INDEX, index_bits=4))
+    for bits in (2, 3, 7):
+        yield Case(f"bfloat16 full, index {bits}", _full("bfloat16", **_INDEX, index_bits=bits))
+    yield Case("float32 full, 2 planes", _full("float32", shift=8))
+    no_remainder = {"mantissa_bits": 3, "has_sign": False, "remainder": "none"}
+    yield Case("float8_e4m3fn full, all in the symbol", _full("float8_e4m3fn", **no_remainder))
+    for name in ("int8", "int64", "bfloat16"):
+        yield Case(f"{name} palette", _plan(name, "palette", entropy="rans", n_symbols=40))
+        yield Case(f"{name} palette, index 3", _plan(name, "palette", entropy="index", index_bits=3, n_symbols=8))
+    for name in ("int8", "bfloat16", "float32", "float64"):
+        yield Case(f"{name} sparse", _plan(name, "sparse", word=7))
+        yield Case(f"{name} sparse against the parent", _plan(name, "sparse", reference="parent"))
+    for source, name in (
+        ("float32", "bfloat16"), ("float32", "float16"), ("float64", "float32"), ("float64", "float16"),
+        ("float64", "bfloat16"), ("bfloat16", "float32"), ("float16", "float32"),
+    ):  # fmt: skip
+        yield Case(f"{name} cast from {source}", _plan(name, "cast", reference="sibling"), source=source)
+
+
+def cases() -> Iterator[Case]:
+    """All plans, hot ones first."""
+    yield from (replace(case, is_hot=True) for case in _hot())
+    yield from _others()
+
+
+def _encoders() -> Iterator[Variant]:
+    pointers = (("p_programs", "*i64"), ("p_frames", "*i64"), ("p_results", "*i32"))
+    for case in cases():
+        for is_whole in (True, False):
+            constants = {**case.kind.constants(), **flow_of(case.plan, is_whole).constants(), "C": C}
+            name = f"encode {case.name}" + ("" if is_whole else ", partial")
+            signature = (*pointers, *((constant, "constexpr") for constant in constants))
+            is_hot = case.is_hot and is_whole
+            yield Variant(name, "encode_kernel", "encode_kernel", signature, tuple(constants.items()), is_hot, case)
+    for width in (1, 6, 8):
+        constants = {"WIDTH": width, "P": 11, "C": C}
+        signature = (*pointers, *((constant, "constexpr") for constant in constants))
+        name = f"encode plane of {width} bits"
+        yield Variant(name, "encode_kernel", "plane_kernel", signature, tuple(constants.items()))
+
+
+def _collectors() -> Iterator[Variant]:
+    pointers = (("p_sections", "*i64"), ("p_out", "*u8"), ("n_each", "i32"), ("BLOCK", "constexpr"))
+    yield Variant("copy", "collect_kernel", "copy_kernel", pointers, (("BLOCK", 256),))
+    for width in (8, 16, 32, 64):
+        types = (("p_patches", "*i64"), ("p_out", "*u8"), ("W", "constexpr"))
+        yield Variant(f"patches of {width} bits", "collect_kernel", "patch_kernel", types, (("W", width),))
+
+
+@cache
+def variants() -> dict[str, Variant]:
+    """All variants by name."""
+    found = [*_encoders(), *_collectors()]
+    assert len({variant.name for variant in found}) == len(found)
+    return {variant.name: variant for variant in found}
