@@ -11,6 +11,7 @@ from tricomp_torch.checkpointer import Checkpointer, Restored
 from tricomp_torch.compressed import CompressedStateDict
 from tricomp_torch.files import load, save
 from tricomp_torch.safe import load_file, safe_open, save_file
+from tricomp_torch.snapshot import Snapshot, snapshot
 from tricomp_torch.subclasses import register_tensor
 from tricomp_torch.trees import Flat, flatten, unflatten
 
@@ -19,6 +20,7 @@ __all__ = [
     "CompressedStateDict",
     "Flat",
     "Restored",
+    "Snapshot",
     "flatten",
     "load",
     "load_file",
@@ -26,5 +28,6 @@ __all__ = [
     "safe_open",
     "save",
     "save_file",
+    "snapshot",
     "unflatten",
 ]

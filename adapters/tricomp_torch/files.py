@@ -11,6 +11,7 @@ import torch
 
 import tricomp
 from tricomp.errors import BackendError, InvalidArgument
+from tricomp_torch.snapshot import Snapshot
 from tricomp_torch.tensors import device_of
 from tricomp_torch.trees import NOTES_KEY, Flat, flatten, unflatten, unflatten_leaves
 
@@ -26,7 +27,9 @@ def save(
     metadata: Mapping[str, Any] | None = None,
     threads: int | None = None,
 ) -> tricomp.Report:
-    """Write obj, any nesting of dicts, lists and tuples of tensors and plain values, to path.
+    """Write obj, any nesting of dicts, lists and tuples of tensors and plain values, or a snapshot of it, to path.
+
+    Tensors on a GPU are compressed there, where Triton can, and only compressed bytes leave it.
 
     reference: a path, an open `tricomp.File` or a torch tree that the reader will also have; the file then holds the
     difference. Entries that are the same tensor (tied weights) are noted, and `load` ties them again. Views that only
@@ -39,7 +42,7 @@ def save(
     if not isinstance(path, str | os.PathLike):
         kind = type(path).__name__
         raise InvalidArgument(f"save: expected a path, as in tricomp_torch.save(obj, path), got a {kind}.")
-    flat = flatten(obj)
+    flat = obj.flat if isinstance(obj, Snapshot) else flatten(obj)
     return tricomp.save(
         os.fspath(path),
         flat.tree,
@@ -61,8 +64,8 @@ def load(
     """Read back what `save` wrote; also any other `.tri` file whose dtypes torch has.
 
     reference: what `save` was given. map_location: the device of all tensors, the CPU if None (a file keeps no
-    devices). leaves: entry paths or patterns such as "model/h.0.*"; then only those are read, and the result is a dict
-    of path to tensor. threads: see tricomp.open.
+    devices); for a GPU they are decoded there, where Triton can. leaves: entry paths or patterns such as "model/h.0.*";
+    then only those are read, and the result is a dict of path to tensor. threads: see tricomp.open.
 
     Raises CorruptFile, CorruptFrame, WrongReference, MissingLeaf, UnsupportedVersion, UnsupportedDtype.
     """
@@ -106,4 +109,4 @@ def plain_reference(reference: Any) -> Any:
     """What the core takes as a reference: paths and open files as they are, torch trees flattened."""
     if reference is None or isinstance(reference, str | os.PathLike | tricomp.File):
         return reference
-    return flatten(reference).tree
+    return reference.flat.tree if isinstance(reference, Snapshot) else flatten(reference).tree

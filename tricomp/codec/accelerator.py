@@ -7,9 +7,11 @@ device, and nobody waits but whoever needs bytes on the host.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,7 @@ from tricomp.dtypes import DType, Words
 from tricomp.errors import InvalidArgument
 from tricomp.job import DecodeJob, Encoded, EncodeJob, Facts, Gathered, Lattice, Room, Summed
 from tricomp.native import digest
-from tricomp.native.side import side_bytes
+from tricomp.native.side import read_side, side_bytes
 from tricomp.plan import Spec
 
 if TYPE_CHECKING:
@@ -51,7 +53,12 @@ def why_not(kind: str = "cuda") -> str:
 
 
 def describe() -> str:
-    """What the backend runs on, or why it does not."""
+    """What the backend runs on, or why it does not. Where torch is not imported yet, no GPU is looked for."""
+    for package in ("torch", "triton"):
+        if find_spec(package) is None:
+            return f"none: {package} is not installed"
+    if "torch" not in sys.modules:
+        return f"triton {version('triton')}"
     if why_not():
         return f"none: {why_not()}"
     from tricomp.kernels.device import IS_INTERPRETED, gpu_names
@@ -130,7 +137,7 @@ class Accelerator:
             rows = np.arange(first, len(words), step, dtype=np.int64)[:most]
             lookups.append(Lookup(self.adopted(words), rows, nothing, 1))
         with self.device.running():
-            return [found.reshape(-1) for found in gather(lookups, self.device)] if lookups else []
+            return gather(lookups, self.device) if lookups else []
 
     def digest_sums(self, parts: Sequence[tuple[Any, int]], threads: int) -> list[int]:
         """What each part adds to its leaf's digest."""
@@ -154,13 +161,13 @@ class Accelerator:
             () if known.is_exact else tuple(lattices(len(new), frame[2], frame[3], old is not None))
             for frame, new, old, known in zip(frames, words, references, facts, strict=True)
         ]
-        told = self._gathered(first, words, references)
+        told = self._gathered(first, words, references, [frame[2] for frame in frames])
         gathered = [
             Gathered(len(new), *frame[2:], known, places, *some)
             for frame, new, known, places, some in zip(frames, words, facts, first, told, strict=True)
         ]
-        more = wanted(gathered, threads)
-        told = self._gathered([one.lattices for one in more], words, references)
+        more = wanted(gathered, threads, has_means=True)
+        told = self._gathered([one.lattices for one in more], words, references, [frame[2] for frame in frames])
         counted = [i for i, one in enumerate(more) if one.commonest is not None]
         likes = [Request(words[i], like=more[i].commonest) for i in counted]
         with self.device.running():
@@ -183,14 +190,18 @@ class Accelerator:
         ]
 
     def _gathered(
-        self, places: Sequence[Sequence[Lattice]], words: Sequence[Any], references: Sequence[Any]
+        self,
+        places: Sequence[Sequence[Lattice]],
+        words: Sequence[Any],
+        references: Sequence[Any],
+        dtypes: Sequence[DType],
     ) -> list[tuple[list[Words], list[Words | None] | None]]:
         """What lattices want of the words of each frame, and of its reference."""
         from tricomp.kernels.survey import Lookup, gather
 
         lookups = [
-            Lookup(held, one.rows, one.columns, one.n_columns)
-            for mine, new, old in zip(places, words, references, strict=True)
+            Lookup(held, one.rows, one.columns, one.n_columns, dtype if one.is_mean else None)
+            for mine, new, old, dtype in zip(places, words, references, dtypes, strict=True)
             for one in mine
             for held in ((new, old) if one.has_reference else (new,))
         ]
@@ -198,7 +209,7 @@ class Accelerator:
             told = iter(gather(lookups, self.device) if lookups else [])
         found = []
         for mine, old in zip(places, references, strict=True):
-            pairs = [(next(told).reshape(-1), next(told).reshape(-1) if one.has_reference else None) for one in mine]
+            pairs = [(next(told), next(told) if one.has_reference else None) for one in mine]
             found.append(([some for some, _ in pairs], None if old is None else [some for _, some in pairs]))
         return found
 
@@ -223,8 +234,62 @@ class Accelerator:
         ]
 
     def decode(self, jobs: Sequence[DecodeJob], threads: int, into: Sequence[Any] | None) -> list[Summed]:
-        """Decode frames to the device; into: tensors, or arrays to copy to; None: tensors of their own."""
-        raise NotImplementedError
+        """Decode frames to the device; into: tensors, or arrays to copy to; None: tensors of their own.
+
+        Gives numpy arrays where the host was asked for. Raises CorruptFrame.
+        """
+        from tricomp.kernels.decode import decode
+        from tricomp.kernels.decode_work import DeviceDecodeJob
+        from tricomp.kernels.payload import Stored, sides
+        from tricomp.kernels.survey import Request, survey
+
+        if not jobs:
+            return []
+        known = sides([Stored(job.plan, job.cut, job.name) for job in jobs], read_side)
+        references = [None if job.reference is None else self.adopted(job.reference) for job in jobs]
+        targets = [
+            self.device.target(None if into is None else into[i], job.end - job.start, job.plan.dtype.word_bits // 8)
+            for i, job in enumerate(jobs)
+        ]
+        waiting = [
+            DeviceDecodeJob(
+                job.plan, side, job.data, target, old, job.source, job.name, job.start, job.stop, job.is_checked
+            )
+            for job, side, target, old in zip(jobs, known, targets, references, strict=True)
+        ]
+        with self.device.running():
+            checksums = partial(digest.checksums, threads=threads)
+            decode(waiting, self.device, checksums).result()
+            found = survey(
+                [
+                    Request(
+                        self.adopted(target),
+                        old if job.wants_reference_sum else None,
+                        first_byte=job.start * target.element_size(),
+                    )
+                    for job, target, old in zip(jobs, targets, references, strict=True)
+                ],
+                self.device,
+            )
+        wanted = [None] * len(jobs) if into is None else into
+        words = [self._handed_over(target, one) for target, one in zip(targets, wanted, strict=True)]
+        return [
+            Summed(
+                new,
+                one.digest_sum,
+                one.reference_sum if job.wants_reference_sum and job.reference is not None else None,
+            )
+            for job, new, one in zip(jobs, words, found, strict=True)
+        ]
+
+    def _handed_over(self, decoded: Any, wanted: Any) -> Any:
+        """What was decoded, where it was wanted."""
+        if isinstance(wanted, np.ndarray):
+            wanted[...] = to_host(decoded)
+            return wanted
+        if wanted is not None and wanted is not decoded:
+            return wanted.copy_(decoded)
+        return to_host(decoded) if self._is_host_wanted else decoded
 
 
 def _facts(found: Surveyed, has_reference: bool) -> Facts:

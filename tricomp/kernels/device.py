@@ -116,6 +116,13 @@ class Device:
             room = self._room(words.nbytes, words.element_size(), align)
             return room.copy_(words, non_blocking=True)
 
+    def target(self, given: Any, n_words: int, item_bytes: int) -> torch.Tensor:
+        """Where words are decoded to: the tensor given, if it is one of this device, else fresh memory."""
+        if isinstance(given, torch.Tensor) and given.device == self.handle:
+            return given
+        with self.running():
+            return self.empty(n_words, _CARRIERS[item_bytes])
+
     def joined(self, parts: Sequence[torch.Tensor], align: int) -> torch.Tensor:
         """Int tensors of this device one after the other; the only one as it is."""
         if len(parts) == 1:

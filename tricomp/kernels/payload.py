@@ -272,7 +272,9 @@ def is_padded(chunks: Chunks, octets: Array) -> Array:
     ends = chunks.begin + chunks.n_bytes
     place = ends[:, None] + np.arange(ALIGN - 1)
     is_padding = np.arange(ALIGN - 1) < (-chunks.n_bytes % ALIGN)[:, None]
-    found = octets[np.where(is_padding, place, ends[:, None] - 1)]
+    if not len(octets):  # chunks of a sparse frame may hold nothing
+        return np.ones(len(ends), np.bool_)
+    found = octets[np.where(is_padding, place, 0)]
     return np.asarray(~((found != 0) & is_padding).any(axis=1))
 
 

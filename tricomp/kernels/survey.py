@@ -12,14 +12,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from tricomp.dtypes import DType
 from tricomp.kernels.device import Device, HostCopy, Upload
-from tricomp.kernels.survey_kernel import gather_kernel, survey_kernel
+from tricomp.kernels.survey_kernel import gather_kernel, mean_kernel, survey_kernel
 
 PART_BYTES = 128 << 10  # of words that one program surveys
 BLOCK_BYTES = 2 << 20  # of a digest. Frozen since format 1
 _ROW_BYTES = 512
 _N_TOLD = 6
 _GATHERED = 1024  # words that one program gathers
+_MEAN_ROWS = 8  # means that one program takes
+MOST_MEAN_COLUMNS = 128
 
 Array = np.ndarray[Any, Any]
 
@@ -155,16 +158,29 @@ def _mix64(x: Array) -> Array:
 
 
 class Lookup(NamedTuple):
-    """Words to gather: those at rows[i] * n_columns + columns[j]. words: int tensor [n]; rows, columns: int64[...]."""
+    """What to gather: the words at rows[i] * n_columns + columns[j]. words: int tensor [n]; rows, columns: int64[...].
+
+    mean_of: the words' dtype, a float: then no words are wanted but the mean octave of each row, int16[rows]; at most
+    MOST_MEAN_COLUMNS columns. See job.Lattice.
+    """
 
     words: torch.Tensor
     rows: Array
     columns: Array
     n_columns: int
+    mean_of: DType | None = None
+
+    @property
+    def item_bytes(self) -> int:
+        return 2 if self.mean_of is not None else self.words.element_size()
+
+    @property
+    def n_wanted(self) -> int:
+        return len(self.rows) * (1 if self.mean_of is not None else len(self.columns))
 
 
 def gather(lookups: Sequence[Lookup], device: Device) -> list[Array]:
-    """The words of lattices, uint[rows, columns] each, in host memory; all in one transfer, which is waited for."""
+    """What is to be gathered, flat, in host memory; all in one transfer, which is waited for. uint[...], or int16."""
     upload = Upload(device)
     known: dict[int, int] = {}  # the same index arrays serve words and reference
 
@@ -174,30 +190,35 @@ def gather(lookups: Sequence[Lookup], device: Device) -> list[Array]:
         return known[id(array)]
 
     places = [(put(lookup.rows), put(lookup.columns)) for lookup in lookups]
-    sizes = [len(lookup.rows) * len(lookup.columns) * lookup.words.element_size() for lookup in lookups]
+    sizes = [lookup.n_wanted * lookup.item_bytes for lookup in lookups]
     begins = np.cumsum([0, *(-(-size // 16) * 16 for size in sizes)])
     upload.send()
     out = device.empty(int(begins[-1]), torch.uint8)
-    table = np.zeros((len(lookups), 7), np.int64)
-    programs: dict[int, list[Array]] = {}
+    table = np.zeros((len(lookups), 8), np.int64)
+    programs: dict[tuple[int, bool], list[Array]] = {}
     for i, (lookup, (rows, columns)) in enumerate(zip(lookups, places, strict=True)):
-        n_rows, n_columns = len(lookup.rows), len(lookup.columns)
+        n_rows, n_columns, dtype = len(lookup.rows), len(lookup.columns), lookup.mean_of
         addresses = (lookup.words.data_ptr(), upload.address(rows), upload.address(columns))
-        table[i] = (*addresses, lookup.n_columns, n_rows, n_columns, out.data_ptr() + int(begins[i]))
-        firsts = np.arange(0, n_rows * n_columns, _GATHERED)
+        shift = 0 if dtype is None else dtype.mantissa_bits - 3
+        table[i] = (*addresses, lookup.n_columns, n_rows, n_columns, out.data_ptr() + int(begins[i]), shift)
+        firsts = np.arange(0, lookup.n_wanted, _GATHERED if dtype is None else _MEAN_ROWS)
         part = np.stack([np.full(len(firsts), i), firsts], axis=1)
-        programs.setdefault(8 * lookup.words.element_size(), []).append(part)
+        programs.setdefault((8 * lookup.words.element_size(), dtype is not None), []).append(part)
     tables = Upload(device)
     place = tables.put(table)
-    launches = [(width, tables.put(np.concatenate(parts)), sum(map(len, parts))) for width, parts in programs.items()]
+    launches = [(kind, tables.put(np.concatenate(parts)), sum(map(len, parts))) for kind, parts in programs.items()]
     tables.send()
-    for width, program, n_programs in launches:
+    for (width, is_mean), program, n_programs in launches:
         views = tables.view(program, torch.int64), tables.view(place, torch.int64)
-        device.launch(gather_kernel, (n_programs,), *views, W=width, BLOCK=_GATHERED)
+        if is_mean:
+            columns = MOST_MEAN_COLUMNS
+            device.launch(mean_kernel, (n_programs,), *views, W=width, ROWS=_MEAN_ROWS, COLUMNS=columns)
+        else:
+            device.launch(gather_kernel, (n_programs,), *views, W=width, BLOCK=_GATHERED)
     copy = device.to_host(out)
     device.event().wait()
     octets = copy.array()
     return [
-        octets[begin : begin + size].view(f"<u{lookup.words.element_size()}").reshape(len(lookup.rows), -1)
+        octets[begin : begin + size].view("<i2" if lookup.mean_of is not None else f"<u{lookup.item_bytes}")
         for lookup, begin, size in zip(lookups, begins.tolist(), sizes, strict=False)
     ]

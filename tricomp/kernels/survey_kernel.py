@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tricomp.kernels.bits import magnitude
 from tricomp.kernels.lanes import population, put_word, word_at
 
 # Unlike the word compared with, unlike the reference, OR of all, sums of words and of the reference, the word itself.
@@ -141,12 +142,13 @@ def either_half(b_x, ROWS: tl.constexpr):
 
 @triton.jit
 def gather_kernel(p_programs, p_lattices, W: tl.constexpr, BLOCK: tl.constexpr):
-    """Gather lattices. p_lattices: int64[n, 7]: address of the words, of int64 rows and of int64 columns, columns of a
+    """Gather the words of lattices. p_programs: int64[n, 2]: lattice, first place of BLOCK.
 
-    row, how many rows and columns, address of the output. p_programs: int64[n, 2]: lattice, first place of BLOCK.
+    p_lattices: int64[n, 8]: address of the words, of int64 rows and of int64 columns, columns of a row, how many rows
+    and columns, address of the output, and what `mean_kernel` shifts by.
     """
     i_program = tl.program_id(0).to(tl.int64)
-    p_lattice = p_lattices + 7 * tl.load(p_programs + 2 * i_program)
+    p_lattice = p_lattices + 8 * tl.load(p_programs + 2 * i_program)
     o_place = tl.load(p_programs + 2 * i_program + 1) + tl.arange(0, BLOCK)
     n_columns = tl.load(p_lattice + 5)
     m_place = o_place < tl.load(p_lattice + 4) * n_columns
@@ -155,3 +157,33 @@ def gather_kernel(p_programs, p_lattices, W: tl.constexpr, BLOCK: tl.constexpr):
     o_word = tl.load(p_row, mask=m_place, other=0) * tl.load(p_lattice + 3) + tl.load(p_column, mask=m_place, other=0)
     b_word = word_at(tl.load(p_lattice), o_word, m_place, W)
     put_word(tl.load(p_lattice + 6), o_place, b_word, m_place, W)
+
+
+@triton.jit
+def mean_kernel(p_programs, p_lattices, W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Mean octave of each row of lattices of at most COLUMNS columns, int16; job.Lattice says what that is.
+
+    p_programs: int64[n, 2]: lattice, first of ROWS rows. p_lattices: see `gather_kernel`; floats of W bits are shifted
+    down by the last column, or up where it is negative.
+    """
+    i_program = tl.program_id(0).to(tl.int64)
+    p_lattice = p_lattices + 8 * tl.load(p_programs + 2 * i_program)
+    o_row = tl.load(p_programs + 2 * i_program + 1) + tl.arange(0, ROWS)
+    o_column = tl.arange(0, COLUMNS)
+    m_row = o_row < tl.load(p_lattice + 4)
+    m_column = o_column < tl.load(p_lattice + 5)
+    p_row = (tl.load(p_lattice + 1) + 8 * o_row).to(tl.pointer_type(tl.int64))
+    p_column = (tl.load(p_lattice + 2) + 8 * o_column).to(tl.pointer_type(tl.int64))
+    b_row = tl.load(p_row, mask=m_row, other=0) * tl.load(p_lattice + 3)
+    b_column = tl.load(p_column, mask=m_column, other=0)
+    m_word = m_row[:, None] & m_column[None, :]
+    b_word = word_at(tl.load(p_lattice), b_row[:, None] + b_column[None, :], m_word, W)
+    shift = tl.load(p_lattice + 7)
+    b_magnitude = magnitude(b_word, W, True, True)
+    b_octave = (b_magnitude >> tl.maximum(shift, 0).to(b_word.dtype)) << tl.maximum(-shift, 0).to(b_word.dtype)
+    m_counted = b_word != 0
+    b_sum = tl.sum(tl.where(m_counted, b_octave.to(tl.int32), 0), axis=1)
+    b_n = tl.sum(m_counted.to(tl.int32), axis=1)
+    b_mean = tl.where(b_n > 0, (2 * b_sum + b_n) // tl.maximum(2 * b_n, 1), -1)
+    p_mean = (tl.load(p_lattice + 6) + 2 * o_row).to(tl.pointer_type(tl.int16))
+    tl.store(p_mean, b_mean.to(tl.int16), mask=m_row)
