@@ -129,10 +129,10 @@ def jobs() -> Iterator[tuple[str, EncodeJob]]:
             plans.append((replace(full, has_sign=False, has_block_shifts=True), Scales(), None))
             plans.append((replace(full, entropy="index", index_bits=4, remainder="planes"), Scales(), None))
         for i, (plan, scales, reference) in enumerate(plans):
-            yield f"{name} {i}: {plan.describe()}", _job(plan, scales, new, reference)
+            yield f"{name} {i}: {plan.describe()}", filled(plan, scales, new, reference)
 
 
-def _job(plan: Plan, scales: Scales, new: Array, reference: Array | None) -> EncodeJob:
+def filled(plan: Plan, scales: Scales, new: Array, reference: Array | None) -> EncodeJob:
     """Fill in a window around the middle, and tables from the data, less one symbol."""
     known = basis(plan, reference, scales, 0, len(new))
     if plan.predict == "full":
