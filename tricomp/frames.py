@@ -50,9 +50,12 @@ class Frames:
         self.cache: OrderedDict[int, dict[int, Words]] = OrderedDict()  # by first leaf of a shared frame
 
     def at(self, device: Any) -> Frames:
-        """The same frames, and those below them, decoded to a torch device. Their words are int tensors there."""
+        """The same frames, and those below them, decoded to a torch device. Their words are int tensors there.
+
+        Raises BackendError where no backend works there.
+        """
         there = copy(self)
-        there.engine, there.cache = self.engine.at(device), OrderedDict()
+        there.engine, there.cache = self.engine.at(device).there(), OrderedDict()
         if isinstance(self.reference, Frames):
             there.reference = self.reference.at(device)
         return there

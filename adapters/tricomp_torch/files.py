@@ -80,7 +80,7 @@ def load(
 
 def load_leaves(file: tricomp.File, leaves: Sequence[str] | None, device: torch.device | None) -> Any:
     """What file.load gives, decoded on the device if kernels run there: then leaves are DeviceArrays."""
-    if device is None or device.type == "cpu":
+    if device is None or device.type != "cuda":
         return file.load(leaves)
     try:
         return file.load_to(device, leaves)

@@ -4,6 +4,7 @@ Imports no framework. encoding, decoding: the two directions. siblings: leaves t
 threads.
 """
 
+from tricomp.codec.accelerator import from_dlpack
 from tricomp.codec.decoding import Decoded, StoredFrame, breakdown, decode, decode_many, decode_parts
 from tricomp.codec.encoding import Reference, bounded, copied_to_host, encode, encode_leaf
 from tricomp.codec.engine import Engine, digest, digests, live
@@ -27,5 +28,6 @@ __all__ = [
     "digests",
     "encode",
     "encode_leaf",
+    "from_dlpack",
     "live",
 ]

@@ -22,6 +22,7 @@ from tricomp import native
 from tricomp.dtypes import DType, Words
 from tricomp.errors import InvalidArgument
 from tricomp.job import DecodeJob, Encoded, EncodeJob, Facts, Gathered, Lattice, Room, Summed
+from tricomp.layout import DeviceArray
 from tricomp.native import digest
 from tricomp.native.side import read_side, side_bytes
 from tricomp.plan import Spec
@@ -77,6 +78,13 @@ def to_host(words: Any) -> Words:
         return words
     found: Words = words.detach().cpu().numpy()
     return found.view(f"<u{found.itemsize}")
+
+
+def from_dlpack(array: Any) -> DeviceArray:
+    """The DeviceArray that shares an array's memory by DLPack, as a leaf of a tree. Raises UnsupportedDtype."""
+    from tricomp.kernels.device import from_dlpack
+
+    return from_dlpack(array)
 
 
 def host_copy(words: Any) -> Words:

@@ -214,6 +214,13 @@ class Engine:
         """The same for words on a device, None: the host; to be asked for each time, see Accelerator."""
         return replace(self, device=device)
 
+    def there(self) -> Engine:
+        """The same, if it works on its device. Raises BackendError."""
+        if self.coder.name != "triton":
+            why = accelerator.why_not(self.device.type) or f"backend {self.backend!r} was asked for"
+            raise BackendError(f"nothing decodes on {self.device}: {why}. Load to the host, and copy.")
+        return self
+
     def on_host(self, why: BackendError) -> Engine:
         """The same on the host, after a failure of the device's backend; raises it again where no other may do it."""
         if self.device is None or _chosen(self.backend) != "auto":

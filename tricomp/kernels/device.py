@@ -1,4 +1,4 @@
-"""One device as the launchers see it: memory, uploads, pinned host memory, events, launches. Imports torch and errors.
+"""One device as the launchers see it: memory, uploads, pinned host memory, events, launches. Imports torch and ground.
 
 The hard thing: a kernel that is launched runs later. What it reads must live until then, host memory that is copied
 from must not change before, and all of it belongs to the device of the tensors and to the stream that is current.
@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from tricomp.dtypes import by_name
 from tricomp.errors import BackendError, OutOfDeviceMemory
+from tricomp.layout import DeviceArray
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _ALIGN = 256
@@ -33,6 +35,14 @@ def gpu_names() -> list[str]:
 def current_device() -> torch.device:
     """The GPU that is current; under the interpreter the CPU."""
     return torch.device("cpu") if IS_INTERPRETED else torch.device("cuda", torch.cuda.current_device())
+
+
+def from_dlpack(array: Any) -> DeviceArray:
+    """The DeviceArray that shares the memory of an array of another framework, JAX say. Raises UnsupportedDtype."""
+    tensor = torch.from_dlpack(array).contiguous()
+    dtype = by_name(str(tensor.dtype).removeprefix("torch."))
+    plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return DeviceArray(dtype, tuple(tensor.shape), plain.reshape(-1).view(_CARRIERS[plain.element_size()]))
 
 
 class HostCopy:
@@ -72,7 +82,7 @@ class Device:
     handle: torch.device
     chunks_a_program: int = field(default_factory=lambda: 32 if IS_INTERPRETED else 8)
     warps: int = 4
-    survey_rows: int = field(default_factory=lambda: 256 if IS_INTERPRETED else 8)
+    survey_rows: int = field(default_factory=lambda: 32 if IS_INTERPRETED else 8)
 
     stream: Any = None  # a torch.cuda.Stream; None: the current one
 

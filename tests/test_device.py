@@ -1,0 +1,286 @@
+"""Words on a device, through codec, files, stores and tricomp_torch: the bytes of the host, and back to the device.
+
+Run by Triton's interpreter, on CPU tensors that are taken for a device's; see test_kernels.py, which starts it.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tricomp_torch
+
+import tricomp
+from tests.kernel_cases import IS_INTERPRETED, torch
+from tests.kernel_cases import on_device as tensor_of
+from tricomp import codec, dtypes
+from tricomp.codec.engine import Engine
+from tricomp.errors import BackendError, InvalidArgument, OutOfDeviceMemory
+from tricomp.kernels import survey
+from tricomp.kernels.device import Device
+from tricomp.layout import DeviceArray, Snapshot, snapshot_of
+from tricomp.plan import Spec
+from tricomp.reference.digest import digest_sum
+
+pytestmark = pytest.mark.skipif(not IS_INTERPRETED, reason="it takes the CPU for a device")
+CPU = torch.device("cpu")
+SHORT = Spec(chunk_log2=10)
+
+
+def leaves(step):
+    """A state that has grown for some steps: every kind of frame that the planner makes."""
+    rng = np.random.default_rng(1)
+    w = rng.normal(size=(96, 200)).astype(np.float32) * np.exp(rng.normal(size=(96, 1))).astype(np.float32)
+    scales = np.exp(2 * rng.normal(size=(96, 1))) * np.exp(2 * rng.normal(size=(1, 200)))
+    v = (rng.normal(size=(96, 200)) ** 2 * scales).astype(np.float32)
+    noise = np.random.default_rng(5 + step)
+    w = (w * (1 + step * 1e-3 * noise.normal(size=w.shape))).astype(np.float32)
+    return {
+        "w": w,
+        "v": (v * np.float32(0.999) ** step + step * 1e-9).astype(np.float32),
+        "copy": w.astype(ml_dtypes.bfloat16),
+        "tied": w.copy(),
+        "zeros": np.zeros(3000, np.int8),
+        "b": noise.normal(size=50).astype(np.float32),
+        "step": np.int64(step),
+        "none": np.zeros((0, 3), np.float16),
+        "sparse": np.where(noise.random(17000) < 0.01, noise.normal(size=17000), 0).astype(np.float32),
+    }
+
+
+def on_device(snapshot):
+    return Snapshot(snapshot.layout, tuple(tensor_of(buffer) for buffer in snapshot.buffers))
+
+
+@pytest.fixture
+def before():
+    return snapshot_of(list(leaves(0)), [np.asarray(value) for value in leaves(0).values()])
+
+
+@pytest.fixture
+def after():
+    return snapshot_of(list(leaves(3)), [np.asarray(value) for value in leaves(3).values()])
+
+
+def frames_of(snapshot, reference, spec, **how):
+    frames = codec.encode(snapshot, reference, spec, **how)
+    return [(frame.leaves, frame.plan, frame.digests, frame.n_bytes, frame.data) for frame in frames]
+
+
+@pytest.mark.parametrize("tier", ["dense", "fast"])
+def test_frames_are_those_of_the_host(before, after, tier):
+    spec = Spec(tier=tier, chunk_log2=10, keep_mantissa_bits={} if tier == "dense" else {"v": 7, "copy": 3})
+    references = before if tier == "dense" else None, on_device(before) if tier == "dense" else None
+    expected = frames_of(after, references[0], spec, backend="native")
+    assert frames_of(on_device(after), references[1], spec) == expected
+    assert frames_of(on_device(after), references[0], spec, backend="native") == expected
+
+
+def test_words_of_host_and_device_mix_in_one_tree(before):
+    mixed = on_device(before)
+    mixed = Snapshot(mixed.layout, tuple(b if i % 2 else before.buffers[i] for i, b in enumerate(mixed.buffers)))
+    found = {leaf: frame for frame in codec.encode(mixed, None, SHORT) for leaf in frame.leaves}
+    assert sorted(found) == list(range(len(before.layout.leaves)))
+    told = codec.digests([before.words(i) for i in range(len(before.layout.leaves))])
+    assert [dict(zip(found[i].leaves, found[i].digests))[i] for i in sorted(found)] == told
+    assert codec.digests([mixed.words(i) for i in range(len(told))]) == told
+
+
+@pytest.fixture
+def far(monkeypatch):
+    """CPU tensors are taken for those of a device."""
+    monkeypatch.setattr("tricomp_torch.tensors.is_on_host", lambda tensor: False)
+
+
+def state():
+    torch.manual_seed(0)
+    weight = torch.randn(70, 300)
+    return {
+        "weight": weight,
+        "tied": weight,
+        "half": torch.randn(9000).bfloat16(),
+        "last": torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last),
+        "slice": torch.randn(40, 50)[:, 3:17],
+        "complex": torch.randn(40, dtype=torch.complex64),
+        "flags": torch.tensor([True, False, True]),
+        "numbers": torch.arange(7),
+        "empty": torch.zeros(0, 3),
+        "array": np.arange(5),
+        "step": 7,
+    }
+
+
+def assert_same(one, other):
+    assert list(one) == list(other)
+    for key, value in one.items():
+        if torch.is_tensor(value):
+            assert value.dtype == other[key].dtype
+            assert value.shape == other[key].shape
+            assert torch.equal(value, other[key]), key
+        else:
+            assert np.array_equal(value, other[key]), key
+
+
+def test_torch_trees_to_files_and_back_to_the_device(far, tmp_path, monkeypatch):
+    tree = state()
+    taken = tricomp_torch.snapshot(tree)
+    assert taken.live == ()
+    assert taken.copied_bytes == sum(v.nbytes for k, v in tree.items() if torch.is_tensor(v) and k != "tied")
+    kept = {key: value.clone() if torch.is_tensor(value) else value for key, value in tree.items()}
+    for value in tree.values():
+        if torch.is_tensor(value):
+            value.zero_()
+    tricomp_torch.save(taken, tmp_path / "far.tri", spec=SHORT)
+    with tricomp.open(tmp_path / "far.tri") as file:
+        found = tricomp_torch.unflatten(tricomp_torch.Flat(file.load_to(CPU), file.metadata["tricomp_torch"]))
+        some = file.load_to(CPU, ["half", "numbers"])
+    assert_same(kept, found)
+    assert found["tied"].data_ptr() == found["weight"].data_ptr()
+    assert found["last"].is_contiguous(memory_format=torch.channels_last)
+    assert isinstance(found["array"], np.ndarray)
+    assert set(some) == {"half", "numbers"}
+    assert all(isinstance(leaf, DeviceArray) for leaf in some.values())
+    monkeypatch.undo()
+    assert_same(kept, tricomp_torch.load(tmp_path / "far.tri"))
+    tricomp_torch.save(state(), tmp_path / "near.tri", spec=SHORT)
+    with tricomp.open(tmp_path / "near.tri") as near, tricomp.open(tmp_path / "far.tri") as far_file:
+        assert near.content_id == far_file.content_id
+
+
+def test_a_snapshot_within_a_budget_says_what_is_left(far):
+    tree = {"a": torch.zeros(100), "b": torch.zeros(1000), "c": torch.zeros(100, dtype=torch.int8)}
+    taken = tricomp_torch.snapshot(tree, budget_bytes=600)
+    assert (taken.live, taken.copied_bytes) == (("b",), 500)
+    assert taken.flat.tree["b"].words.data_ptr() == tree["b"].data_ptr()
+    assert taken.flat.tree["a"].words.data_ptr() != tree["a"].data_ptr()
+    taken.before_update()
+    taken.wait()
+    for wrong in (-1, True):
+        with pytest.raises(InvalidArgument, match="budget_bytes: expected bytes, 0 or more"):
+            tricomp_torch.snapshot(tree, budget_bytes=wrong)
+
+
+@pytest.mark.parametrize("where", ["device", "host", "store"])
+def test_a_store_codes_against_what_it_holds(far, tmp_path, where):
+    first = tricomp_torch.flatten({"w": torch.arange(20000) % 89}).tree
+    second = tricomp_torch.flatten({"w": (torch.arange(20000) % 89) + (torch.arange(20000) % 1000 == 0)}).tree
+    with tricomp.Store(tmp_path, reference_in=where, spec=SHORT) as store:
+        store.save(1, first)
+        report = store.save(2, second)
+    assert report.parent is not None
+    with tricomp.Store(tmp_path) as store:
+        assert np.array_equal(store.load(2)["w"], second["w"].words.numpy())
+        with store.open(2) as file:
+            assert torch.equal(file.load_to(CPU)["w"].words, second["w"].words)
+
+
+def test_numpy_arrays_by_the_triton_backend():
+    array = np.random.default_rng(3).normal(size=(30, 41)).astype(np.float64)
+    blob = tricomp.encode(array, reference=array * 1.001, spec=SHORT, backend="triton")
+    assert blob == tricomp.encode(array, reference=array * 1.001, spec=SHORT, backend="native")
+    back = tricomp.decode(blob, reference=array * 1.001, backend="triton")
+    assert isinstance(back, np.ndarray)
+    assert np.array_equal(back, array)
+
+
+def test_jax_arrays_by_dlpack():
+    jax = pytest.importorskip("jax")
+    array = jax.numpy.arange(6000, dtype=jax.numpy.bfloat16).reshape(60, 100)
+    leaf = codec.from_dlpack(array)
+    assert (leaf.dtype.name, leaf.shape, leaf.words.dtype) == ("bfloat16", (60, 100), torch.int16)
+    assert leaf.words.data_ptr() == array.unsafe_buffer_pointer()
+    snapshot = snapshot_of(["a"], [leaf])
+    host = snapshot_of(["a"], [np.asarray(array)])
+    assert frames_of(snapshot, None, SHORT) == frames_of(host, None, SHORT, backend="native")
+
+
+def test_what_no_kernel_can_do_the_host_does_once_told(before, monkeypatch, caplog):
+    def refuse(self, kernel, grid, *arguments, **constants):
+        raise BackendError("no compiler")
+
+    far = on_device(before)
+    expected = frames_of(before, None, SHORT, backend="native")
+    monkeypatch.setattr(Device, "launch", refuse)
+    with caplog.at_level(logging.WARNING, "tricomp"):
+        assert frames_of(far, None, SHORT) == expected
+        assert frames_of(far, None, SHORT) == expected
+    assert [record.message for record in caplog.records if "no compiler" in record.message] == [
+        "what is on a GPU is copied to the host and coded there, slower: no compiler"
+    ]
+    with pytest.raises(BackendError, match="no compiler"):
+        frames_of(far, None, SHORT, backend="triton")
+
+
+def test_what_fails_midway_goes_to_the_host(before, monkeypatch):
+    calls, launch = [], Device.launch
+
+    def fail_late(self, kernel, grid, *arguments, **constants):
+        calls.append(kernel)
+        if kernel.__name__ == "encode_kernel":
+            raise BackendError("no registers")
+        launch(self, kernel, grid, *arguments, **constants)
+
+    expected = frames_of(before, None, SHORT, backend="native")
+    monkeypatch.setattr(Device, "launch", fail_late)
+    assert frames_of(on_device(before), None, SHORT) == expected
+    assert len(calls) > 2
+
+
+def test_a_device_without_memory_fails_the_save_and_nothing_else(far, tmp_path, monkeypatch):
+    tree = {"w": torch.arange(20000)}
+    tricomp_torch.save(tree, tmp_path / "a.tri", spec=SHORT)
+    good = (tmp_path / "a.tri").read_bytes()
+
+    def refuse(self, shape, dtype):
+        raise OutOfDeviceMemory("cuda:0: no memory")
+
+    monkeypatch.setattr(Device, "empty", refuse)
+    with pytest.raises(OutOfDeviceMemory):
+        tricomp_torch.save({"w": torch.arange(20000) * 3}, tmp_path / "a.tri", spec=SHORT)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tri"]
+    assert (tmp_path / "a.tri").read_bytes() == good
+
+
+def test_engines_say_where_they_work():
+    assert Engine(device=CPU).coder.name == "triton"
+    assert Engine().coder.name == "native"
+    with pytest.raises(BackendError, match="nothing decodes on cpu: backend 'native' was asked for"):
+        Engine(backend="native", device=CPU).there()
+    assert codec.live()["triton"] == "Triton's interpreter, on the CPU"
+
+
+def test_surveys_count_and_digest_every_width():
+    rng = np.random.default_rng(0)
+    device = Device(CPU)
+    requests, expected = [], []
+    for width in (1, 2, 4, 8):
+        for n, like in ((1, None), (5, 9), (1000, None), (40_001, None)):
+            words = rng.integers(0, 200, n).astype(f"<u{width}")
+            other = words.copy()
+            other[::7] ^= 1
+            first_byte = 512 * int(rng.integers(0, 9000))
+            requests.append(survey.Request(tensor_of(words), tensor_of(other), like, first_byte))
+            compared = int(words[0]) if like is None else like
+            counts = int((words != compared).sum()), int((words != other).sum()), int(np.bitwise_or.reduce(words))
+            expected.append((*counts, digest_sum(words, first_byte), digest_sum(other, first_byte), compared))
+    assert [tuple(found) for found in survey.survey(requests, device)] == expected
+
+
+def test_means_of_rows_are_those_that_the_planner_takes():
+    rng = np.random.default_rng(0)
+    rows, columns = np.arange(0, 190, 2), np.arange(0, 101, 3)
+    for name in ("float64", "bfloat16", "float8_e5m2"):
+        dtype = dtypes.by_name(name)
+        words = rng.integers(0, 1 << dtype.word_bits - 1, 20000, dtype=np.uint64).astype(dtype.word_dtype) << 1
+        words[rng.random(20000) < 0.3] = 0
+        words[3000:4000] = 0
+        (found,) = survey.gather([survey.Lookup(tensor_of(words), rows, columns, 104, dtype)], Device(CPU))
+        expected = []
+        for row in words[rows[:, None] * 104 + columns].tolist():
+            used = [word & (1 << dtype.word_bits - 1) - 1 for word in row if word]
+            up, down = max(3 - dtype.mantissa_bits, 0), max(dtype.mantissa_bits - 3, 0)
+            total = sum(word >> down << up for word in used)
+            expected.append((2 * total + len(used)) // (2 * len(used)) if used else -1)
+        assert found.tolist() == expected, name
