@@ -13,13 +13,13 @@ import pytest
 import tricomp_torch
 
 import tricomp
-from tests.kernel_cases import IS_INTERPRETED, torch
 from tests.kernel_cases import on_device as tensor_of
+from tests.kernel_cases import torch
 from tricomp import codec, dtypes
 from tricomp.codec.engine import Engine
 from tricomp.errors import BackendError, InvalidArgument, OutOfDeviceMemory
 from tricomp.kernels import survey
-from tricomp.kernels.device import Device
+from tricomp.kernels.device import IS_INTERPRETED, Device
 from tricomp.layout import DeviceArray, Snapshot, snapshot_of
 from tricomp.plan import Spec
 from tricomp.reference.digest import digest_sum

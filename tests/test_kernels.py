@@ -11,7 +11,7 @@ import pytest
 
 from tests.cases import ROOT
 
-INTERPRETED = ("test_kernels_encode", "test_kernels_decode")
+INTERPRETED = ("test_kernels_encode", "test_kernels_decode", "test_device")
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")

@@ -39,7 +39,7 @@ def current_device() -> torch.device:
 
 def from_dlpack(array: Any) -> DeviceArray:
     """The DeviceArray that shares the memory of an array of another framework, JAX say. Raises UnsupportedDtype."""
-    tensor = torch.from_dlpack(array).contiguous()
+    tensor = torch.utils.dlpack.from_dlpack(array).contiguous()
     dtype = by_name(str(tensor.dtype).removeprefix("torch."))
     plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     return DeviceArray(dtype, tuple(tensor.shape), plain.reshape(-1).view(_CARRIERS[plain.element_size()]))
