@@ -21,19 +21,19 @@ from tests.kernel_cases import (
 )
 from tricomp import dtypes
 from tricomp.job import EncodeJob, Side
-from tricomp.kernels.encode import SCRATCH_BYTES, DeviceJob, encode
+from tricomp.kernels.encode import ROUND_BYTES, DeviceJob, encode
 from tricomp.plan import Plan, Spec
 from tricomp.reference import encode as reference
 from tricomp.reference.planner import plan_frame
 
 
-def assert_equal(jobs, shift=0, scratch_bytes=SCRATCH_BYTES):
+def assert_equal(jobs, shift=0, round_bytes=ROUND_BYTES):
     """Directories, but for checksums, and payloads are the reference's. shift: words past where wide loads can be."""
     given = [
         DeviceJob(job.plan, job.side, on_device(job.words, shift), on_device(job.reference, shift), job.source)
         for job in jobs
     ]
-    found = encode(given, DEVICE, scratch_bytes).result()
+    found = encode(given, DEVICE, round_bytes).result()
     for job, one, other in zip(jobs, reference.encode(jobs), found, strict=True):
         data, n_payload = one.data, len(other.payload)
         n_head = len(data) - n_payload
@@ -41,8 +41,11 @@ def assert_equal(jobs, shift=0, scratch_bytes=SCRATCH_BYTES):
         rows = np.frombuffer(data, "<u4", other.rows.size, one.plan.side_bytes).reshape(other.rows.shape)
         assert (rows[:, 2:] == other.rows[:, 2:]).all(), job.plan
         assert n_head == one.plan.side_bytes + -(-rows.nbytes // 16) * 16
-        begins = np.cumsum(-(-rows[:, 2].astype(np.int64) // 16) * 16)
-        assert (other.begins[1:] == begins[:-1]).all()
+        sizes = np.concatenate([part.sizes for part in other.parts]) if other.parts else rows[:, 2]
+        assert (sizes == rows[:, 2]).all()
+        for part in other.parts:
+            ends = np.cumsum(-(-part.sizes // 16) * 16)
+            assert (part.begins == np.append(0, ends[:-1])).all()
 
 
 def test_every_kind_of_kernel():
@@ -96,8 +99,8 @@ def test_rounds_that_scratch_memory_divides():
         EncodeJob(Plan(dtype, 2100, "raw", chunk_log2=10), Side(), noise),
         plan_frame(words[:700], None, dtype, (700,), Spec(chunk_log2=10)),
     ]
-    for scratch_bytes in (1, 20_000):
-        assert_equal(jobs, scratch_bytes=scratch_bytes)
+    for round_bytes in (1, 40_000):
+        assert_equal(jobs, round_bytes=round_bytes)
 
 
 def test_the_reference_may_stand_elsewhere():

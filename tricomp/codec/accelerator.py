@@ -29,6 +29,7 @@ from tricomp.plan import Spec
 
 if TYPE_CHECKING:
     from tricomp.kernels.device import Device
+    from tricomp.kernels.encode import Coded
     from tricomp.kernels.survey import Surveyed
 
 FrameToPlan = tuple[Words, Words | None, DType, Sequence[int] | None, Spec, int | None]
@@ -237,9 +238,7 @@ class Accelerator:
         ]
         with self.device.running():
             coded = encode(given, self.device).result()
-        return [
-            _assembled(job, one.rows, one.begins, one.payload, threads) for job, one in zip(jobs, coded, strict=True)
-        ]
+        return [_assembled(job, one, threads) for job, one in zip(jobs, coded, strict=True)]
 
     def decode(self, jobs: Sequence[DecodeJob], threads: int, into: Sequence[Any] | None) -> list[Summed]:
         """Decode frames to the device; into: tensors, or arrays to copy to; None: tensors of their own.
@@ -304,16 +303,17 @@ def _facts(found: Surveyed, has_reference: bool) -> Facts:
     return Facts(found.like, found.n_unlike, found.n_unlike_reference if has_reference else None, found.joined)
 
 
-def _assembled(
-    job: EncodeJob, rows: np.ndarray[Any, Any], begins: np.ndarray[Any, Any], payload: memoryview, threads: int
-) -> Encoded:
+def _assembled(job: EncodeJob, coded: Coded, threads: int) -> Encoded:
     """The frame of coded chunks: their checksums, and the head before them."""
+    rows = coded.rows
     if not len(rows):
         return Encoded(job.plan, 0, b"", (), job.digest_sum, job.reference_sum)
-    checks = digest.checksums(payload, begins, rows[:, 2].astype(np.int64), threads)
+    checks = np.concatenate([digest.checksums(part.payload, part.begins, part.sizes, threads) for part in coded.parts])
     rows[:, 0], rows[:, 1] = checks & np.uint64(0xFFFFFFFF), checks >> np.uint64(32)
     side = side_bytes(job.plan, job.side)
     directory = rows.astype("<u4").tobytes()
     head = side + directory + bytes(-len(directory) % _ALIGN)
     plan = replace(job.plan, side_bytes=len(side), side_check=xxhash.xxh3_64_intdigest(head))
-    return Encoded(plan, len(head) + len(payload), head, [payload], job.digest_sum, job.reference_sum)
+    payloads = [part.payload for part in coded.parts]
+    n_bytes = len(head) + sum(map(len, payloads))
+    return Encoded(plan, n_bytes, head, payloads, job.digest_sum, job.reference_sum)

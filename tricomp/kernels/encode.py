@@ -7,14 +7,16 @@ summed up on the device, streams are copied to where the sums say, and one small
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from tricomp.dtypes import DType
+from tricomp.errors import BackendError
 from tricomp.job import Side
 from tricomp.kernels.collect_kernel import copy_kernel, patch_kernel
 from tricomp.kernels.device import Device, Upload
@@ -44,7 +46,8 @@ from tricomp.kernels.frame import (
 from tricomp.kernels.tables import encoder_entries, entry_lengths, index_places
 from tricomp.plan import Plan
 
-SCRATCH_BYTES = 1 << 30  # of streams that wait to be put together, at most, unless one chunk needs more
+ROUND_BYTES = 512 << 20  # of device memory that a round of chunks takes, unless one chunk needs more
+_ROUNDS_AT_A_TIME = 2  # so that the device has work while the host takes bytes over
 _BLOCK = 256  # u64 that a program of copy_kernel moves at a time
 
 
@@ -62,16 +65,25 @@ class DeviceJob:
     source: DType | None = None
 
 
+class CodedPart(NamedTuple):
+    """Neighbouring chunks of a frame, in host memory. begins, sizes: int64[n], of each in the payload, in bytes."""
+
+    begins: np.ndarray[Any, Any]
+    sizes: np.ndarray[Any, Any]
+    payload: memoryview
+
+
 @dataclass(frozen=True)
 class Coded:
-    """Chunks of a frame. rows: uint32[n_chunks, fields] of its directory, checksums 0. payload: in host memory.
-
-    begins: int64[n_chunks], the byte of the payload at which each chunk begins.
-    """
+    """Chunks of a frame. rows: uint32[n_chunks, fields] of its directory, checksums 0. parts: of all of its chunks."""
 
     rows: np.ndarray[Any, Any]
-    begins: np.ndarray[Any, Any]
-    payload: memoryview
+    parts: list[CodedPart]
+
+    @property
+    def payload(self) -> bytes:
+        """All chunks at once."""
+        return b"".join(part.payload for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -83,68 +95,94 @@ class _Layout:
     n_bytes: int = 0
 
 
-def encode(jobs: Sequence[DeviceJob], device: Device, scratch_bytes: int = SCRATCH_BYTES) -> Pending:
-    """Launch the encoding of frames on the device's current stream. Raises OutOfDeviceMemory.
+def encode(jobs: Sequence[DeviceJob], device: Device, round_bytes: int = ROUND_BYTES) -> Pending:
+    """Launch the encoding of frames on the device's current stream. Raises OutOfDeviceMemory, BackendError.
 
-    Nothing waits for the device; the result does when it is asked for.
+    round_bytes: of device memory that a round of chunks takes for streams and for what they are put together to. Two
+    rounds are in it at a time; the others are launched when the result is asked for, each before one is waited for.
     """
-    upload = Upload(device)
-    members = [number for number, job in enumerate(jobs) if job.plan.n_chunks]
-    frames = {number: _Frame(jobs[number], upload) for number in members}
-    upload.send()
-    n_chunks = sum(jobs[number].plan.n_chunks for number in members)
-    n_most = sum(_most_bytes(jobs[number].plan) for number in members)
-    out = device.empty(n_most, torch.uint8)
-    told = device.empty((n_chunks, DIRECTORY_FIELDS + MOST_PLANES), torch.int64)
-    begin = device.zeros(1, torch.int64)
-    n_told = 0
-    held: list[Any] = [frames, upload]
-    for members_now in _rounds([(number, frames[number]) for number in members], scratch_bytes):
-        n_now = sum(n for _, _, n in members_now)
-        rows = told[n_told : n_told + n_now]
-        held.append(_round(frames, members_now, device, out, rows, begin))
-        n_told += n_now
-    return Pending(jobs, device, out, told, begin, held)
+    return Pending(jobs, device, round_bytes)
 
 
 class Pending:
-    """Frames that a device is encoding."""
+    """Frames that a device is encoding, a round of chunks after the other."""
 
-    def __init__(
-        self,
-        jobs: Sequence[DeviceJob],
-        device: Device,
-        out: torch.Tensor,
-        told: torch.Tensor,
-        end: torch.Tensor,
-        held: list[Any],
-    ) -> None:
-        self._jobs, self._device, self._out, self._held = jobs, device, out, held
-        self._told = device.to_host(told)
-        self._end = device.to_host(end)
-        self._done = device.event()
+    def __init__(self, jobs: Sequence[DeviceJob], device: Device, round_bytes: int) -> None:
+        self._jobs, self._device = jobs, device
+        upload = Upload(device)
+        self._frames = {number: _Frame(job, upload) for number, job in enumerate(jobs) if job.plan.n_chunks}
+        upload.send()
+        self._rounds = _rounds(list(self._frames.items()), round_bytes)
+        self._launched: deque[_Round] = deque()
+        for _ in range(_ROUNDS_AT_A_TIME):
+            self._launch()
+
+    def _launch(self) -> None:
+        """Launch the next round, if there is one."""
+        members = next(self._rounds, None)
+        if members is not None:
+            self._launched.append(_Round(self._frames, members, self._device))
 
     def result(self) -> list[Coded]:
         """Wait, and take the bytes over: one frame a job; frames without chunks are empty."""
+        parts: dict[int, list[_Part]] = {}
+        while self._launched:
+            one = self._launched.popleft()
+            for number, part in one.result(self._jobs):
+                parts.setdefault(number, []).append(part)
+            del one
+            self._launch()
+        return [_coded(job.plan, parts.get(number, [])) for number, job in enumerate(self._jobs)]
+
+
+class _Part(NamedTuple):
+    """Neighbouring chunks of a frame. told: int64[n, ...], byte of the payload at which each begins, then its row."""
+
+    told: np.ndarray[Any, Any]
+    payload: memoryview
+
+
+def _coded(plan: Plan, parts: Sequence[_Part]) -> Coded:
+    """The frame of its parts."""
+    n_fields = DIRECTORY_FIELDS + len(plan.plane_widths)
+    rows = np.zeros((plan.n_chunks, n_fields), np.uint32)
+    first = 0
+    for told, _ in parts:
+        rows[first : first + len(told), 2:] = told[:, 2:n_fields]
+        first += len(told)
+    return Coded(rows, [CodedPart(told[:, 0], told[:, 2], payload) for told, payload in parts])
+
+
+class _Round:
+    """Some chunks of some frames on their way through a device."""
+
+    def __init__(self, frames: dict[int, _Frame], members: Sequence[tuple[int, int, int]], device: Device) -> None:
+        """members: number of the job, first chunk, chunks."""
+        self._members, self._device = members, device
+        n_chunks = sum(n for _, _, n in members)
+        n_most = sum(n * aligned(frames[number].chunk_bytes) for number, _, n in members)
+        self._out = device.empty(n_most, torch.uint8)
+        told = device.empty((n_chunks, DIRECTORY_FIELDS + MOST_PLANES), torch.int64)
+        end = device.zeros(1, torch.int64)
+        self._held = [_launch_round(frames, members, device, self._out, told, end), told, end]
+        self._told, self._end = device.to_host(told), device.to_host(end)
+        self._done = device.event()
+
+    def result(self, jobs: Sequence[DeviceJob]) -> Iterator[tuple[int, _Part]]:
+        """Wait, and take over what compressed bytes there are, by number of the job."""
         self._done.wait()
         self._held.clear()
-        told, end = self._told.array(), int(self._end.array()[0])
-        payload = self._device.to_host(self._out[:end])
-        self._device.event().wait()
+        told = self._told.array()
+        payload = self._device.to_host(self._out[: int(self._end.array()[0])], wait=True)
         octets = payload.array().data
-        found, first = [], 0
-        for job in self._jobs:
-            n_chunks, n_fields = job.plan.n_chunks, DIRECTORY_FIELDS + len(job.plan.plane_widths)
-            part = told[first : first + n_chunks]
-            first += n_chunks
-            if not n_chunks:
-                found.append(Coded(np.zeros((0, n_fields), np.uint32), np.zeros(0, np.int64), memoryview(b"")))
-                continue
-            rows = np.zeros((n_chunks, n_fields), np.uint32)
-            rows[:, 2:] = part[:, 2:n_fields]
+        at = 0
+        for number, first, n in self._members:
+            part = told[at : at + n].copy()
+            at += n
             begin, last = int(part[0, 0]), int(part[-1, 0] + part[-1, 2])
-            found.append(Coded(rows, part[:, 0] - begin, octets[begin:last]))
-        return found
+            part[:, 0] -= begin
+            is_end = first + n == jobs[number].plan.n_chunks
+            yield number, _Part(part, octets[begin : last if is_end else begin + aligned(last - begin)])
 
 
 class _Frame:
@@ -152,7 +190,8 @@ class _Frame:
 
     def __init__(self, job: DeviceJob, upload: Upload) -> None:
         plan, side = job.plan, job.side
-        assert plan.n_columns < LONGEST_ROW.value or not plan.has_column_scale, "such columns cost more than they save"
+        if plan.has_column_scale and plan.n_columns >= LONGEST_ROW.value:
+            raise BackendError(f"{plan.describe()}: no kernel takes scales of {plan.n_columns} columns. Use the host.")
         self.job, self.upload = job, upload
         self.kind = kind_of(plan, job.reference is not None, job.source)
         self.layout = _layout_of(plan, side)
@@ -237,26 +276,18 @@ def _layout_of(plan: Plan, side: Side) -> _Layout:
     return _Layout(places, streams, at)
 
 
-def _most_bytes(plan: Plan) -> int:
-    """Of all chunks of a frame; a raw one is the longest."""
-    word_bytes = plan.dtype.word_bits // 8
-    size = 1 << plan.chunk_log2
-    n_whole, rest = divmod(plan.n_words, size)
-    return n_whole * aligned(size * word_bytes) + aligned(rest * word_bytes)
-
-
-def _rounds(frames: Sequence[tuple[int, _Frame]], scratch_bytes: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Number of the job, first chunk, chunks: as much at a time as scratch memory holds."""
+def _rounds(frames: Sequence[tuple[int, _Frame]], round_bytes: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Number of the job, first chunk, chunks: as many at a time as have room, or one."""
     now: list[tuple[int, int, int]] = []
-    left = scratch_bytes
+    left = round_bytes
     for number, one in frames:
-        n_chunks, n_bytes = one.job.plan.n_chunks, one.layout.n_bytes
+        n_chunks, n_bytes = one.job.plan.n_chunks, one.layout.n_bytes + aligned(one.chunk_bytes)
         first = 0
         while first < n_chunks:
-            n_fit = min(n_chunks - first, left // n_bytes if n_bytes else n_chunks)
+            n_fit = min(n_chunks - first, left // n_bytes)
             if n_fit == 0 and now:
                 yield now
-                now, left = [], scratch_bytes
+                now, left = [], round_bytes
                 continue
             n_fit = max(n_fit, 1)
             now.append((number, first, n_fit))
@@ -266,7 +297,7 @@ def _rounds(frames: Sequence[tuple[int, _Frame]], scratch_bytes: int) -> Iterato
         yield now
 
 
-def _round(
+def _launch_round(
     frames: dict[int, _Frame],
     members: Sequence[tuple[int, int, int]],
     device: Device,
@@ -274,7 +305,10 @@ def _round(
     told: torch.Tensor,
     begin: torch.Tensor,
 ) -> list[Any]:
-    """Launch everything for some chunks. Returns what must live until it has run."""
+    """Launch everything for some chunks. Returns what must live until it has run.
+
+    out: uint8[...], room for all as raw ones; told, begin: see `_lay_out`.
+    """
     scratch = device.empty(sum(n * frames[number].layout.n_bytes for number, _, n in members), torch.uint8)
     results = device.zeros((len(told), int(Result.N)), torch.int32)
     tables = Upload(device)
