@@ -24,6 +24,7 @@ from tricomp.kernels.encode_kernel import LONGEST_ROW, encode_kernel, plane_kern
 from tricomp.kernels.frame import (
     ALIGN,
     DIRECTORY_FIELDS,
+    ENTRIES_ALIGN,
     LANES,
     MOST_PLANES,
     PLANE_CONSTANT,
@@ -236,7 +237,9 @@ def _upload_side(plan: Plan, side: Side, upload: Upload) -> dict[int, int]:
 
 def _zero_last(entries: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Entries, then lengths, octet by octet; each context's of symbol 0 at its end, so that no place is below 0."""
-    return np.concatenate([np.roll(part, -1, axis=1).reshape(-1).view(np.uint8) for part in (entries, lengths)])
+    padding = ((0, 0), (0, -entries.shape[1] % ENTRIES_ALIGN))
+    rolled = [np.pad(np.roll(part, -1, axis=1), padding) for part in (entries, lengths)]
+    return np.concatenate([part.reshape(-1).view(np.uint8) for part in rolled])
 
 
 def _layout_of(plan: Plan, side: Side) -> _Layout:

@@ -25,7 +25,6 @@ from tricomp.kernels.lanes import (
 )
 from tricomp.kernels.pack import hold_of_rows, joined_row, pack_row, stack_push, unpack_row
 from tricomp.kernels.predict import (
-    context_of_level,
     context_of_word,
     factor_of,
     place_in,
@@ -35,6 +34,7 @@ from tricomp.kernels.predict import (
     split_full,
 )
 
+ENTRIES_ALIGN = tl.constexpr(frame.ENTRIES_ALIGN)
 LONGEST_ROW = tl.constexpr(1 << 30)
 N_FIELDS = tl.constexpr(int(Field.N))
 N_RESULTS = tl.constexpr(int(Result.N))
@@ -157,16 +157,16 @@ def scales_at(
 ):
     """Row and column scales of a lane's four words, int32: four of rows, four of columns; 0 for columns without any.
 
-    b_row, b_column: int32, of the first word. TYPE: of a scale, 16 bits. BY_FOUR: n_columns is a multiple of 4, so all
-    four are in one row, and their columns stand in 8 bytes.
+    p_rows, p_columns: pointers to TYPE, 16 bits. b_row, b_column: int32, of the first word. BY_FOUR: n_columns is a
+    multiple of 4, so all four are in one row, and their columns stand in 8 bytes.
     """
     if BY_FOUR:
-        b_r0 = scale_at(p_rows, b_row, b_left > 0, TYPE, IS_WHOLE)
+        b_r0 = scale_at(p_rows, b_row, b_left > 0, IS_WHOLE)
         b_r1, b_r2, b_r3 = b_r0, b_r0, b_r0
         b_c0 = tl.zeros_like(b_r0)
         b_c1, b_c2, b_c3 = b_c0, b_c0, b_c0
         if HAS_COLUMNS:
-            p_four = (p_columns + 2 * b_column.to(tl.int64)).to(tl.pointer_type(tl.uint64))
+            p_four = (p_columns + b_column).to(tl.pointer_type(tl.uint64))
             if IS_WHOLE:
                 b_four = tl.load(p_four)
             else:
@@ -180,28 +180,27 @@ def scales_at(
         b_row1, b_column1 = forward(b_row, b_column, 0, 1, n_columns)
         b_row2, b_column2 = forward(b_row1, b_column1, 0, 1, n_columns)
         b_row3, b_column3 = forward(b_row2, b_column2, 0, 1, n_columns)
-        b_r0 = scale_at(p_rows, b_row, b_left > 0, TYPE, IS_WHOLE)
-        b_r1 = scale_at(p_rows, b_row1, b_left > 1, TYPE, IS_WHOLE)
-        b_r2 = scale_at(p_rows, b_row2, b_left > 2, TYPE, IS_WHOLE)
-        b_r3 = scale_at(p_rows, b_row3, b_left > 3, TYPE, IS_WHOLE)
+        b_r0 = scale_at(p_rows, b_row, b_left > 0, IS_WHOLE)
+        b_r1 = scale_at(p_rows, b_row1, b_left > 1, IS_WHOLE)
+        b_r2 = scale_at(p_rows, b_row2, b_left > 2, IS_WHOLE)
+        b_r3 = scale_at(p_rows, b_row3, b_left > 3, IS_WHOLE)
         b_c0 = tl.zeros_like(b_r0)
         b_c1, b_c2, b_c3 = b_c0, b_c0, b_c0
         if HAS_COLUMNS:
-            b_c0 = scale_at(p_columns, b_column, b_left > 0, TYPE, IS_WHOLE)
-            b_c1 = scale_at(p_columns, b_column1, b_left > 1, TYPE, IS_WHOLE)
-            b_c2 = scale_at(p_columns, b_column2, b_left > 2, TYPE, IS_WHOLE)
-            b_c3 = scale_at(p_columns, b_column3, b_left > 3, TYPE, IS_WHOLE)
+            b_c0 = scale_at(p_columns, b_column, b_left > 0, IS_WHOLE)
+            b_c1 = scale_at(p_columns, b_column1, b_left > 1, IS_WHOLE)
+            b_c2 = scale_at(p_columns, b_column2, b_left > 2, IS_WHOLE)
+            b_c3 = scale_at(p_columns, b_column3, b_left > 3, IS_WHOLE)
     return b_r0, b_r1, b_r2, b_r3, b_c0, b_c1, b_c2, b_c3
 
 
 @triton.jit
-def scale_at(p_scales, b_place, m_word, TYPE: tl.constexpr, IS_WHOLE: tl.constexpr):
+def scale_at(p_scales, b_place, m_word, IS_WHOLE: tl.constexpr):
     """One scale a lane, int32."""
-    p_scale = (p_scales + 2 * b_place.to(tl.int64)).to(tl.pointer_type(TYPE))
     if IS_WHOLE:
-        return tl.load(p_scale).to(tl.int32)
+        return tl.load(p_scales + b_place).to(tl.int32)
     else:
-        return tl.load(p_scale, mask=m_word, other=0).to(tl.int32)
+        return tl.load(p_scales + b_place, mask=m_word, other=0).to(tl.int32)
 
 
 @triton.jit
@@ -232,13 +231,16 @@ def split_word(
     """
     k, base, n_symbols, has_sign = numbers[0], numbers[1], numbers[2], numbers[3]
     b_context = tl.zeros(b_x.shape, tl.int32)
+    n_each = (n_symbols + ENTRIES_ALIGN) // ENTRIES_ALIGN * ENTRIES_ALIGN  # entries of a context
     if PREDICT == FULL:
         b_level = b_r
         if HAS_COLUMNS:
             b_level = b_r + b_c
         b_place, b_remainder = split_full(b_x, b_level, k, base, n_symbols, has_sign, W, M, HAS_SCALES)
         if HAS_CONTEXTS:
-            b_context = context_of_level(b_level, numbers[5])
+            # The phase is left where it stands in the level, and the number of entries shifted in its stead.
+            b_context = b_level & (8 - (1 << numbers[5]))
+            n_each = n_each >> numbers[5]
     elif PREDICT == PALETTE:
         b_symbol = place_in(b_x, numbers[12], n_symbols, W)
         b_place = tl.where(b_symbol == 0, n_symbols, b_symbol - 1).to(tl.uint32)
@@ -256,7 +258,7 @@ def split_word(
         b_place = tl.where(m_word, b_place, (n_symbols - 1).to(tl.uint32))
         b_context = tl.where(m_word, b_context, 0)
     if HAS_CONTEXTS:
-        b_place = (b_context * (n_symbols + 1)).to(tl.uint32) + b_place
+        b_place = (b_context * n_each).to(tl.uint32) + b_place
     o_entry = b_place.to(tl.int64)
     if INDEX_BITS > 0:
         b_entry = tl.load((numbers[13] + 2 * o_entry).to(tl.pointer_type(tl.uint16))).to(tl.uint32)
@@ -341,19 +343,22 @@ def encode_kernel(
     n_rows = (tl.minimum(n_left, 1 << chunk_log2) + 127) // 128
     p_words = tl.load(p_f + F_WORDS) + first_word * (W // 8)
     p_reference = tl.load(p_f + F_REFERENCE) + first_word * ((FROM_W if FROM_W > 0 else W) // 8)
-    b_scratch = tl.load(p_f + F_SCRATCH) + (first_chunk - tl.load(p_f + F_FIRST_CHUNK) + o_chunk) * tl.load(
-        p_f + F_STRIDE
-    )
+    # Places in scratch memory are counted from the program's, in int32: eight chunks of a column of addresses each
+    # would cost registers that the loop needs.
+    stride = tl.load(p_f + F_STRIDE)
+    p_base = tl.load(p_f + F_SCRATCH) + (first_chunk - tl.load(p_f + F_FIRST_CHUNK)) * stride
+    o_scratch = o_chunk * stride.to(tl.int32)
     numbers = numbers_of(p_f)
     # Where the last row's words stand in the split, one row past it, and how far one row of 128 is.
     n_columns = tl.load(p_f + F_N_COLUMNS)
     b_row = tl.zeros((C * 32,), tl.int32)
     b_column = tl.zeros((C * 32,), tl.int32)
     n_rows_back, n_columns_back = n_rows, n_rows
-    p_rows, p_columns = numbers[7], numbers[8]
+    p_rows = numbers[7].to(tl.pointer_type(SCALE))
+    p_columns = numbers[8].to(tl.pointer_type(SCALE))
     if HAS_SCALES:
         first_row = first_word // n_columns
-        p_rows += 2 * first_row
+        p_rows += first_row
         # Of rows longer than any program only their end matters; those have no scales of columns, see encode.py.
         spare = tl.maximum(n_columns - LONGEST_ROW, 0)
         first_column = tl.maximum(first_word - first_row * n_columns - spare, 0).to(tl.int32)
@@ -363,30 +368,31 @@ def encode_kernel(
         b_row = b_last // n_columns
         b_column = b_last - b_row * n_columns
     b_state = tl.full((C * 32,), 1 << 15, tl.uint32)
-    o_symbols = tl.zeros((C * 32,), tl.int32)  # words back from the end, so at most 0
-    p_symbols = b_scratch + tl.load(p_f + F_SYMBOLS_END)
+    symbols_end = tl.load(p_f + F_SYMBOLS_END).to(tl.int32)
+    o_symbols = (o_scratch + symbols_end) // 2
     b_hold = tl.zeros((C * 32,), tl.uint32 if B == 16 else tl.uint64)
     b_held = tl.zeros((C * 32,), tl.int32)
-    o_stack = tl.zeros((C * 32,), tl.int32)
-    p_stack = b_scratch + tl.load(p_f + F_STACK_END)
+    stack_end = tl.load(p_f + F_STACK_END).to(tl.int32)
+    o_stack = (o_scratch + stack_end) // (B // 8)
     b_n_patches = tl.zeros((C * 32,), tl.int32)
     b_flags = tl.zeros((C * 32,), tl.uint32)  # in its upper half, since that is where entries have them
     b_index_hold = hold_of_rows(INDEX_BITS if INDEX_BITS > 0 else 8, C)
     b_plane_hold = hold_of_rows(LAST_BITS if N_PLANES > 0 else 8, C)
     b_any = tl.zeros((C * 32,), WORD)  # OR of all remainders that planes hold, and AND
     b_all = b_any - 1
-    p_flags = b_scratch + tl.load(p_f + F_FLAGS) + 2 * o_lane
+    p_flags = p_base + tl.load(p_f + F_FLAGS)
     shift = tl.load(p_f + F_SHIFT)
-    p_shifts = b_scratch + tl.load(p_f + F_SHIFTS)
-    p_plane = b_scratch + tl.load(p_f + F_PLANE)  # and one after the other
+    p_shifts = p_base + tl.load(p_f + F_SHIFTS)
+    p_plane = p_base + tl.load(p_f + F_PLANE)  # and one after the other
     plane_bytes = tl.load(p_f + F_PLANE + 1) - tl.load(p_f + F_PLANE)
-    n_entries = numbers[6] * (numbers[2] + 1)
+    n_entries = numbers[6] * ((numbers[2] + ENTRIES_ALIGN) // ENTRIES_ALIGN * ENTRIES_ALIGN)
     p_lengths = (numbers[13] + 2 * n_entries) if INDEX_BITS > 0 else (numbers[10] + 8 * n_entries)
     b_o = b_first + 4 * o_lane
+    o_packed = o_scratch // 4 + o_lane
     q = n_rows
     while q > 0:
         q -= 1
-        m_row = m_here if IS_WHOLE else q < b_n_rows
+        m_row = tl.full((C * 32,), 1, tl.int1) if IS_WHOLE else q < b_n_rows
         b_left = b_size - 128 * q - 4 * o_lane
         b_x0, b_x1, b_x2, b_x3 = words_at(p_words + (128 * (W // 8)) * q, b_o.to(tl.int64), b_left, W, IS_WHOLE)
         if PREDICT == SPARSE or PREDICT == CAST:
@@ -500,15 +506,15 @@ def encode_kernel(
                 REMAINDER == STACK,
             )
             if P > 0:
-                b_state, o_symbols = rans_push(b_state, b_e3, p_symbols, o_symbols, m_row, b_bit, P, C, IS_WHOLE)
-                b_state, o_symbols = rans_push(b_state, b_e2, p_symbols, o_symbols, m_row, b_bit, P, C, IS_WHOLE)
-                b_state, o_symbols = rans_push(b_state, b_e1, p_symbols, o_symbols, m_row, b_bit, P, C, IS_WHOLE)
-                b_state, o_symbols = rans_push(b_state, b_e0, p_symbols, o_symbols, m_row, b_bit, P, C, IS_WHOLE)
+                b_state, o_symbols = rans_push(b_state, b_e3, p_base, o_symbols, m_row, b_bit, P, C, IS_WHOLE)
+                b_state, o_symbols = rans_push(b_state, b_e2, p_base, o_symbols, m_row, b_bit, P, C, IS_WHOLE)
+                b_state, o_symbols = rans_push(b_state, b_e1, p_base, o_symbols, m_row, b_bit, P, C, IS_WHOLE)
+                b_state, o_symbols = rans_push(b_state, b_e0, p_base, o_symbols, m_row, b_bit, P, C, IS_WHOLE)
             else:
                 b_indices = joined_row(b_e0, b_e1, b_e2, b_e3, INDEX_BITS)
                 if not IS_WHOLE:
                     b_indices = tl.where(m_row, b_indices, 0)
-                b_index_hold = pack_row(b_index_hold, b_indices, p_symbols, q, m_row, o_lane, INDEX_BITS)
+                b_index_hold = pack_row(b_index_hold, b_indices, p_base + symbols_end, o_packed, q, m_row, INDEX_BITS)
             if REMAINDER == PLANES:
                 if not IS_WHOLE:
                     b_any = b_any | tl.where(m_row, b_r0 | b_r1 | b_r2 | b_r3, 0)
@@ -524,9 +530,9 @@ def encode_kernel(
                         b_plane_hold,
                         octets_of_row(b_r0, b_r1, b_r2, b_r3, PLANE, N_PLANES, LAST_BITS),
                         p_plane + PLANE * plane_bytes,
+                        o_packed,
                         q,
                         m_row,
-                        o_lane,
                         LAST_BITS if PLANE == N_PLANES - 1 else 8,
                     )
             if REMAINDER == STACK:
@@ -538,35 +544,39 @@ def encode_kernel(
                     b_zeros = bit_length(b_below, W)
                     b_longest = tl.maximum(tl.maximum(b_l0, b_l1), tl.maximum(b_l2, b_l3))
                     b_shift = tl.minimum(least_of_chunk(b_zeros, C), most_of_chunk(b_longest, C))
-                    p_shift = (p_shifts + q).to(tl.pointer_type(tl.uint8))
+                    p_shift = (p_shifts + (o_scratch + q).to(tl.int64)).to(tl.pointer_type(tl.uint8))
                     tl.store(p_shift, b_shift.to(tl.uint8), mask=m_row & (o_lane == 0))
                     b_down = b_shift.to(b_r0.dtype)
                     b_r0, b_r1, b_r2, b_r3 = b_r0 >> b_down, b_r1 >> b_down, b_r2 >> b_down, b_r3 >> b_down
                     b_l0, b_l1 = tl.maximum(b_l0 - b_shift, 0), tl.maximum(b_l1 - b_shift, 0)
                     b_l2, b_l3 = tl.maximum(b_l2 - b_shift, 0), tl.maximum(b_l3 - b_shift, 0)
-                b_hold, b_held, o_stack = push_word(b_hold, b_held, b_r3, b_l3, p_stack, o_stack, m_row, b_bit, W, B, C)
-                b_hold, b_held, o_stack = push_word(b_hold, b_held, b_r2, b_l2, p_stack, o_stack, m_row, b_bit, W, B, C)
-                b_hold, b_held, o_stack = push_word(b_hold, b_held, b_r1, b_l1, p_stack, o_stack, m_row, b_bit, W, B, C)
-                b_hold, b_held, o_stack = push_word(b_hold, b_held, b_r0, b_l0, p_stack, o_stack, m_row, b_bit, W, B, C)
+                b_hold, b_held, o_stack = push_word(b_hold, b_held, b_r3, b_l3, p_base, o_stack, m_row, b_bit, W, B, C)
+                b_hold, b_held, o_stack = push_word(b_hold, b_held, b_r2, b_l2, p_base, o_stack, m_row, b_bit, W, B, C)
+                b_hold, b_held, o_stack = push_word(b_hold, b_held, b_r1, b_l1, p_base, o_stack, m_row, b_bit, W, B, C)
+                b_hold, b_held, o_stack = push_word(b_hold, b_held, b_r0, b_l0, p_base, o_stack, m_row, b_bit, W, B, C)
         b_flags = (b_flags << 4) + b_p0 + b_p1 * 2 + b_p2 * 4 + b_p3 * 8
         if q % 4 == 0:  # 16 bits a lane; those of the rows before have left at the top
             b_rows = b_flags >> 16
             b_n_patches += population(b_rows)
-            tl.store((p_flags + 16 * q).to(tl.pointer_type(tl.uint16)), b_rows.to(tl.uint16), mask=m_row)
+            o_rows = (o_scratch + 2 * o_lane + 16 * q).to(tl.int64)
+            tl.store((p_flags + o_rows).to(tl.pointer_type(tl.uint16)), b_rows.to(tl.uint16), mask=m_row)
     p_result = p_results + (tl.load(p_programs + 4 * i_program + 3) + o_chunk) * N_RESULTS
     m_first = m_here & (o_lane == 0)
     tl.store(p_result + R_N_PATCHES, sum_of_chunk(b_n_patches, C), mask=m_first)
     if P > 0:
-        finish_stream(p_symbols, o_symbols, o_lane, m_here, 16)
-        tl.store(p_result + R_SYMBOL_WORDS, -o_symbols, mask=m_first)
-        p_state = (b_scratch + tl.load(p_f + F_STATES) + 4 * o_lane).to(tl.pointer_type(tl.uint32))
+        n_symbol_words = (o_scratch + symbols_end) // 2 - o_symbols
+        finish_stream(p_base, o_symbols, n_symbol_words, o_lane, m_here, 16)
+        tl.store(p_result + R_SYMBOL_WORDS, n_symbol_words, mask=m_first)
+        p_state = p_base + tl.load(p_f + F_STATES) + (o_scratch + 4 * o_lane).to(tl.int64)
+        p_state = p_state.to(tl.pointer_type(tl.uint32))
         tl.store(p_state, b_state, mask=m_here)
     if REMAINDER == STACK:
-        finish_stream(p_stack, o_stack, o_lane, m_here, B)
-        tl.store(p_result + R_STACK_WORDS, -o_stack, mask=m_first)
+        n_stack_words = (o_scratch + stack_end) // (B // 8) - o_stack
+        finish_stream(p_base, o_stack, n_stack_words, o_lane, m_here, B)
+        tl.store(p_result + R_STACK_WORDS, n_stack_words, mask=m_first)
         b_end = tl.full((), 1, b_hold.dtype) << b_held.to(b_hold.dtype)
         b_head = (b_hold & (b_end - 1)) | b_end
-        p_heads = b_scratch + tl.load(p_f + F_HEADS)
+        p_heads = p_base + tl.load(p_f + F_HEADS) + o_scratch.to(tl.int64)
         if B == 16:
             tl.store((p_heads + 2 * o_lane).to(tl.pointer_type(tl.uint16)), b_head.to(tl.uint16), mask=m_here)
         else:
@@ -662,16 +672,16 @@ def push_word(
 
 
 @triton.jit
-def finish_stream(p_end, o_next, o_lane, m_here, B: tl.constexpr):
-    """Zeros before the words of a stream, down to a multiple of 16 bytes. o_next: int32, at most 0, of the first."""
+def finish_stream(p_base, o_next, b_n_words, o_lane, m_here, B: tl.constexpr):
+    """Zeros before the words of a stream, down to a multiple of 16 bytes. o_next: int32, of the first word."""
     N_EACH: tl.constexpr = 128 // B
-    b_spare = (-o_next) % N_EACH
+    b_spare = b_n_words % N_EACH
     m_zero = m_here & (b_spare > 0) & (o_lane < N_EACH - b_spare)
     o_zero = (o_next - 1 - o_lane).to(tl.int64)
     if B == 16:
-        tl.store((p_end + 2 * o_zero).to(tl.pointer_type(tl.uint16)), tl.zeros_like(o_lane).to(tl.uint16), mask=m_zero)
+        tl.store((p_base + 2 * o_zero).to(tl.pointer_type(tl.uint16)), tl.zeros_like(o_lane).to(tl.uint16), mask=m_zero)
     else:
-        tl.store((p_end + 4 * o_zero).to(tl.pointer_type(tl.uint32)), tl.zeros_like(o_lane).to(tl.uint32), mask=m_zero)
+        tl.store((p_base + 4 * o_zero).to(tl.pointer_type(tl.uint32)), tl.zeros_like(o_lane).to(tl.uint32), mask=m_zero)
 
 
 @triton.jit
@@ -712,7 +722,7 @@ def plane_kernel(p_programs, p_frames, p_results, WIDTH: tl.constexpr, P: tl.con
         b_state, o_words = push_octet(b_state, b_2, p_table, p_words, o_words, m_row, b_bit, P, C)
         b_state, o_words = push_octet(b_state, b_1, p_table, p_words, o_words, m_row, b_bit, P, C)
         b_state, o_words = push_octet(b_state, b_0, p_table, p_words, o_words, m_row, b_bit, P, C)
-    finish_stream(p_words, o_words, o_lane, m_here, 16)
+    finish_stream(p_words, o_words, -o_words, o_lane, m_here, 16)
     p_state = (b_scratch + tl.load(p_program + 6) + 4 * o_lane).to(tl.pointer_type(tl.uint32))
     tl.store(p_state, b_state, mask=m_here)
     p_result = p_results + (tl.load(p_program + 3) + o_chunk) * N_RESULTS + R_PLANE_WORDS + tl.load(p_program + 4)

@@ -22,6 +22,7 @@ DIRECTORY_FIELDS = 6
 PLANE_RAW, PLANE_CONSTANT, PLANE_RANS = 0, 1, 2
 
 MOST_PLANES = 8
+ENTRIES_ALIGN = 8  # an encoder's entries of a context are filled up to a multiple of this
 STATE_BYTES = 4 * LANES
 
 RAW, SPARSE, FULL, DELTA, SCALED_DELTA, CAST, PALETTE = (

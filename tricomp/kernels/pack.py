@@ -74,26 +74,27 @@ def joined_row(b_0, b_1, b_2, b_3, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def pack_row(b_hold, b_row, p_words, q, m_row, o_lane, WIDTH: tl.constexpr):
+def pack_row(b_hold, b_row, p_words, o_lane, q, m_row, WIDTH: tl.constexpr):
     """Pack row q of four values of WIDTH bits a lane, rows descending. b_hold: see `hold_of_rows`; pushed last.
 
-    p_words: int64 address of u32. m_row: whether the row is one of the chunk's. Returns b_hold. A word is stored with
-    the row that holds its lowest bit; b_hold goes on with bits that were stored, and they leave it at its top.
+    p_words: int64 address of u32, a number; o_lane: int32, from there to each lane's first. m_row: whether the row is
+    one of the chunk's. Returns b_hold. A word is stored with the row that holds its lowest bit; b_hold goes on with
+    bits that were stored, and they leave it at its top.
     """
     if WIDTH == 8:
-        p_word = (p_words + 4 * o_lane.to(tl.int64)) + 128 * q
+        p_word = p_words + 4 * (o_lane + 32 * q).to(tl.int64)
         tl.store(p_word.to(tl.pointer_type(tl.uint32)), b_row, mask=m_row)
     elif 8 % WIDTH == 0:
         N_ROWS: tl.constexpr = 8 // WIDTH
         b_hold = (b_hold << (4 * WIDTH)) + b_row
         if q % N_ROWS == 0:
-            p_word = (p_words + 4 * o_lane.to(tl.int64)) + 128 * (q // N_ROWS)
+            p_word = p_words + 4 * (o_lane + 32 * (q // N_ROWS)).to(tl.int64)
             tl.store(p_word.to(tl.pointer_type(tl.uint32)), b_hold, mask=m_row)
     else:
         b_hold = (b_hold << (4 * WIDTH)) | b_row.to(tl.uint64)
         n_kept = (-4 * WIDTH * q) & 31
         if n_kept < 4 * WIDTH:
-            p_word = (p_words + 4 * o_lane.to(tl.int64)) + 128 * ((4 * WIDTH * q + 31) // 32)
+            p_word = p_words + 4 * (o_lane + 32 * ((4 * WIDTH * q + 31) // 32)).to(tl.int64)
             b_word = ((b_hold >> n_kept.to(tl.uint64)) & 0xFFFFFFFF).to(tl.uint32)
             tl.store(p_word.to(tl.pointer_type(tl.uint32)), b_word, mask=m_row)
     return b_hold

@@ -15,6 +15,7 @@ from tricomp.kernels.bits import (
     bit_length,
     exponent,
     in_order,
+    length_32,
     low_bits,
     magnitude,
     negated,
@@ -173,26 +174,32 @@ def factor_of(b_row, b_column, factor):
 def scaled(b_y, b_factor, W: tl.constexpr, M: tl.constexpr):
     """A float's word times a factor. b_factor: uint64 below 2^32, one = 2^30. FORMAT.md, "scaled delta"."""
     E_MAX: tl.constexpr = (1 << (W - 1 - M)) - 1
-    b_body = magnitude(b_y, W, True, True).to(tl.uint64)
+    b_body = magnitude(b_y, W, True, True)
     b_field = (b_body >> M).to(tl.int32)
-    b_g = (b_body & ((1 << M) - 1)) | tl.full((), 1 << M, tl.uint64)
     if W == 64:
+        b_g = (b_body & ((1 << M) - 1)) | tl.full((), 1 << M, tl.uint64)
         b_p = (b_g >> 24) * b_factor + (((b_g & 0xFFFFFF) * b_factor) >> 24)
-        point = M + 6
+        b_length = bit_length(b_p, 64)
+        b_drop = b_length - 1 - M
+        b_down = tl.maximum(b_drop, 0).to(tl.uint64)
+        b_half = (tl.full((), 1, tl.uint64) << b_down) >> 1
+        b_q = ((b_p + b_half) >> b_down) << tl.maximum(-b_drop, 0).to(tl.uint64)
+        b_new = tl.where(b_p == 0, 0, b_field + b_length - 1 - (M + 6))
     else:
-        b_p = b_g * b_factor
-        point = M + 30
-    b_length = bit_length(b_p, 64)
-    b_drop = b_length - 1 - M
-    b_down = tl.maximum(b_drop, 0).to(tl.uint64)
-    b_half = (tl.full((), 1, tl.uint64) << b_down) >> 1
-    b_q = ((b_p + b_half) >> b_down) << tl.maximum(-b_drop, 0).to(tl.uint64)
-    b_new = b_field + b_length - 1 - point
-    b_base = tl.minimum(tl.maximum(b_new - 1, 0), E_MAX).to(tl.uint64) << M
-    b_scaled = tl.minimum(b_base + b_q, tl.full((), (E_MAX << M) - 1, tl.uint64))
-    b_scaled = tl.where((b_p == 0) | (b_new < 1), 0, b_scaled)
+        # A product is as long as its factors together, or one bit longer with `b_more`. It is taken twice, so that the
+        # bit that rounds is there when nothing is dropped.
+        b_length = length_32(b_factor.to(tl.uint32))
+        b_g = (b_body & ((1 << M) - 1)) | (1 << M)
+        b_p = (b_g * 2).to(tl.uint64) * b_factor
+        b_more = (b_p >> (b_length + (M + 1)).to(tl.uint64)).to(tl.int32)
+        b_down = (tl.maximum(b_length - 1, 0) + b_more).to(tl.uint64)
+        b_q = ((b_p >> b_down).to(tl.uint32) + 1) >> 1
+        b_new = b_field + b_more + tl.where(b_length == 0, -E_MAX - 1, b_length - 31)
+    b_scaled = ((b_new - 1).to(b_y.dtype) << M) + b_q
+    b_scaled = tl.minimum(b_scaled, tl.full((), (E_MAX << M) - 1, b_y.dtype))
+    b_scaled = tl.where(b_new < 1, 0, b_scaled)
     b_kept = tl.where((b_field == 0) | (b_field == E_MAX), b_body, b_scaled)
-    return b_kept.to(b_y.dtype) | (top_bit(b_y, W) << (W - 1))
+    return b_kept | (b_y ^ b_body)
 
 
 @triton.jit
