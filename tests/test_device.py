@@ -284,3 +284,20 @@ def test_means_of_rows_are_those_that_the_planner_takes():
             total = sum(word >> down << up for word in used)
             expected.append((2 * total + len(used)) // (2 * len(used)) if used else -1)
         assert found.tolist() == expected, name
+
+
+def test_many_small_leaves_are_a_handful_of_launches(monkeypatch):
+    """Launches go with kinds of kernels, not with leaves."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=(n,)).astype(np.float32) for n in rng.integers(600, 900, 60)]
+    snapshot = on_device(snapshot_of([f"{i}/w" for i in range(len(arrays))], arrays))
+    launched, launch = [], Device.launch
+
+    def count(self, kernel, grid, *arguments, **constants):
+        launched.append(kernel.__name__)
+        launch(self, kernel, grid, *arguments, **constants)
+
+    monkeypatch.setattr(Device, "launch", count)
+    frames = list(codec.encode(snapshot, None, SHORT))
+    assert sum(len(frame.leaves) for frame in frames) == 60
+    assert len(launched) <= 12, launched

@@ -26,6 +26,7 @@ def save(
     spec: tricomp.Spec | None = None,
     metadata: Mapping[str, Any] | None = None,
     threads: int | None = None,
+    backend: str | None = None,
 ) -> tricomp.Report:
     """Write obj, any nesting of dicts, lists and tuples of tensors and plain values, or a snapshot of it, to path.
 
@@ -33,7 +34,7 @@ def save(
 
     reference: a path, an open `tricomp.File` or a torch tree that the reader will also have; the file then holds the
     difference. Entries that are the same tensor (tied weights) are noted, and `load` ties them again. Views that only
-    overlap are stored separately. requires_grad and devices are not stored. threads: see tricomp.open.
+    overlap are stored separately. requires_grad and devices are not stored. threads, backend: see tricomp.open.
 
     Raises UnsupportedNode and UnsupportedDtype, naming the entry; StorageError.
 
@@ -50,6 +51,7 @@ def save(
         spec=spec,
         metadata=with_notes(metadata, flat.notes),
         threads=threads,
+        backend=backend,
     )
 
 
@@ -60,17 +62,18 @@ def load(
     map_location: str | torch.device | None = None,
     leaves: Sequence[str] | None = None,
     threads: int | None = None,
+    backend: str | None = None,
 ) -> Any:
     """Read back what `save` wrote; also any other `.tri` file whose dtypes torch has.
 
     reference: what `save` was given. map_location: the device of all tensors, the CPU if None (a file keeps no
     devices); for a GPU they are decoded there, where Triton can. leaves: entry paths or patterns such as "model/h.0.*";
-    then only those are read, and the result is a dict of path to tensor. threads: see tricomp.open.
+    then only those are read, and the result is a dict of path to tensor. threads, backend: see tricomp.open.
 
     Raises CorruptFile, CorruptFrame, WrongReference, MissingLeaf, UnsupportedVersion, UnsupportedDtype.
     """
     device = device_of(map_location)
-    with tricomp.open(os.fspath(path), reference=plain_reference(reference), threads=threads) as file:
+    with tricomp.open(os.fspath(path), reference=plain_reference(reference), threads=threads, backend=backend) as file:
         notes = notes_of(file.metadata)
         found = load_leaves(file, leaves, device)
         if leaves is None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from tricomp.layout import DeviceArray
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _ALIGN = 256
+_interpreter = Lock()
 _CARRIERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # torch's unsigned ones can do little
 
 
@@ -205,7 +207,8 @@ class Device:
         if 0 in grid:
             return
         if not self.is_accelerator:
-            kernel[grid](*arguments, **constants)
+            with _interpreter:  # it replaces parts of Triton while it runs
+                kernel[grid](*arguments, **constants)
             return
         try:
             kernel[grid](*arguments, **constants, num_warps=self.warps, enable_fp_fusion=False)
