@@ -145,19 +145,15 @@ class File(Mapping[str, Array]):
 
     def find(self, path: str) -> tuple[Leaf, Words] | None:
         """Leaf and words (uint[n_words], not to be written to) of that path, or None: a codec's Reference."""
-        number = self._index.get(path)
-        if number is None:
-            return None
-        self._frames.fill_cache(number)
-        return self._contents.leaves[number], self._frames.decode([number])[number]
+        return self._frames.find(path)
 
     def find_all(self, paths: Sequence[str]) -> list[tuple[Leaf, Words] | None]:
         """What find gives for each path, decoded together."""
-        numbers = {path: self._index[path] for path in paths if path in self._index}
-        words = self._frames.decode_all(numbers.values())
-        return [
-            (self._contents.leaves[n], words[n]) if (n := numbers.get(path)) is not None else None for path in paths
-        ]
+        return self._frames.find_all(paths)
+
+    def on(self, device: Any) -> Frames:
+        """A Reference to the same leaves, whose words are decoded to a torch device. Raises BackendError."""
+        return self._frames.at(device)
 
     def load(self, leaves: Iterable[str] | None = None) -> Any:
         """The whole tree; or, given paths or patterns as in fnmatch, a dict of path to array. Raises MissingLeaf."""

@@ -153,6 +153,20 @@ class Frames:
             words = {frames.contents.leaves[n].path: (frames.contents.leaves[n], w) for n, w in decoded.items()}
         return decoded
 
+    def find(self, path: str) -> tuple[Leaf, Words] | None:
+        """Leaf and words of that path, or None: a codec's Reference."""
+        number = self.index.get(path)
+        if number is None:
+            return None
+        self.fill_cache(number)
+        return self.contents.leaves[number], self.decode([number])[number]
+
+    def find_all(self, paths: Sequence[str]) -> list[tuple[Leaf, Words] | None]:
+        """What find gives for each path, decoded together."""
+        numbers = {path: self.index[path] for path in paths if path in self.index}
+        words = self.decode_all(numbers.values())
+        return [(self.contents.leaves[n], words[n]) if (n := numbers.get(path)) is not None else None for path in paths]
+
     def parts(self, number: int, wanted: Sequence[range], parent: Words | None = None) -> list[Words]:
         """Words of a leaf, from the chunks that hold them alone, in this file and down its chain."""
         return [words for words, _ in self._parts(number, wanted, parent, None, is_summed=False)]

@@ -36,7 +36,8 @@ GROUP_WORDS = 65_536  # most words of a shared frame
 class Reference(Protocol):
     """Anything that has the words of earlier leaves by path: a Snapshot, an open file.
 
-    One that finds many at a time faster than one by one has find_all too: from paths to a list of what find gives.
+    One that finds many at a time faster than one by one has find_all too: from paths to a list of what find gives. One
+    that can give words on a torch device has on too: from the device to a Reference to its words there.
     """
 
     def find(self, path: str) -> tuple[Leaf, Words] | None: ...
@@ -143,6 +144,13 @@ def bounded(snapshot: Snapshot, spec: Spec, engine: Engine | None = None) -> Sna
     return Snapshot(replace(snapshot.layout, places=places), tuple(words))
 
 
+def _known_there(reference: Reference | None, engine: Engine) -> Reference | None:
+    """The reference with its words where the engine works, if it can give them there."""
+    on_device = getattr(reference, "on", None) if engine.is_on_device else None
+    known: Reference | None = reference if on_device is None else on_device(engine.device)
+    return known
+
+
 def copied_to_host(snapshot: Snapshot) -> Snapshot:
     """The Snapshot in memory of its own on the host."""
     return Snapshot(snapshot.layout, tuple(host_copy(buffer) for buffer in snapshot.buffers))
@@ -158,7 +166,8 @@ def _frames(
         digests = _Digests(snapshot, engine)
         # Asked for once: finding a leaf may mean decoding it.
         small = [i for i in numbers if leaves[i].n_words < SMALL_WORDS]
-        found = dict(zip(small, _counterparts([leaves[i] for i in small], reference)))
+        known = _known_there(reference, engine)
+        found = dict(zip(small, _counterparts([leaves[i] for i in small], known)))
         tasks = _tasks(snapshot, found, siblings(snapshot, numbers, digests.of, engine), spec, numbers)
     except BackendError as error:
         yield from _frames(snapshot, reference, spec, engine.on_host(error), numbers)
@@ -166,15 +175,15 @@ def _frames(
     batches = _batches(tasks, leaves, engine.batch_words)
 
     def encoded() -> Iterator[list[Frame]]:
-        nonlocal snapshot, digests, engine
+        nonlocal snapshot, known, digests, engine
         for batch in batches:
             try:
-                frames = _encoded(snapshot, reference, found, digests, batch, spec, engine)
+                frames = _encoded(snapshot, known, found, digests, batch, spec, engine)
             except BackendError as error:
                 engine = engine.on_host(error)
                 snapshot = _adopted(snapshot, engine, numbers)
-                digests = _Digests(snapshot, engine)
-                frames = _encoded(snapshot, reference, found, digests, batch, spec, engine)
+                known, digests = reference, _Digests(snapshot, engine)
+                frames = _encoded(snapshot, known, found, digests, batch, spec, engine)
             yield frames
 
     if len(batches) < 2:

@@ -214,9 +214,14 @@ class Engine:
         """The same for words on a device, None: the host; to be asked for each time, see Accelerator."""
         return replace(self, device=device)
 
+    @property
+    def is_on_device(self) -> bool:
+        """Whether it takes and gives words on its device, not on the host."""
+        return self.device is not None and self.coder.name == "triton"
+
     def there(self) -> Engine:
         """The same, if it works on its device. Raises BackendError."""
-        if self.coder.name != "triton":
+        if not self.is_on_device:
             why = accelerator.why_not(self.device.type) or f"backend {self.backend!r} was asked for"
             raise BackendError(f"nothing decodes on {self.device}: {why}. Load to the host, and copy.")
         return self
