@@ -134,7 +134,7 @@ class Accelerator:
         """Floats rounded to nearest even at kept_bits of mantissa, see reference.bits.round_mantissa."""
         from tricomp.kernels.rounding import round_mantissa
 
-        return round_mantissa(self.adopted(words), dtype, kept_bits, self.device)
+        return self.device.given(round_mantissa(self.adopted(words), dtype, kept_bits, self.device))
 
     def strided(self, requests: Sequence[tuple[Any, int, int, int]]) -> list[Words]:
         """Of each (words, first, step, most): at most so many words from first on, on the host."""
@@ -296,7 +296,7 @@ class Accelerator:
             return wanted
         if wanted is not None and wanted is not decoded:
             return wanted.copy_(decoded)
-        return to_host(decoded) if self._is_host_wanted else decoded
+        return to_host(decoded) if self._is_host_wanted else self.device.given(decoded)
 
 
 def _facts(found: Surveyed, has_reference: bool) -> Facts:

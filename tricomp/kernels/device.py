@@ -87,6 +87,7 @@ class Device:
     survey_rows: int = field(default_factory=lambda: 32 if IS_INTERPRETED else 8)
 
     stream: Any = None  # a torch.cuda.Stream; None: the current one
+    caller: Any = None  # the stream that was current when the one above was taken
 
     @property
     def is_accelerator(self) -> bool:
@@ -96,9 +97,16 @@ class Device:
         """The same with a stream of its own, which goes on after all that the current one has been given."""
         if not self.is_accelerator:
             return self
-        stream = _side_stream(self.handle)
-        stream.wait_stream(torch.cuda.current_stream(self.handle))
-        return replace(self, stream=stream)
+        stream, caller = _side_stream(self.handle), torch.cuda.current_stream(self.handle)
+        stream.wait_stream(caller)
+        return replace(self, stream=stream, caller=caller)
+
+    def given(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of this device's stream for the caller's, which waits for what makes it and may outlive it."""
+        if self.caller is not None:
+            self.caller.wait_stream(self.stream)
+            tensor.record_stream(self.caller)
+        return tensor
 
     @contextmanager
     def running(self) -> Iterator[None]:
