@@ -210,6 +210,14 @@ def plain_jobs() -> Iterator[EncodeJob]:
         yield EncodeJob(plan, side, narrow, wide, source)
 
 
+def long_row_job() -> EncodeJob:
+    """A split with a row that 32 bits cannot count, of which only the first words are there."""
+    dtype = dtypes.by_name("float32")
+    plan = Plan(dtype, 600, "full", chunk_log2=10, n_symbols=64, entropy="rans", remainder="stack", n_contexts=8)
+    plan = replace(plan, n_columns=(1 << 31) + 3)
+    return golden_cases.filled(plan, Scales(np.full(1, 901, np.int16)), golden_cases.words(dtype, 600, 4), None)
+
+
 def plane_jobs() -> Iterator[EncodeJob]:
     """Byte planes of every width: coded, constant and packed ones in one frame."""
     dtype = dtypes.by_name("float32")

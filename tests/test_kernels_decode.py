@@ -16,6 +16,7 @@ from tests.kernel_cases import (
     DEVICE,
     Poisoned,
     jobs_of_every_kind,
+    long_row_job,
     odd_jobs,
     on_device,
     plain_jobs,
@@ -127,6 +128,10 @@ def test_odd_sizes_and_special_words():
 @pytest.mark.parametrize("shift", [0, 1])
 def test_predictions_without_a_coder(shift):
     assert_decodes(list(plain_jobs()), shift)
+
+
+def test_a_row_that_32_bits_cannot_count():
+    assert_decodes([long_row_job()])
 
 
 def test_byte_planes_of_every_width():

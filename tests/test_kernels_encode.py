@@ -13,6 +13,7 @@ from tests.kernel_cases import (
     DEVICE,
     is_raw,
     jobs_of_every_kind,
+    long_row_job,
     odd_jobs,
     on_device,
     plain_jobs,
@@ -69,6 +70,10 @@ def test_odd_sizes_and_special_words(shift):
 def test_predictions_without_a_coder(shift):
     """Words at any address: a raw chunk is copied from where the words stand."""
     assert_equal(list(islice(plain_jobs(), shift, None, 1 + 2 * shift)), shift)
+
+
+def test_a_row_that_32_bits_cannot_count():
+    assert_equal([long_row_job()])
 
 
 def test_byte_planes_of_every_width():

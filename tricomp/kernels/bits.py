@@ -54,6 +54,21 @@ def in_order(b_x, W: tl.constexpr, IS_FLOAT: tl.constexpr, IS_SIGNED: tl.constex
 
 
 @triton.jit
+def from_order(b_x, W: tl.constexpr, IS_FLOAT: tl.constexpr, IS_SIGNED: tl.constexpr):
+    """Inverse of `in_order`, whatever stands below a word."""
+    if IS_FLOAT and IS_SIGNED:
+        if W == 64:
+            b_fill = (b_x.to(tl.int64, bitcast=True) >> 63).to(tl.uint64, bitcast=True)
+            b_x = b_x ^ (b_fill & tl.full((), (1 << 63) - 1, tl.uint64))
+        else:
+            b_fill = (b_x.to(tl.int32, bitcast=True) >> 31).to(tl.uint32, bitcast=True)
+            b_x = b_x ^ (b_fill & ((1 << 31) - 1))
+    if W < 32:
+        b_x = b_x >> (32 - W)
+    return b_x
+
+
+@triton.jit
 def ordered(b_x, W: tl.constexpr, IS_FLOAT: tl.constexpr, IS_SIGNED: tl.constexpr):
     """The order-preserving integer view of words."""
     if IS_SIGNED:

@@ -159,8 +159,9 @@ def _stage(jobs: Sequence[DeviceDecodeJob], directories: Sequence[tuple[Array, A
         shifts[-1] = begin - n_octets
         spans.append((data, begin, end, n_octets))
         n_octets += aligned(end - begin)
-        # One word a lane and step, for every position of a chunk, from where a stream begins: see decode_kernel.py.
-        n_positions = -(-min(1 << job.plan.chunk_log2, job.plan.n_words) // ROW) * ROW
+        # One word a lane and step, for every position of a chunk, from where a stream begins, and one that is read
+        # when all are: see decode_kernel.py.
+        n_positions = min(1 << job.plan.chunk_log2, job.plan.n_words) + 2 * ROW
         slack = max(slack, n_positions * max(2, job.plan.dtype.word_bits // 8))
     host = torch.empty(n_octets + slack, dtype=torch.uint8, pin_memory=device.is_accelerator)
     octets = host.numpy()
@@ -266,9 +267,10 @@ def _launch(
         device.launch(cast_kernel, (n,), view(place), FROM_W=from_w, FROM_M=from_m, W=w, M=m, BLOCK=_BLOCK)
     for (width, prob_bits), place, n in plane_work:
         device.launch(plane_kernel, (n,), view(place), view(stream_table), told, WIDTH=width, P=prob_bits, C=n_each)
-    for (kind, is_whole), place, n in coded_work:
+    for (kind, flow, is_long), place, n in coded_work:
         arguments = view(place), view(frame_table), view(chunk_table), told
-        device.launch(decode_kernel, (n,), *arguments, **kind.constants(), IS_WHOLE=int(is_whole), C=n_each)
+        constants = {**kind.constants(), **flow.constants(), "IS_LONG": int(is_long)}
+        device.launch(decode_kernel, (n,), *arguments, **constants, C=n_each)
     for width, place, n in patch_work:
         device.launch(patch_kernel, (n,), view(place), told, W=width, BLOCK=_BLOCK)
     return [planes, sides, tables]

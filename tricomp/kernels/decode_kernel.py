@@ -28,20 +28,23 @@ from tricomp.kernels.encode_kernel import (
     PLANES,
     SCALED_DELTA,
     STACK,
-    basis_of,
     numbers_of,
+    scales_at,
 )
 from tricomp.kernels.entropy import rans_pop
 from tricomp.kernels.frame import Fault, Field, Part, Stream
 from tricomp.kernels.lanes import forward, put_word, put_words, word_at, words_at
-from tricomp.kernels.pack import append_row, joined_row, stack_pop, unpack_row
+from tricomp.kernels.pack import append_row, joined_row, parted_row, row_at, stack_pop, unpack_row
 from tricomp.kernels.predict import (
+    MEANING_LENGTH,
+    MEANING_LENGTH_MASK,
     context_of_level,
     context_of_word,
+    factor_of,
     merge_delta,
     merge_full,
     rounded,
-    size_of_symbol,
+    scaled,
 )
 
 F_N_PLACES = tl.constexpr(int(Field.N_PLACES))
@@ -54,7 +57,7 @@ C_SHIFTS = tl.constexpr(int(Part.SHIFTS))
 C_HEADS = tl.constexpr(int(Part.HEADS))
 C_STACK_WORDS = tl.constexpr(int(Part.STACK_WORDS))
 C_N_STACK_WORDS = tl.constexpr(int(Part.N_STACK_WORDS))
-C_CONSTANT = tl.constexpr(int(Part.CONSTANT))
+C_CONSTANTS = tl.constexpr(int(Part.CONSTANTS))
 C_PLANE = tl.constexpr(int(Part.PLANE))
 N_STREAM = tl.constexpr(int(Stream.N))
 S_CHUNK = tl.constexpr(int(Stream.CHUNK))
@@ -82,29 +85,16 @@ def pop_value(b_hold, b_held, b_length, p_stack, o_stack, b_bit, W: tl.constexpr
         b_below = tl.minimum(b_length, 32)
         b_low, b_hold, b_held, o_stack = stack_pop(b_hold, b_held, b_below, p_stack, o_stack, b_bit, B, C)
         b_high, b_hold, b_held, o_stack = stack_pop(b_hold, b_held, b_length - b_below, p_stack, o_stack, b_bit, B, C)
-        return b_low | (b_high << 32), b_hold, b_held, o_stack
+        return b_low.to(tl.uint64) | (b_high.to(tl.uint64) << 32), b_hold, b_held, o_stack
     else:
-        b_value, b_hold, b_held, o_stack = stack_pop(b_hold, b_held, b_length, p_stack, o_stack, b_bit, B, C)
-        return b_value.to(tl.uint32), b_hold, b_held, o_stack
-
-
-@triton.jit
-def length_of(b_symbol, numbers, PREDICT: tl.constexpr, W: tl.constexpr, M: tl.constexpr):
-    """Bits of the remainder that goes with a symbol of `full` or of a delta. Mirrors `symbol_length` of frame.py."""
-    k, base, has_sign = numbers[0], numbers[1], numbers[3]
-    if PREDICT == FULL:
-        b_length = tl.zeros_like(b_symbol) + (M - k + has_sign)
-    else:
-        _, b_below, _ = size_of_symbol(b_symbol, k, base, has_sign, W)
-        b_length = b_below + has_sign
-    return tl.where(b_symbol == 0, 0, b_length)
+        return stack_pop(b_hold, b_held, b_length, p_stack, o_stack, b_bit, B, C)
 
 
 @triton.jit
 def decode_word(
     b_y,
-    b_row,
-    b_column,
+    b_r,
+    b_c,
     b_place,
     b_remainder,
     b_shift,
@@ -131,21 +121,30 @@ def decode_word(
     P: tl.constexpr,
     REMAINDER: tl.constexpr,
     HAS_BLOCK_SHIFTS: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
     C: tl.constexpr,
 ):
     """One word a lane. Returns words, and what was carried: states and o_symbols, holds, held and o_stack.
 
-    b_y: its reference. b_place: its index. b_remainder: from planes. b_shift: int32, of its row. numbers: see
-    `numbers_of`. Padding, where m_word is not set, has context 0 and no remainder.
+    b_y: its reference; b_r, b_c: its scales. b_place: its index. b_remainder: from planes. b_shift: int32, of its row.
+    numbers: see `numbers_of`; the lengths are an address of meanings, see tables.py. Where there are indices, they
+    stand for symbols in meanings and palettes. Padding, where m_word is not set, has context 0 and no remainder.
     """
     B: tl.constexpr = 16 if W <= 16 else 32
     k, base, has_sign = numbers[0], numbers[1], numbers[3]
-    b_level, b_y = basis_of(
-        numbers[7], numbers[8], b_row, b_column, b_y, numbers[9], m_word, PREDICT, W, M, HAS_SCALES, HAS_COLUMNS
-    )
+    b_level = b_r
+    if HAS_COLUMNS:
+        b_level = b_r + b_c
+    if PREDICT == SCALED_DELTA:
+        b_column_factor = tl.full((), 1 << 15, tl.uint64)
+        if HAS_COLUMNS:
+            b_column_factor = b_c.to(tl.uint64)
+        b_y = scaled(b_y, factor_of(b_r.to(tl.uint64), b_column_factor, numbers[9]), W, M)
     if INDEX_BITS > 0:
-        p_symbol = (numbers[13] + b_place.to(tl.int64)).to(tl.pointer_type(tl.uint8))
-        b_symbol = tl.load(p_symbol).to(tl.int32)
+        b_symbol = b_place.to(tl.int32)
+        if PREDICT == FULL:
+            p_symbol = (numbers[13] + b_place.to(tl.int64)).to(tl.pointer_type(tl.uint8))
+            b_symbol = tl.load(p_symbol).to(tl.int32)
     else:
         b_context = tl.zeros(m_row.shape, tl.int32)
         if HAS_CONTEXTS:
@@ -153,13 +152,22 @@ def decode_word(
                 b_context = context_of_level(b_level, numbers[5])
             else:
                 b_context = context_of_word(b_y, numbers[4], numbers[5], numbers[6], W, M, IS_FLOAT, IS_SIGNED)
-            b_context = tl.where(m_word, b_context, 0)
+            if not IS_WHOLE:
+                b_context = tl.where(m_word, b_context, 0)
         b_popped, b_state, o_symbols = rans_pop(
-            b_state, numbers[10], b_context, p_symbols, o_symbols, m_row, b_bit, P, C
+            b_state, numbers[10], b_context, p_symbols, o_symbols, m_row, b_bit, P, C, IS_WHOLE
         )
         b_symbol = b_popped.to(tl.int32)
+    b_meaning = b_symbol
+    if PREDICT == DELTA or PREDICT == SCALED_DELTA:
+        b_meaning = tl.load((numbers[11] + 4 * b_symbol.to(tl.int64)).to(tl.pointer_type(tl.uint32)))
     if REMAINDER == STACK:
-        b_length = tl.where(m_word, length_of(b_symbol, numbers, PREDICT, W, M), 0)
+        if PREDICT == FULL:
+            b_length = tl.where(b_symbol == 0, 0, M - k + has_sign)
+        else:
+            b_length = ((b_meaning >> MEANING_LENGTH) & MEANING_LENGTH_MASK).to(tl.int32)
+        if not IS_WHOLE:
+            b_length = tl.where(m_word, b_length, 0)
         if HAS_BLOCK_SHIFTS:
             b_length = tl.maximum(b_length - b_shift, 0)
         b_remainder, b_hold, b_held, o_stack = pop_value(b_hold, b_held, b_length, p_stack, o_stack, b_bit, W, B, C)
@@ -168,9 +176,9 @@ def decode_word(
     if PREDICT == PALETTE:
         b_word = word_at(numbers[12], b_symbol.to(tl.int64), m_row, W)
     elif PREDICT == FULL:
-        b_word = merge_full(b_symbol, b_remainder, b_level, k, base, has_sign, W, M)
+        b_word = merge_full(b_symbol, b_remainder, b_level, k, base, W, M, HAS_SCALES)
     else:
-        b_word = merge_delta(b_symbol, b_remainder, b_y, k, base, has_sign, W, IS_FLOAT, IS_SIGNED)
+        b_word = merge_delta(b_meaning, b_remainder, b_y, W, IS_FLOAT, IS_SIGNED)
     return b_word, b_state, o_symbols, b_hold, b_held, o_stack
 
 
@@ -184,9 +192,19 @@ def plane_at(p_chunk, PLANE: tl.constexpr, N_PLANES: tl.constexpr):
 
 
 @triton.jit
-def add_plane(b_r, b_octet, shift, PLANE: tl.constexpr):
-    """Put a plane's octets in their place of the remainders."""
-    return b_r | (b_octet.to(b_r.dtype) << (shift + 8 * PLANE).to(b_r.dtype))
+def constant_row(b_constants, PLANE: tl.constexpr, WIDTH: tl.constexpr):
+    """A row of a plane that is constant, as it would be packed. b_constants: int64, an octet of each plane."""
+    b_octet = ((b_constants >> (8 * PLANE)) & 0xFF).to(tl.uint32)
+    return joined_row(b_octet, b_octet, b_octet, b_octet, WIDTH)
+
+
+@triton.jit
+def with_plane(b_r, b_octet, shift, PLANE: tl.constexpr, HAS_SHIFT: tl.constexpr):
+    """Remainders with a plane's octets in their place."""
+    b_octet = b_octet.to(b_r.dtype) << (8 * PLANE)
+    if HAS_SHIFT:
+        b_octet = b_octet << shift.to(b_r.dtype)
+    return b_r | b_octet
 
 
 @triton.jit
@@ -219,19 +237,24 @@ def decode_kernel(
     FROM_W: tl.constexpr,
     FROM_M: tl.constexpr,
     IS_WHOLE: tl.constexpr,
+    BY_FOUR: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    IS_LONG: tl.constexpr,
     C: tl.constexpr,
 ):
     """Decode chunks that are not raw. p_programs: int64[n, 2 + C]: frame, most rows of 128, chunks' rows of p_chunks.
 
     A program with fewer than C chunks names its last one again; the same bytes are then written twice. IS_WHOLE: all
-    are full. p_frames, p_chunks, p_told: see Field, Part and Fault. Positions are counted in the frame, so the address
-    of its words is where its first word would be.
+    are full, and loads and stores aligned. BY_FOUR, HAS_SHIFT: see Flow. IS_LONG: columns are counted in 64 bits.
+    p_frames, p_chunks, p_told: see Field, Part and Fault. Positions are counted in the frame, so the address of its
+    words is where its first word would be.
     """
     tl.static_assert(W == 8 or W == 16 or W == 32 or W == 64)
     tl.static_assert(PREDICT == FULL or PREDICT == DELTA or PREDICT == SCALED_DELTA or PREDICT == PALETTE)
     tl.static_assert((P > 0) != (INDEX_BITS > 0))
     tl.static_assert((REMAINDER == PLANES) == (N_PLANES > 0))
     B: tl.constexpr = 16 if W <= 16 else 32
+    SCALE: tl.constexpr = tl.int16 if PREDICT == FULL else tl.uint16
     i_program = tl.program_id(0).to(tl.int64)
     p_program = p_programs + (2 + C) * i_program
     p_f = p_frames + tl.load(p_program) * N_FIELDS
@@ -248,14 +271,22 @@ def decode_kernel(
     p_words = tl.load(p_f + F_WORDS)
     p_reference = tl.load(p_f + F_REFERENCE)
     numbers = numbers_of(p_f)
-    # Where each lane's first word stands in the split, and how far one row of 128 is.
+    # Where each lane's first word stands in the split, rows counted from its chunk's first; how far a row of 128 is.
+    COUNT: tl.constexpr = tl.int64 if IS_LONG else tl.int32
     n_columns = tl.load(p_f + F_N_COLUMNS)
-    n_rows_on, n_columns_on = 128 // n_columns, 128 % n_columns
-    b_row = tl.zeros((C * 32,), tl.int64)
-    b_column = tl.zeros((C * 32,), tl.int64)
+    p_rows = numbers[7].to(tl.pointer_type(SCALE))
+    p_columns = numbers[8].to(tl.pointer_type(SCALE))
+    b_row = tl.zeros((C * 32,), tl.int32)
+    b_column = tl.zeros((C * 32,), COUNT)
+    n_rows_on, n_columns_on = n_rows, n_rows
     if HAS_SCALES:
-        b_row = (b_first + 4 * o_lane) // n_columns
-        b_column = (b_first + 4 * o_lane) % n_columns
+        b_first_row = b_first // n_columns
+        p_rows = p_rows + b_first_row
+        b_column = (b_first - b_first_row * n_columns).to(COUNT) + 4 * o_lane
+        n_columns = n_columns.to(COUNT)
+        b_row = (b_column // n_columns).to(tl.int32)
+        b_column = b_column - b_row * n_columns
+        n_rows_on, n_columns_on = (128 // n_columns).to(tl.int32), 128 % n_columns
     p_symbols = tl.load(p_chunk + C_SYMBOLS)
     b_state = tl.full((C * 32,), LOWEST_STATE, tl.uint32)
     o_symbols = tl.zeros((C * 32,), tl.int32)
@@ -274,9 +305,10 @@ def decode_kernel(
         plane_at(p_chunk, 7, N_PLANES),
     )
     shift = tl.load(p_f + F_SHIFT)
-    b_constant = tl.zeros((C * 32,), tl.uint64 if W == 64 else tl.uint32)
+    b_zero = tl.zeros((C * 32,), tl.uint64 if W == 64 else tl.uint32)
+    b_constants = tl.zeros((C * 32,), tl.int64)
     if REMAINDER == PLANES:
-        b_constant = tl.load(p_chunk + C_CONSTANT).to(b_constant.dtype)
+        b_constants = tl.load(p_chunk + C_CONSTANTS)
     b_hold = tl.zeros((C * 32,), tl.uint32 if B == 16 else tl.uint64)
     b_held = tl.zeros((C * 32,), tl.int32)
     o_stack = tl.zeros((C * 32,), tl.int32)
@@ -299,36 +331,36 @@ def decode_kernel(
         else:
             m_row = q < b_n_rows
             m_0, m_1, m_2, m_3 = b_left > 0, b_left > 1, b_left > 2, b_left > 3
-        b_y0, b_y1, b_y2, b_y3 = b_constant, b_constant, b_constant, b_constant  # of the right type; not looked at
+        b_y0, b_y1, b_y2, b_y3 = b_zero, b_zero, b_zero, b_zero
         if HAS_REFERENCE:
             b_y0, b_y1, b_y2, b_y3 = words_at(p_reference, o_first, b_left, W, IS_WHOLE)
-        elif PREDICT == DELTA:
-            b_y0 = tl.zeros_like(b_constant)
-            b_y1, b_y2, b_y3 = b_y0, b_y0, b_y0
-        b_row1, b_row2, b_row3 = b_row, b_row, b_row
-        b_column1, b_column2, b_column3 = b_column, b_column, b_column
+        b_s0, b_s1, b_s2, b_s3 = b_row, b_row, b_row, b_row
+        b_c0, b_c1, b_c2, b_c3 = b_row, b_row, b_row, b_row
         if HAS_SCALES:
-            b_row1, b_column1 = forward(b_row, b_column, 0, 1, n_columns)
-            b_row2, b_column2 = forward(b_row1, b_column1, 0, 1, n_columns)
-            b_row3, b_column3 = forward(b_row2, b_column2, 0, 1, n_columns)
+            b_s0, b_s1, b_s2, b_s3, b_c0, b_c1, b_c2, b_c3 = scales_at(
+                p_rows, p_columns, b_row, b_column, n_columns, b_left, SCALE, HAS_COLUMNS, BY_FOUR, IS_WHOLE
+            )
+            b_row, b_column = forward(b_row, b_column, n_rows_on, n_columns_on, n_columns)
         b_i0, b_i1, b_i2, b_i3 = b_largest, b_largest, b_largest, b_largest
         if INDEX_BITS > 0:
             b_i0, b_i1, b_i2, b_i3 = unpack_row(p_symbols, q, m_row, o_lane, INDEX_BITS)
             b_largest = tl.maximum(b_largest, tl.maximum(tl.maximum(b_i0, b_i1), tl.maximum(b_i2, b_i3)))
-        b_r0, b_r1, b_r2, b_r3 = b_constant, b_constant, b_constant, b_constant
+        b_r0, b_r1, b_r2, b_r3 = b_zero, b_zero, b_zero, b_zero
         if REMAINDER == PLANES:
             for PLANE in tl.static_range(N_PLANES):
-                b_o0, b_o1, b_o2, b_o3 = unpack_row(
+                b_octets = row_at(
                     p_planes[PLANE],
                     q,
                     m_row & (p_planes[PLANE] != 0),
+                    constant_row(b_constants, PLANE, LAST_BITS if PLANE == N_PLANES - 1 else 8),
                     o_lane,
                     LAST_BITS if PLANE == N_PLANES - 1 else 8,
                 )
-                b_r0 = add_plane(b_r0, b_o0, shift, PLANE)
-                b_r1 = add_plane(b_r1, b_o1, shift, PLANE)
-                b_r2 = add_plane(b_r2, b_o2, shift, PLANE)
-                b_r3 = add_plane(b_r3, b_o3, shift, PLANE)
+                b_o0, b_o1, b_o2, b_o3 = parted_row(b_octets, LAST_BITS if PLANE == N_PLANES - 1 else 8)
+                b_r0 = with_plane(b_r0, b_o0, shift, PLANE, HAS_SHIFT)
+                b_r1 = with_plane(b_r1, b_o1, shift, PLANE, HAS_SHIFT)
+                b_r2 = with_plane(b_r2, b_o2, shift, PLANE, HAS_SHIFT)
+                b_r3 = with_plane(b_r3, b_o3, shift, PLANE, HAS_SHIFT)
         if HAS_BLOCK_SHIFTS:
             p_shift = (p_shifts + q).to(tl.pointer_type(tl.uint8))
             b_shift = tl.load(p_shift, mask=m_row, other=0).to(tl.int32)
@@ -336,8 +368,8 @@ def decode_kernel(
             b_shift = tl.minimum(b_shift, W - 1)  # what a damaged stream may exceed
         b_x0, b_state, o_symbols, b_hold, b_held, o_stack = decode_word(
             b_y0,
-            b_row,
-            b_column,
+            b_s0,
+            b_c0,
             b_i0,
             b_r0,
             b_shift,
@@ -364,12 +396,13 @@ def decode_kernel(
             P,
             REMAINDER,
             HAS_BLOCK_SHIFTS,
+            IS_WHOLE,
             C,
         )
         b_x1, b_state, o_symbols, b_hold, b_held, o_stack = decode_word(
             b_y1,
-            b_row1,
-            b_column1,
+            b_s1,
+            b_c1,
             b_i1,
             b_r1,
             b_shift,
@@ -396,12 +429,13 @@ def decode_kernel(
             P,
             REMAINDER,
             HAS_BLOCK_SHIFTS,
+            IS_WHOLE,
             C,
         )
         b_x2, b_state, o_symbols, b_hold, b_held, o_stack = decode_word(
             b_y2,
-            b_row2,
-            b_column2,
+            b_s2,
+            b_c2,
             b_i2,
             b_r2,
             b_shift,
@@ -428,12 +462,13 @@ def decode_kernel(
             P,
             REMAINDER,
             HAS_BLOCK_SHIFTS,
+            IS_WHOLE,
             C,
         )
         b_x3, b_state, o_symbols, b_hold, b_held, o_stack = decode_word(
             b_y3,
-            b_row3,
-            b_column3,
+            b_s3,
+            b_c3,
             b_i3,
             b_r3,
             b_shift,
@@ -460,11 +495,10 @@ def decode_kernel(
             P,
             REMAINDER,
             HAS_BLOCK_SHIFTS,
+            IS_WHOLE,
             C,
         )
         put_words(p_words, o_first, b_x0, b_x1, b_x2, b_x3, b_left, W, IS_WHOLE)
-        if HAS_SCALES:
-            b_row, b_column = forward(b_row, b_column, n_rows_on, n_columns_on, n_columns)
         q += 1
     if P > 0:
         b_n_words = tl.load(p_chunk + C_N_SYMBOL_WORDS)
@@ -502,10 +536,10 @@ def plane_kernel(p_programs, p_streams, p_told, WIDTH: tl.constexpr, P: tl.const
     q = tl.full((), 0, tl.int32)
     while q < n_rows:
         m_row = q < b_n_rows
-        b_0, b_state, o_words = rans_pop(b_state, p_table, b_table, p_words, o_words, m_row, b_bit, P, C)
-        b_1, b_state, o_words = rans_pop(b_state, p_table, b_table, p_words, o_words, m_row, b_bit, P, C)
-        b_2, b_state, o_words = rans_pop(b_state, p_table, b_table, p_words, o_words, m_row, b_bit, P, C)
-        b_3, b_state, o_words = rans_pop(b_state, p_table, b_table, p_words, o_words, m_row, b_bit, P, C)
+        b_0, b_state, o_words = rans_pop(b_state, p_table, b_table, p_words, o_words, m_row, b_bit, P, C, False)
+        b_1, b_state, o_words = rans_pop(b_state, p_table, b_table, p_words, o_words, m_row, b_bit, P, C, False)
+        b_2, b_state, o_words = rans_pop(b_state, p_table, b_table, p_words, o_words, m_row, b_bit, P, C, False)
+        b_3, b_state, o_words = rans_pop(b_state, p_table, b_table, p_words, o_words, m_row, b_bit, P, C, False)
         b_hold = append_row(b_hold, joined_row(b_0, b_1, b_2, b_3, WIDTH), p_target, q, m_row, o_lane, WIDTH)
         q += 1
     m_fault = (b_state != LOWEST_STATE) | (o_words != tl.load(p_stream + S_N_WORDS))

@@ -17,15 +17,16 @@ from tricomp.bounds import Cut
 from tricomp.dtypes import DType
 from tricomp.job import Side
 from tricomp.kernels.device import Upload
-from tricomp.kernels.frame import MOST_PLANES, ROW, Field, Kind, Part, Stream, kind_of, numbers_of
+from tricomp.kernels.frame import MOST_PLANES, ROW, Field, Flow, Kind, Part, Stream, flow_of, kind_of, numbers_of
 from tricomp.kernels.payload import Chunks, Stored
-from tricomp.kernels.tables import decoder_slots
+from tricomp.kernels.tables import decoder_slots, meanings
 from tricomp.plan import Plan
 
 Array = np.ndarray[Any, Any]
 
 PIECE_BYTES = 1 << 16  # that one program copies
 _MOST_INDICES = 256
+_LONG_ROW = 1 << 30  # of a split; a chunk further, columns would pass 32 bits
 _ADDRESSES = [
     Part.SYMBOLS,
     Part.SYMBOL_WORDS,
@@ -115,12 +116,15 @@ def _put_side(job: DeviceDecodeJob, upload: Upload) -> dict[int, int]:
     places: dict[int, int] = {}
     if side.tables is not None:
         places[Field.TABLE] = upload.put(decoder_slots(side.tables))
+    symbols = np.arange(plan.n_symbols)
     if plan.entropy == "index":
-        dictionary = np.zeros(_MOST_INDICES, np.uint8)  # whatever an index is, it is inside
-        dictionary[: len(side.dictionary)] = side.dictionary
-        places[Field.PLACES] = upload.put(dictionary)
+        symbols = np.zeros(_MOST_INDICES, np.uint8)  # whatever an index is, it is inside
+        symbols[: len(side.dictionary)] = side.dictionary
+        places[Field.PLACES] = upload.put(symbols)
     if plan.predict == "palette":
-        places[Field.LIST] = upload.put(side.palette)
+        places[Field.LIST] = upload.put(side.palette[symbols])
+    if plan.predict in ("delta", "scaled_delta"):
+        places[Field.LENGTHS] = upload.put(meanings(plan)[symbols])
     if plan.is_scaled:
         places[Field.ROWS] = upload.put(side.scales.rows)
         if side.scales.columns is not None:
@@ -184,24 +188,26 @@ def plane_programs(streams: Array, kinds: Array, n_each: int) -> Iterator[tuple[
 
 def programs(
     jobs: Sequence[DeviceDecodeJob], chunks: Chunks, rows_of: dict[int, Array], n_each: int
-) -> dict[tuple[Kind, bool], Array]:
-    """Programs of decode_kernel by kind, and by whether all their chunks are full and wide loads and stores aligned.
+) -> dict[tuple[Kind, Flow, bool], Array]:
+    """Programs of decode_kernel by kind and flow, and by whether their rows are long.
 
     rows_of: the chunks of each job that has such, in the order of the frame table. n_each: chunks of a program.
     """
-    found: dict[tuple[Kind, bool], list[Array]] = {}
+    found: dict[tuple[Kind, Flow, bool], list[Array]] = {}
     for i, (number, rows) in enumerate(rows_of.items()):
         job = jobs[number]
         n_words = chunks.n_words[rows]
         kind = kind_of(job.plan, job.reference is not None, job.source)
         is_aligned = job.target.data_ptr() % 8 == 0 and (job.reference is None or job.reference.data_ptr() % 8 == 0)
         is_whole = (n_words == 1 << job.plan.chunk_log2) & is_aligned
+        is_long = job.plan.n_columns >= _LONG_ROW
         for whole in (True, False):
             if (is_whole == whole).any():
                 grouped = _grouped(rows[is_whole == whole], n_each)
                 n_rows = -(-int(n_words[is_whole == whole].max()) // ROW)
                 heads = np.broadcast_to(np.array([i, n_rows]), (len(grouped), 2))
-                found.setdefault((kind, whole), []).append(np.concatenate([heads, grouped], axis=1))
+                key = kind, flow_of(job.plan, whole), is_long
+                found.setdefault(key, []).append(np.concatenate([heads, grouped], axis=1))
     return {key: np.concatenate(parts) for key, parts in found.items()}
 
 

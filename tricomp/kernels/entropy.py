@@ -55,19 +55,24 @@ def rans_pop(
     b_bit,
     P: tl.constexpr,
     C: tl.constexpr,
+    ALL: tl.constexpr,
 ):
     """Decode one symbol a lane. p_slots: int64 address of the decoder's tables, u32; b_table: int32, which of them.
 
-    p_words: int64 address of u16, taken upwards; o_next: int32, the next. Returns symbols (uint32), states and o_next.
-    Whatever the words hold, a step moves o_next by 32 at most.
+    p_words: int64 address of u16, taken upwards; o_next: int32, the next. ALL: every lane takes part, whatever m_lane
+    says. Returns symbols (uint32), states and o_next. Whatever the words hold, a step moves o_next by 32 at most; lanes
+    that take none read one too, of those 32, since that costs less than to hold them back.
     """
     b_slot = (b_state & ((1 << P) - 1)).to(tl.int32) + (b_table << P)
     b_entry = tl.load((p_slots + 4 * b_slot.to(tl.int64)).to(tl.pointer_type(tl.uint32)))
     b_popped = (b_entry >> 20) * (b_state >> P) + (b_entry & 0xFFF)
-    m_short = m_lane & (b_popped < (1 << 15))
+    m_short = b_popped < (1 << 15)
+    if not ALL:
+        m_short = m_short & m_lane
     b_short = ballot(m_short, b_bit, C)
     o_word = o_next + population(b_short & (b_bit - 1))
-    p_word = (p_words + 2 * o_word.to(tl.int64)).to(tl.pointer_type(tl.uint16))
-    b_word = tl.load(p_word, mask=m_short, other=0).to(tl.uint32)
+    b_word = tl.load((p_words + 2 * o_word.to(tl.int64)).to(tl.pointer_type(tl.uint16))).to(tl.uint32)
     b_popped = tl.where(m_short, (b_popped << 16) | b_word, b_popped)
-    return (b_entry >> 12) & 0xFF, tl.where(m_lane, b_popped, b_state), o_next + population(b_short)
+    if not ALL:
+        b_popped = tl.where(m_lane, b_popped, b_state)
+    return (b_entry >> 12) & 0xFF, b_popped, o_next + population(b_short)

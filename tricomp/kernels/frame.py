@@ -51,10 +51,10 @@ class Field(IntEnum):
     ROWS = 13
     COLUMNS = 14
     TABLE = 15  # encoder: entries; decoder: slots
-    LENGTHS = 16  # bits of the remainder of each context's stand-in, 8 bits each
+    LENGTHS = 16  # encoder: bits of the remainder of each context's stand-in, 8 bits each; decoder: meanings of symbols
     SHIFT = 17
-    LIST = 18  # palette: its words; index: encoder: place of every symbol, decoder: dictionary. Palette and index: both
-    PLACES = 19
+    LIST = 18  # palette: its words; decoder with index: in the order of the dictionary
+    PLACES = 19  # index: encoder: place of every symbol; decoder: dictionary
     N_PLACES = 20
     WORD = 21
     SCRATCH = 22  # of the chunk FIRST_CHUNK; what follows are bytes from there, or from the chunk's own
@@ -81,7 +81,7 @@ class Part(IntEnum):
     HEADS = 5
     STACK_WORDS = 6
     N_STACK_WORDS = 7
-    CONSTANT = 8  # what the planes that are constant give to every remainder
+    CONSTANTS = 8  # an octet of each plane, lowest first, that stands for all where a plane is constant
     PLANE = 9  # where each plane stands packed, if it does; and the seven after it
     N = 17
 

@@ -48,23 +48,29 @@ def stack_push(
 
 @triton.jit
 def stack_pop(b_hold, b_held, b_length, p_words, o_next, b_bit, B: tl.constexpr, C: tl.constexpr):
-    """Pop one value of b_length bits (int32, up to B) a lane. Returns values (as b_hold), b_hold, b_held, o_next.
+    """Pop one value of b_length bits (int32, up to B) a lane. Returns values (uint32), b_hold, b_held, o_next.
 
-    p_words, o_next: as in `stack_push`, taken upwards. Whatever the words hold, a step moves o_next by 32 at most.
+    p_words, o_next: as in `stack_push`, taken upwards. Whatever the words hold, a step moves o_next by 32 at most; of
+    words of 16 bits lanes that take none read one of those too.
     """
     m_short = b_held < b_length
     b_short = ballot(m_short, b_bit, C)
     o_word = o_next + population(b_short & (b_bit - 1))
+    b_up = b_held.to(b_hold.dtype)
     if B == 16:
-        p_word = (p_words + 2 * o_word.to(tl.int64)).to(tl.pointer_type(tl.uint16))
+        b_word = tl.load((p_words + 2 * o_word.to(tl.int64)).to(tl.pointer_type(tl.uint16))).to(tl.uint32)
+        b_hold = tl.where(m_short, b_hold | (b_word << b_up), b_hold)
     else:
         p_word = (p_words + 4 * o_word.to(tl.int64)).to(tl.pointer_type(tl.uint32))
-    b_word = tl.load(p_word, mask=m_short, other=0).to(b_hold.dtype)
-    b_hold = b_hold | (b_word << b_held.to(b_hold.dtype))
-    b_held += tl.where(m_short, B, 0)
-    b_one = tl.full((), 1, b_hold.dtype)
-    b_value = b_hold & ((b_one << b_length.to(b_hold.dtype)) - 1)
-    return b_value, b_hold >> b_length.to(b_hold.dtype), b_held - b_length, o_next + population(b_short)
+        b_hold = b_hold | (tl.load(p_word, mask=m_short, other=0).to(tl.uint64) << b_up)
+    b_held += tl.where(m_short, B, 0) - b_length
+    # The ones below 2^length: with words of 32 bits what a shift by it leaves of 32 ones above them.
+    b_length = b_length.to(b_hold.dtype)
+    if B == 16:
+        b_ones = (tl.full((), 1, tl.uint32) << b_length) - 1
+    else:
+        b_ones = ((tl.full((), (1 << 32) - 1, tl.uint64) << b_length) >> 32).to(tl.uint32)
+    return b_hold.to(tl.uint32) & b_ones, b_hold >> b_length, b_held, o_next + population(b_short)
 
 
 @triton.jit
@@ -130,17 +136,28 @@ def hold_of_rows(WIDTH: tl.constexpr, C: tl.constexpr):
 @triton.jit
 def unpack_row(p_words, q, m_row, o_lane, WIDTH: tl.constexpr):
     """Inverse of `pack_row`, any row at any time: a lane's four values of row q, uint32 each."""
-    b_low = 4 * WIDTH * q
-    j = b_low // 32
-    n_below = b_low % 32
-    p_word = (p_words + 4 * (32 * j + o_lane).to(tl.int64)).to(tl.pointer_type(tl.uint32))
-    b_word = tl.load(p_word, mask=m_row, other=0)
+    return parted_row(row_at(p_words, q, m_row, 0, o_lane, WIDTH), WIDTH)
+
+
+@triton.jit
+def row_at(p_words, q, m_row, b_other, o_lane, WIDTH: tl.constexpr):
+    """A lane's values of row q as they are packed, uint32; b_other where m_row is not set."""
     if WIDTH == 8:
-        b_row = b_word
+        p_word = (p_words + 4 * (32 * q + o_lane).to(tl.int64)).to(tl.pointer_type(tl.uint32))
+        return tl.load(p_word, mask=m_row, other=b_other)
     else:
-        b_next = tl.load(p_word + 32, mask=m_row & (n_below + 4 * WIDTH > 32), other=0)
-        b_both = b_word.to(tl.uint64) | (b_next.to(tl.uint64) << 32)
-        b_row = ((b_both >> n_below.to(tl.uint64)) & 0xFFFFFFFF).to(tl.uint32)
+        n_below = 4 * WIDTH * q % 32
+        p_word = (p_words + 4 * (32 * (4 * WIDTH * q // 32) + o_lane).to(tl.int64)).to(tl.pointer_type(tl.uint32))
+        b_row = tl.load(p_word, mask=m_row, other=0) >> n_below.to(tl.uint32)
+        if 8 % WIDTH != 0:  # then words end within rows
+            b_next = tl.load(p_word + 32, mask=m_row & (n_below + 4 * WIDTH > 32), other=0)
+            b_row = b_row | (b_next.to(tl.uint64) << (32 - n_below).to(tl.uint64)).to(tl.uint32)
+        return tl.where(m_row, b_row, b_other)
+
+
+@triton.jit
+def parted_row(b_row, WIDTH: tl.constexpr):
+    """Inverse of `joined_row`, whatever stands above."""
     b_mask = (1 << WIDTH) - 1
     return (
         b_row & b_mask,

@@ -199,7 +199,6 @@ def _numbers(plan: Plan) -> list[int]:
         stack_word_bits(plan.dtype.word_bits) // 8,
         plan.index_bits,
         plan.has_block_shifts,
-        plan.shift,
         plan.coded_planes,
         *widths,
         *[0] * (MOST_PLANES - len(widths)),
@@ -209,8 +208,8 @@ def _numbers(plan: Plan) -> list[int]:
 def cut(plans: Sequence[Plan], chunks: Chunks) -> Sections:
     """Cut the payloads of all chunks up."""
     numbers = np.array([_numbers(plan) for plan in plans], np.int64).reshape(len(plans), -1)[chunks.job]
-    predict, entropy, remainder, word_bytes, stack_bytes, index_bits, has_shifts, shift, coded = numbers.T[:9]
-    widths = numbers[:, 9:]
+    predict, entropy, remainder, word_bytes, stack_bytes, index_bits, has_shifts, coded = numbers.T[:8]
+    widths = numbers[:, 8:]
     rows, n_rows = chunks.rows, -(-chunks.n_words // ROW)
     parts = np.full((len(chunks), Part.N), -1, np.int64)
     parts[:, Part.NUMBER] = chunks.number
@@ -235,7 +234,7 @@ def cut(plans: Sequence[Plan], chunks: Chunks) -> Sections:
     parts[:, Part.N_SYMBOL_WORDS] = np.where(is_rans, rows[:, 4], 0)
     places = take(np.where(entropy == INDEX, _packed_bytes(n_rows, index_bits), 0))
     parts[:, Part.SYMBOLS] = np.where(is_rans, symbols, places)
-    streams, constant = [], np.zeros(len(chunks), np.uint64)
+    streams, constants = [], np.zeros(len(chunks), np.uint64)
     is_unknown = np.zeros(len(chunks), np.bool_)
     for plane in range(MOST_PLANES):
         width = widths[:, plane]
@@ -245,12 +244,11 @@ def cut(plans: Sequence[Plan], chunks: Chunks) -> Sections:
         is_coded = (mode == PLANE_RANS) & (coded >> plane & 1 == 1) & (width > 0)
         is_unknown |= (width > 0) & ~(is_packed | is_constant | is_coded)
         parts[:, Part.PLANE + plane] = take(np.where(is_packed, _packed_bytes(n_rows, width), 0))
-        up = np.where(is_constant, shift + 8 * plane, 0).astype(np.uint64)
-        constant |= np.where(is_constant, value, 0).astype(np.uint64) << up
+        constants |= np.where(is_constant, value, 0).astype(np.uint64) << np.uint64(8 * plane)
         states, words = stream(is_coded, STATE_BYTES, value, 2)
         chunk = np.flatnonzero(is_coded)
         streams.append(np.stack([chunk, np.full(len(chunk), plane), states[chunk], words[chunk], value[chunk]], axis=1))
-    parts[:, Part.CONSTANT] = constant.view(np.int64)
+    parts[:, Part.CONSTANTS] = constants.view(np.int64)
     is_stack = remainder == STACK
     parts[:, Part.SHIFTS] = take(np.where(is_stack & (has_shifts == 1), aligned_all(n_rows), 0))
     parts[:, Part.HEADS], parts[:, Part.STACK_WORDS] = stream(is_stack, LANES * stack_bytes, rows[:, 5], stack_bytes)

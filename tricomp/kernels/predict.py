@@ -14,18 +14,22 @@ import triton.language as tl
 from tricomp.kernels.bits import (
     bit_length,
     exponent,
+    from_order,
     in_order,
     length_32,
     low_bits,
     magnitude,
-    negated,
-    ordered,
     top_bit,
     top_bits,
-    unordered,
-    word_mask,
 )
 from tricomp.kernels.lanes import word_at
+
+# Fields of what a delta's symbol means, see tables.py: bits below, bits of its remainder, sign, leading bits.
+MEANING_LOW = tl.constexpr((1 << 6) - 1)
+MEANING_LENGTH = tl.constexpr(6)
+MEANING_LENGTH_MASK = tl.constexpr((1 << 7) - 1)
+MEANING_SIGN = tl.constexpr(13)
+MEANING_LEAD = tl.constexpr(16)
 
 
 @triton.jit
@@ -49,15 +53,17 @@ def split_full(b_x, b_level, k, base, n_symbols, has_sign, W: tl.constexpr, M: t
 
 
 @triton.jit
-def merge_full(b_symbol, b_remainder, b_level, k, base, has_sign, W: tl.constexpr, M: tl.constexpr):
-    """Inverse of `split_full`, patches aside."""
-    n_low = M - k
-    b_high = b_symbol + (base - 1) + ((b_level >> 3) << k)
-    b_high = b_high & ((1 << (W - 1 - n_low)) - 1)  # what a damaged stream may exceed
-    b_word = b_high.to(b_remainder.dtype) << n_low.to(b_remainder.dtype)
-    b_word = b_word | (b_remainder & low_bits(n_low, b_remainder))
-    b_sign = (b_remainder >> n_low.to(b_remainder.dtype)) & has_sign.to(b_remainder.dtype)
-    return tl.where(b_symbol == 0, 0, b_word | (b_sign << (W - 1)))
+def merge_full(b_symbol, b_remainder, b_level, k, base, W: tl.constexpr, M: tl.constexpr, HAS_SCALES: tl.constexpr):
+    """Inverse of `split_full`, patches aside. b_remainder: nothing above the sign, and no sign that is not coded."""
+    n_low = (M - k).to(b_remainder.dtype)
+    TOP: tl.constexpr = 1 << (W - 1)
+    b_high = b_symbol + (base - 1)
+    if HAS_SCALES:
+        b_high = b_high + ((b_level >> 3) << k)
+    b_body = (b_high.to(b_remainder.dtype) << n_low) | (b_remainder & low_bits(n_low, b_remainder))
+    b_sign = (b_remainder << ((W - 1) - n_low)) & tl.full((), TOP, b_remainder.dtype)
+    b_word = (b_body & tl.full((), TOP - 1, b_remainder.dtype)) | b_sign  # what a damaged stream may exceed
+    return tl.where(b_symbol == 0, 0, b_word)
 
 
 @triton.jit
@@ -125,42 +131,18 @@ def split_delta(
 
 
 @triton.jit
-def size_of_symbol(b_symbol, k, base, has_sign, W: tl.constexpr):
-    """Of a delta's symbol: its code's two leading bits and more, how many bits lie below, and its sign if coded. int32.
+def merge_delta(b_meaning, b_remainder, b_y, W: tl.constexpr, IS_FLOAT: tl.constexpr, IS_SIGNED: tl.constexpr):
+    """Inverse of `split_delta`, patches aside. b_meaning: uint32, of the symbol, see tables.py; 0: no difference.
 
-    0, 0, 0 for symbol 0.
+    b_remainder: nothing above the sign, and no sign that is not coded. Computed with in the order of `in_order`.
     """
-    b_code = b_symbol + base
-    b_negative = tl.where(has_sign != 0, 0, b_code & 1)
-    b_code = tl.where(has_sign != 0, b_code, b_code >> 1)
-    b_length = tl.minimum(b_code >> k, W)  # what a damaged plan may exceed
-    b_lead = (b_code & ((1 << k) - 1)) | (1 << k)
-    b_lead = b_lead >> tl.maximum(k + 1 - b_length, 0)
-    b_below = tl.maximum(b_length - 1 - k, 0)
-    m_same = b_symbol == 0
-    return tl.where(m_same, 0, b_lead), tl.where(m_same, 0, b_below), tl.where(m_same, 0, b_negative)
-
-
-@triton.jit
-def merge_delta(
-    b_symbol,
-    b_remainder,
-    b_y,
-    k,
-    base,
-    has_sign,
-    W: tl.constexpr,
-    IS_FLOAT: tl.constexpr,
-    IS_SIGNED: tl.constexpr,
-):
-    """Inverse of `split_delta`, patches aside."""
-    b_lead, b_below, b_negative = size_of_symbol(b_symbol, k, base, has_sign, W)
-    b_low = b_below.to(b_y.dtype)
-    b_size = (b_lead.to(b_y.dtype) << b_low) | (b_remainder & low_bits(b_low, b_y))
-    b_sign = tl.where(has_sign != 0, (b_remainder >> b_low) & 1, b_negative.to(b_y.dtype))
-    b_change = (b_size ^ negated(b_sign, W)) + b_sign
-    b_ordered = ordered(b_y, W, IS_FLOAT, IS_SIGNED) + b_change & word_mask(W)
-    return unordered(b_ordered, W, IS_FLOAT, IS_SIGNED)
+    RAISED: tl.constexpr = 0 if W > 32 else 32 - W
+    b_low = (b_meaning & MEANING_LOW).to(b_y.dtype)
+    b_sign = b_remainder >> b_low
+    b_size = (((b_meaning >> MEANING_LEAD).to(b_y.dtype) ^ b_sign) << b_low) ^ b_remainder
+    b_sign = b_sign | ((b_meaning >> MEANING_SIGN) & 1).to(b_y.dtype)
+    b_change = (b_size ^ (0 - b_sign)) + b_sign
+    return from_order(in_order(b_y, W, IS_FLOAT, IS_SIGNED) + (b_change << RAISED), W, IS_FLOAT, IS_SIGNED)
 
 
 @triton.jit

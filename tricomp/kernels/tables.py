@@ -80,3 +80,22 @@ def index_places(dictionary: Array, n_symbols: int) -> Array:
     places = np.full(n_symbols + 1, 1 << 15, np.uint16)
     places[dictionary] = np.arange(len(dictionary))
     return places
+
+
+def meanings(plan: Plan) -> Array:
+    """uint32[n_symbols]: what each symbol of a delta says of a difference; 0 for symbol 0: there is none.
+
+    Bits below its leading ones; bits of its remainder << 6; 1 << 13 if it is negative and the symbol says so; the
+    leading one and the k bits after it << 16.
+    """
+    k, word_bits = plan.mantissa_bits, plan.dtype.word_bits
+    codes = np.arange(plan.n_symbols) + plan.base
+    is_negative = np.zeros(plan.n_symbols, np.int64)
+    if not plan.has_sign:
+        is_negative, codes = codes & 1, codes >> 1
+    length = np.minimum(codes >> k, word_bits)  # what a damaged plan may exceed
+    lead = (codes & (1 << k) - 1 | 1 << k) >> np.maximum(k + 1 - length, 0)
+    low = np.maximum(length - 1 - k, 0)
+    found = low | low + plan.has_sign << 6 | is_negative << 13 | lead << 16
+    found[0] = 0
+    return np.asarray(found, np.uint32)
