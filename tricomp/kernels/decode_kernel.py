@@ -268,8 +268,10 @@ def decode_kernel(
     size = tl.full((), 1, tl.int64) << chunk_log2
     b_size = tl.minimum(tl.load(p_f + F_N_WORDS) - b_first, size).to(tl.int32)
     b_n_rows = (b_size + 127) // 128
-    p_words = tl.load(p_f + F_WORDS)
-    p_reference = tl.load(p_f + F_REFERENCE)
+    # Of each lane's first word of a row, and from there to the reference's.
+    p_words = tl.load(p_f + F_WORDS) + (W // 8) * (b_first + 4 * o_lane)
+    to_reference = tl.load(p_f + F_REFERENCE) - tl.load(p_f + F_WORDS)
+    none = tl.full((), 0, tl.int64)
     numbers = numbers_of(p_f)
     # Where each lane's first word stands in the split, rows counted from its chunk's first; how far a row of 128 is.
     COUNT: tl.constexpr = tl.int64 if IS_LONG else tl.int32
@@ -323,7 +325,6 @@ def decode_kernel(
         b_hold = b_head.to(b_hold.dtype) ^ (tl.full((), 1, b_hold.dtype) << b_held.to(b_hold.dtype))
     q = tl.full((), 0, tl.int32)
     while q < n_rows:
-        o_first = b_first + 128 * q + 4 * o_lane
         b_left = b_size - 128 * q - 4 * o_lane
         if IS_WHOLE:
             m_row = tl.full((C * 32,), 1, tl.int1)
@@ -333,7 +334,7 @@ def decode_kernel(
             m_0, m_1, m_2, m_3 = b_left > 0, b_left > 1, b_left > 2, b_left > 3
         b_y0, b_y1, b_y2, b_y3 = b_zero, b_zero, b_zero, b_zero
         if HAS_REFERENCE:
-            b_y0, b_y1, b_y2, b_y3 = words_at(p_reference, o_first, b_left, W, IS_WHOLE)
+            b_y0, b_y1, b_y2, b_y3 = words_at(p_words + to_reference, none, b_left, W, IS_WHOLE)
         b_s0, b_s1, b_s2, b_s3 = b_row, b_row, b_row, b_row
         b_c0, b_c1, b_c2, b_c3 = b_row, b_row, b_row, b_row
         if HAS_SCALES:
@@ -498,8 +499,12 @@ def decode_kernel(
             IS_WHOLE,
             C,
         )
-        put_words(p_words, o_first, b_x0, b_x1, b_x2, b_x3, b_left, W, IS_WHOLE)
+        put_words(p_words, none, b_x0, b_x1, b_x2, b_x3, b_left, W, IS_WHOLE)
+        p_words += 128 * (W // 8)
         q += 1
+    # Looked up again, so that the loop has its registers.
+    b_chunk = tl.load(p_program + 2 + tl.arange(0, C * 32) // 32)
+    p_chunk = p_chunks + N_PARTS * b_chunk
     if P > 0:
         b_n_words = tl.load(p_chunk + C_N_SYMBOL_WORDS)
         tell(p_told, b_chunk, (b_state != LOWEST_STATE) | (o_symbols != b_n_words), T_SYMBOLS_END)

@@ -220,6 +220,7 @@ def _grouped(rows: Array, n_each: int) -> Array:
 def copies(jobs: Sequence[DeviceDecodeJob], chunks: Chunks, addresses: Array) -> Iterator[tuple[int, Array]]:
     """Pieces of copy_kernel by the bits of its units: raw chunks, constants, copies, and what patches are put on."""
     parts: list[Array] = [np.zeros((0, 5), np.int64)]  # source, target, bytes, value, bytes of a word
+    is_raw_all = chunks.is_raw
     for number, job in enumerate(jobs):
         plan, word_bytes = job.plan, job.target.element_size()
         value = _repeated(plan.word, 8 * word_bytes)
@@ -230,7 +231,7 @@ def copies(jobs: Sequence[DeviceDecodeJob], chunks: Chunks, addresses: Array) ->
             continue
         rows = chunks.of(number)
         for is_raw in (True, False):
-            some = rows[chunks.is_raw[rows] == is_raw]
+            some = rows[is_raw_all[rows] == is_raw]
             if not len(some) or not (is_raw or plan.predict == "sparse"):
                 continue
             sources = addresses[some] if is_raw else job.references(chunks.number[some])
@@ -247,9 +248,10 @@ def copies(jobs: Sequence[DeviceDecodeJob], chunks: Chunks, addresses: Array) ->
 def casts(jobs: Sequence[DeviceDecodeJob], chunks: Chunks) -> dict[tuple[int, int, int, int], Array]:
     """Pieces of cast_kernel by widths and mantissas, the source's and the target's."""
     found: dict[tuple[int, int, int, int], list[Array]] = {}
+    is_raw = chunks.is_raw
     for number, job in enumerate(jobs):
         rows = chunks.of(number)
-        rows = rows[~chunks.is_raw[rows]]
+        rows = rows[~is_raw[rows]]
         if job.plan.predict != "cast" or job.source is None or not len(rows):
             continue
         source, dtype, numbers = job.source, job.plan.dtype, chunks.number[rows]
