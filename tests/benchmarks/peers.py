@@ -1,36 +1,24 @@
-"""What the benchmarks share: the peers, each result decoded before it counts, and the facts of the machine.
+"""What the benchmarks share: the peers, each result decoded before it counts; and the facts of a run with theirs.
 
-Imports numpy, the peers and tricomp's version only.
+Imports the peers and facts only.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import os
-import platform
-import re
 import sys
-import time
-from pathlib import Path
 from typing import Any
 
 from zipnn import ZipNN
 
-import tricomp
+from tests.benchmarks import facts
+from tests.benchmarks.facts import RESULTS, log, require, write
 
 if sys.version_info >= (3, 14):
     from compression import zstd
 else:
     from backports import zstd
 
-RESULTS = Path(__file__).parent / "results"
-
-
-def require(is_exact: bool, who: str) -> None:
-    """End the benchmark unless a round trip was exact."""
-    if not is_exact:
-        raise SystemExit(f"{who}: the round trip was not exact; no number is recorded")
+__all__ = ["RESULTS", "log", "machine", "require", "write", "zipnn", "zipnn_bytes", "zstd_bytes"]
 
 
 def zstd_bytes(raw: bytes, base: bytes | None = None) -> int:
@@ -69,32 +57,5 @@ def zipnn(dtype: str, threads: int = 1) -> Any:
 
 def machine(*packages: str) -> dict[str, Any]:
     """Machine, date and versions, for a results file. packages: more whose versions matter."""
-    names = ("numpy", "torch", "zipnn", *(() if sys.version_info >= (3, 14) else ("backports.zstd",)), *packages)
-    found = {name: importlib.metadata.version(name) for name in names}
-    system = f"{platform.system()} {platform.machine()}"
-    return {
-        "machine": {"cpu": _cpu_model(), "n_cores": os.cpu_count(), "system": system},
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": {"tricomp": tricomp.__version__, "python": platform.python_version(), **found},
-    }
-
-
-def write(results: dict[str, Any], page: str, folder: Path, is_small: bool) -> None:
-    """Write <machine>-<date>-<benchmark>.json and .md into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", results["machine"]["cpu"].lower()).strip("-")
-    kind = f"{results['benchmark']}{'-small' if is_small else ''}"
-    stem = f"{slug}-{results['machine']['n_cores']}-cores-{results['date']}-{kind}"
-    (folder / f"{stem}.json").write_text(json.dumps(results, indent=1) + "\n")
-    (folder / f"{stem}.md").write_text(page)
-
-
-def log(line: str) -> None:
-    """Tell how far the benchmark is."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    match = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return match.group(1).strip() if match else platform.processor() or platform.machine()
+    own = () if sys.version_info >= (3, 14) else ("backports.zstd",)
+    return facts.machine(("numpy", "torch", "zipnn", *own, *packages))
