@@ -1,10 +1,10 @@
 """All that a borrowed card is needed for, in one call: `python -m tests.gpu_suite OUT [--minutes 9]`.
 
 Runs the tests marked gpu, then the benchmark, and leaves under OUT: tests.xml (JUnit), the log of everything, and the
-benchmark's results as JSON and Markdown; prints a screen of summary. Standard library only; needs torch, triton, pytest,
-hypothesis and the native module. The hard thing is time: a card is lent for minutes, and a few hundred kernels take
-seconds each to compile. So the tests whose kernels are many run side by side, one process a part, those that need the
-card to themselves after them, and whatever is late is ended, so that the rest still runs.
+benchmark's results as JSON and Markdown; prints a screen of summary. Standard library only; torch, triton, pytest,
+hypothesis and the native module must be there. The hard thing is time: a card is lent for minutes, and a few hundred
+kernels take seconds each to compile. So the tests whose kernels are many run side by side, one process a part, those
+that need the card to themselves after them, and whatever is late is ended, so that the rest still runs.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,7 @@ TESTS = "tests/test_gpu.py"
 # Side by side: parity of many kernels. By themselves: what fills the card, or listens to its clock.
 APART = ("by_hand", "trained_state", "mixed_trees or odd_sizes or damage", "width_of_programs", "slice")
 ALONE = ("not ({})".format(" or ".join(APART)),)
-N_PARTS = 8  # of the plans by hand, see test_gpu.py
+N_PARTS = 12  # of the plans by hand, see test_gpu.py
 KERNELS = ("tests/test_kernels_encode.py", "tests/test_kernels_decode.py", "tests/test_device.py")
 
 
@@ -61,7 +62,7 @@ class Job:
             return self.process.wait(max(left, 0.1))
         except subprocess.TimeoutExpired:
             self.is_late = True
-            self.process.kill()
+            os.killpg(self.process.pid, signal.SIGKILL)  # with whatever it began
             return self.process.wait()
 
 

@@ -32,7 +32,7 @@ def run(*command: str, **environ: str) -> str:
 
 
 def test_the_benchmark_measures_and_tells_everything(tmp_path: Path) -> None:
-    """Its figures here are the interpreter's, and mean nothing; that each is there means that a card will be measured."""
+    """Its figures here are the interpreter's and mean nothing; each that is there will be there of a card."""
     page = run("tests.benchmarks.gpu", "--small", "--out", str(tmp_path), "--files", str(tmp_path))
     (file,) = tmp_path.glob("*-gpu-small.json")
     assert page.strip() == file.with_suffix(".md").read_text().strip()
