@@ -84,7 +84,8 @@ def side_by_side(folder: Path, seconds: float) -> list[Job]:
 
 def run_all(jobs: Sequence[Job], n_at_once: int) -> None:
     """Start so many at a time, and wait for all."""
-    waiting, running = list(jobs), []
+    waiting = list(jobs)
+    running: list[Job] = []
     while waiting or running:
         while waiting and len(running) < n_at_once:
             running.append(waiting.pop(0))
@@ -124,9 +125,8 @@ def about() -> str:
     smi = shutil.which("nvidia-smi")
     if smi:
         wanted = "--query-gpu=name,memory.total,driver_version"
-        lines.append(
-            subprocess.run([smi, wanted, "--format=csv,noheader"], capture_output=True, text=True).stdout.strip()
-        )
+        told = subprocess.run([smi, wanted, "--format=csv,noheader"], capture_output=True, text=True)
+        lines.append(told.stdout.strip())
     code = "import torch, triton; print('torch', torch.__version__, 'triton', triton.__version__, torch.version.cuda)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     lines.append((done.stdout or done.stderr.strip()[-300:]).strip())
@@ -141,9 +141,7 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="benchmark: also widths of programs, precision of tables")
     parser.add_argument("--tests-only", action="store_true", help="no benchmark")
     parser.add_argument("--benchmark-only", action="store_true", help="no tests")
-    parser.add_argument(
-        "--rehearse", action="store_true", help="the tiny benchmark alone, and few tests: needs no card"
-    )
+    parser.add_argument("--rehearse", action="store_true", help="few tests and the tiny benchmark: needs no card")
     options = parser.parse_args()
     began, seconds = time.perf_counter(), 60 * options.minutes
     options.out.mkdir(parents=True, exist_ok=True)
