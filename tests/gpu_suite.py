@@ -28,7 +28,7 @@ TESTS = "tests/test_gpu.py"
 # Side by side: parity of many kernels. By themselves: what fills the card, or listens to its clock.
 APART = ("by_hand", "trained_state", "mixed_trees or odd_sizes or damage", "width_of_programs", "slice")
 ALONE = ("not ({})".format(" or ".join(APART)),)
-N_PARTS = 12  # of the plans by hand, see test_gpu.py
+N_PARTS = 16  # of the plans by hand, see test_gpu.py
 KERNELS = ("tests/test_kernels_encode.py", "tests/test_kernels_decode.py", "tests/test_device.py")
 
 
@@ -150,15 +150,15 @@ def main() -> None:
     print(head, flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        share = 1.0 if options.tests_only else 0.5
+        share = 1.0 if options.tests_only else 0.6
         if options.rehearse:
             os.environ |= {"TRITON_INTERPRET": "1", "TRICOMP_REHEARSE_GPU": "1"}
             jobs.append(pytest_job("rehearsal", [TESTS, "-k", "tied"], folder, seconds))
             run_all(jobs, 1)
         elif not options.benchmark_only:
             # Each process has a context on the card, of half a gigabyte or so.
-            n_at_once = max(1, min(len(os.sched_getaffinity(0)), 16))
-            jobs += side_by_side(folder, share * 0.6 * seconds)
+            n_at_once = max(1, min(len(os.sched_getaffinity(0)) * 5 // 4, 20))
+            jobs += side_by_side(folder, share * 0.75 * seconds)
             run_all(jobs, n_at_once)
             left = share * seconds - (time.perf_counter() - began)
             alone = [pytest_job("alone", [TESTS, "-k", ALONE[0]], folder, max(left, 30))]

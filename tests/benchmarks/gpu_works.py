@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from tests.benchmarks.gpu_device import NotingDevice, TimedDevice, timed
-from tests.benchmarks.gpu_peers import seconds_of
+from tests.benchmarks.gpu_peers import seconds_of, synchronise
 from tests.benchmarks.gpu_training import Kept
 from tricomp import codec, dtypes
 from tricomp.codec import Engine, Frame, StoredFrame
@@ -142,6 +142,8 @@ def decode_jobs(found: Packed) -> tuple[list[DeviceDecodeJob], list[torch.Tensor
     """What the decoder on the device takes, with poisoned targets, and those."""
     given: list[Any] = found.jobs
     targets = [torch.full_like(job.words, 0x5A) for job in given]
+    if targets:
+        synchronise(targets[0].device)  # whoever decodes has a stream of its own
     jobs = [
         DeviceDecodeJob(
             one.plan,

@@ -110,12 +110,15 @@ class Device:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """What is launched and allocated inside belongs to this device and its stream."""
+        """What is launched and allocated inside belongs to this device and its stream. Raises OutOfDeviceMemory."""
         if not self.is_accelerator:
             yield
             return
-        with torch.cuda.device(self.handle), torch.cuda.stream(self.stream):
-            yield
+        try:
+            with torch.cuda.device(self.handle), torch.cuda.stream(self.stream):
+                yield
+        except torch.OutOfMemoryError as error:
+            raise self._short("what coding needs", error) from None
 
     def adopted(self, words: Any, align: int) -> torch.Tensor:
         """Words as a contiguous int tensor on this device at a multiple of align bytes; copied only if they must be.
@@ -168,11 +171,13 @@ class Device:
         try:
             return torch.empty(shape, dtype=dtype, device=self.handle)
         except torch.OutOfMemoryError as error:
-            raise OutOfDeviceMemory(
-                f"{self.handle}: no memory for {shape} of {dtype}: {str(error).partition(chr(10))[0]} Give tricomp a "
-                f"smaller budget of device memory, or let it encode on the host (backend='native'). Nothing was saved; "
-                f"training can go on."
-            ) from None
+            raise self._short(f"{shape} of {dtype}", error) from None
+
+    def _short(self, what: str, error: torch.OutOfMemoryError) -> OutOfDeviceMemory:
+        return OutOfDeviceMemory(
+            f"{self.handle}: no memory for {what}: {str(error).partition(chr(10))[0]} Give tricomp a smaller budget of "
+            f"device memory, or let it encode on the host (backend='native'). Nothing was saved; training can go on."
+        )
 
     def zeros(self, shape: int | Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """The same, filled with zeros."""
