@@ -34,7 +34,7 @@ from tricomp.plan import Spec
 PACKAGES = ("numpy", "torch", "triton", "nvidia-nvcomp-cu12", "nvidia-nvcomp-cu13")
 TIERS: tuple[Literal["dense", "fast"], ...] = ("dense", "fast")
 WIDTHS = ((1, 1), (2, 1), (2, 2), (4, 2), (4, 4), (8, 4), (8, 8), (16, 4), (16, 8))  # chunks a program, warps
-PROB_BITS = (10, 11, 12)
+PROB_BITS = (9, 10, 11)
 GB = 10**9
 
 
@@ -314,7 +314,7 @@ def run(options: argparse.Namespace, device: torch.device) -> Path:
     kept = one.train()
     one.measure_works(kept)
     if options.sweep:
-        one.sweep(kept, max(one.left * 0.5, 0))
+        one.sweep(kept, max(one.left - one.reserve, 0))
     del kept
     one.hold(folder, max(one.left - 40, 0), options.held_gigabytes * GB)
     return one.write()
