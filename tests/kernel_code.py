@@ -22,15 +22,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.kernel_variants import WARPS, C, Variant, variants
+from tests.kernel_variants import TARGETS, WARPS, C, Variant, variants
 
 ROOT = Path(__file__).resolve().parents[1]
-TARGETS = {
-    "sm_80": ("cuda", 80, 32),
-    "sm_90": ("cuda", 90, 32),
-    "sm_100": ("cuda", 100, 32),
-    "gfx942": ("hip", "gfx942", 64),
-}
 GROUPS = 128 * C // WARPS // 32  # of 32 words, that a warp codes in a trip of the loop
 
 # Opcodes of sm_80 to sm_100 by what they keep busy, see `cycles` in tests.benchmarks.kernels.
@@ -147,19 +141,25 @@ def measure(variant: Variant, target: str) -> dict[str, Any]:
     options = {"num_warps": WARPS, "enable_fp_fusion": False}
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     code = _nvidia(compiled.asm["cubin"]) if "cubin" in compiled.asm else _amd(compiled.asm["amdgcn"])
-    return {"variant": variant.name, "target": target, "shared": compiled.metadata.shared, **code}
+    names = {"variant": variant.name, "target": target, "triton": triton.__version__}
+    return {**names, "shared": compiled.metadata.shared, **code}
 
 
 def measure_all(
     tasks: Iterable[tuple[str, str]], n_processes: int, cache: Path, python: str = sys.executable
 ) -> list[dict[str, Any]]:
-    """Measure variants for targets, in processes. tasks: names of both. cache: a folder for what is compiled."""
+    """Measure variants for targets, in processes. tasks: names of both. cache: a folder for what is compiled.
+
+    python: another than this one has packages of its own, and is told of no others.
+    """
     waiting: queue.SimpleQueue[tuple[int, tuple[str, str]]] = queue.SimpleQueue()
     tasks = list(tasks)
     for task in enumerate(tasks):
         waiting.put(task)
     found: dict[int, dict[str, Any]] = {}
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
+    if python != sys.executable:
+        environment.pop("PYTHONPATH", None)
 
     def work() -> None:
         command = [python, "-m", "tests.kernel_code"]

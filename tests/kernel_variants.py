@@ -19,6 +19,12 @@ from tricomp.plan import Plan
 
 C = 8  # chunks a program, and warps that code them, as kernels.device has them
 WARPS = 4
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
 
 
 @dataclass(frozen=True)
@@ -134,33 +140,99 @@ def cases() -> Iterator[Case]:
     yield from _others()
 
 
+def _variant(
+    name: str,
+    module: str,
+    kernel: str,
+    types: tuple[tuple[str, str], ...],
+    constants: dict[str, int],
+    is_hot: bool = False,
+    case: Case | None = None,
+) -> Variant:
+    signature = (*types, *((constant, "constexpr") for constant in constants))
+    return Variant(name, module, kernel, signature, tuple(constants.items()), is_hot, case)
+
+
 def _encoders() -> Iterator[Variant]:
     pointers = (("p_programs", "*i64"), ("p_frames", "*i64"), ("p_results", "*i32"))
     for case in cases():
         for is_whole in (True, False):
             constants = {**case.kind.constants(), **flow_of(case.plan, is_whole).constants(), "C": C}
             name = f"encode {case.name}" + ("" if is_whole else ", partial")
-            signature = (*pointers, *((constant, "constexpr") for constant in constants))
             is_hot = case.is_hot and is_whole
-            yield Variant(name, "encode_kernel", "encode_kernel", signature, tuple(constants.items()), is_hot, case)
+            yield _variant(name, "encode_kernel", "encode_kernel", pointers, constants, is_hot, case)
     for width in (1, 6, 8):
         constants = {"WIDTH": width, "P": 11, "C": C}
-        signature = (*pointers, *((constant, "constexpr") for constant in constants))
-        name = f"encode plane of {width} bits"
-        yield Variant(name, "encode_kernel", "plane_kernel", signature, tuple(constants.items()))
+        yield _variant(f"encode plane of {width} bits", "encode_kernel", "plane_kernel", pointers, constants)
 
 
 def _collectors() -> Iterator[Variant]:
-    pointers = (("p_sections", "*i64"), ("p_out", "*u8"), ("n_each", "i32"), ("BLOCK", "constexpr"))
-    yield Variant("copy", "collect_kernel", "copy_kernel", pointers, (("BLOCK", 256),))
+    sections = (("p_sections", "*i64"), ("p_out", "*u8"), ("n_each", "i32"))
+    yield _variant("copy", "collect_kernel", "copy_kernel", sections, {"BLOCK": 256})
     for width in (8, 16, 32, 64):
-        types = (("p_patches", "*i64"), ("p_out", "*u8"), ("W", "constexpr"))
-        yield Variant(f"patches of {width} bits", "collect_kernel", "patch_kernel", types, (("W", width),))
+        patches = (("p_patches", "*i64"), ("p_out", "*u8"))
+        yield _variant(f"patches of {width} bits", "collect_kernel", "patch_kernel", patches, {"W": width})
+
+
+def _decoders() -> Iterator[Variant]:
+    pointers = (("p_programs", "*i64"), ("p_frames", "*i64"), ("p_chunks", "*i64"), ("p_told", "*u8"))
+    for case in cases():
+        if case.plan.entropy == "none":  # copies, casts and patches, see below
+            continue
+        for is_whole in (True, False):
+            flow = flow_of(case.plan, is_whole)
+            constants = {**case.kind.constants(), **flow.constants(), "IS_LONG": 0, "C": C}
+            name = f"decode {case.name}" + ("" if is_whole else ", partial")
+            is_hot = case.is_hot and is_whole
+            yield _variant(name, "decode_kernel", "decode_kernel", pointers, constants, is_hot, case)
+    pieces = (("p_pieces", "*i64"),)
+    for width in (1, 6, 8):
+        streams = (("p_programs", "*i64"), ("p_streams", "*i64"), ("p_told", "*u8"))
+        constants = {"WIDTH": width, "P": 11, "C": C}
+        yield _variant(f"decode plane of {width} bits", "decode_kernel", "plane_kernel", streams, constants)
+    for width in (8, 16, 32, 64):
+        patches = (("p_patches", "*i64"), ("p_told", "*u8"))
+        constants = {"W": width, "BLOCK": 1024}
+        yield _variant(f"decode patches of {width} bits", "decode_kernel", "patch_kernel", patches, constants)
+        yield _variant(
+            f"decode copy of {width} bits", "decode_kernel", "copy_kernel", pieces, {"U": width, "BLOCK": 1024}
+        )
+    for case in cases():
+        if case.plan.predict == "cast":
+            kind = case.kind
+            constants = {"FROM_W": kind.FROM_W, "FROM_M": kind.FROM_M, "W": kind.W, "M": kind.M, "BLOCK": 1024}
+            yield _variant(f"decode {case.name}", "decode_kernel", "cast_kernel", pieces, constants)
+
+
+def _surveyors() -> Iterator[Variant]:
+    for width in (8, 16, 32, 64):
+        for has_reference in (True, False):
+            constants = {"W": width, "HAS_REFERENCE": int(has_reference), "ROWS": 8}
+            name = f"survey of {width} bits" + (" and the reference" if has_reference else "")
+            parts = (("p_parts", "*i64"), ("p_told", "*i64"))
+            yield _variant(name, "survey_kernel", "survey_kernel", parts, constants)
+        pointers = (("p_programs", "*i64"), ("p_lattices", "*i64"))
+        yield _variant(
+            f"gather of {width} bits", "survey_kernel", "gather_kernel", pointers, {"W": width, "BLOCK": 1024}
+        )
+        if width > 8:
+            constants = {"W": width, "ROWS": 8, "COLUMNS": 128}
+            yield _variant(f"means of {width} bits", "survey_kernel", "mean_kernel", pointers, constants)
 
 
 @cache
 def variants() -> dict[str, Variant]:
     """All variants by name."""
-    found = [*_encoders(), *_collectors()]
+    found = [*_encoders(), *_collectors(), *_decoders(), *_surveyors()]
     assert len({variant.name for variant in found}) == len(found)
     return {variant.name: variant for variant in found}
+
+
+def tasks() -> list[tuple[str, str]]:
+    """What the table has and a test compiles again: hot variants for all targets, the others for one.
+
+    Of the others, those of partial chunks are left out: they are the same but for masks, and the last chunks of leaves.
+    """
+    hot = [(variant.name, target) for variant in variants().values() if variant.is_hot for target in TARGETS]
+    others = [variant.name for variant in variants().values() if not variant.is_hot and "partial" not in variant.name]
+    return [*hot, *((name, "sm_90") for name in others)]

@@ -18,8 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tests.kernel_code import GROUPS, TARGETS, measure_all
-from tests.kernel_variants import Variant, variants
+from tests.kernel_code import GROUPS, measure_all
+from tests.kernel_variants import TARGETS, Variant, tasks, variants
 
 RESULTS = Path(__file__).parent / "results"
 ASSUMPTIONS = """A multiprocessor issues 4 instructions of a warp each cycle. Of these at most 2 are integer
@@ -27,11 +27,12 @@ arithmetic other than multiplication (64 lanes), 2 multiplications or other work
 counts twice if its product has 64 bits; every two cycles one count of bits, conversion or reduction over a warp (16
 lanes); one load, store or shuffle (32 lanes), where one of 64 bits a lane counts twice and one of 128 four times. What
 goes to the uniform unit and branches take an issue and nothing else. A compute unit of AMD's issues one vector
-instruction of a wave of 64 each cycle, scalar ones beside it. Nothing waits: no latency, no bank conflict, no miss of a
-cache, no tail of the grid, full clock. What a loop's every eighth trip does is counted in every trip.
+instruction of a wave of 64 each cycle, scalar ones beside it, and a load, store or shuffle every four cycles. Nothing
+waits: no latency, no bank conflict, no miss of a cache, no tail of the grid, full clock. What a loop does in every
+fourth or eighth trip only is counted in every trip. Planning, surveying, patches and coded byte planes are not counted.
 Memory: every word and its reference is read once; coded bytes are written to scratch memory, read and written again by
-the copy; flags of patches are written, one bit a word, and nothing stays in the L2 cache. A coded word has the bits
-that the ratio benchmark found for such a stream."""
+the copy; flags of patches are written, one bit a word. A decoder reads the coded bytes and the reference and writes the
+words. Nothing stays in the L2 cache. A coded word has the bits that the ratio benchmark found for such a stream."""
 
 
 @dataclass(frozen=True)
@@ -133,16 +134,19 @@ def report(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Compile every variant for every target; write results."""
+    """Compile, count, write results."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument("--only", default="", help="variants whose names contain this; results are printed, not kept")
+    parser.add_argument("--all", action="store_true", help="every variant for every target, partial chunks too")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--cache", type=Path, help="folder of what was compiled before, and is not again")
     given = parser.parse_args()
-    chosen = [variant for variant in variants().values() if given.only in variant.name]
-    with tempfile.TemporaryDirectory() as cache:
-        tasks = [(variant.name, target) for variant in chosen for target in TARGETS]
-        rows = measure_all(tasks, given.processes, Path(cache))
+    chosen = [task for task in tasks() if given.only in task[0]]
+    if given.all:
+        chosen = [(name, target) for name in variants() if given.only in name for target in TARGETS]
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure_all(chosen, given.processes, given.cache or Path(folder))
     if failed := [row for row in rows if "error" in row]:
         raise SystemExit("\n".join(f"{row['variant']}, {row['target']}: {row['error']}" for row in failed))
     for row in rows:

@@ -127,7 +127,7 @@ def decode_word(
     """One word a lane. Returns words, and what was carried: states and o_symbols, holds, held and o_stack.
 
     b_y: its reference; b_r, b_c: its scales. b_place: its index. b_remainder: from planes. b_shift: int32, of its row.
-    numbers: see `numbers_of`; the lengths are an address of meanings, see tables.py. Where there are indices, they
+    numbers: see `numbers_of`; for the meanings see tables.py. Where there are indices, they
     stand for symbols in meanings and palettes. Padding, where m_word is not set, has context 0 and no remainder.
     """
     B: tl.constexpr = 16 if W <= 16 else 32

@@ -124,7 +124,7 @@ def _put_side(job: DeviceDecodeJob, upload: Upload) -> dict[int, int]:
     if plan.predict == "palette":
         places[Field.LIST] = upload.put(side.palette[symbols])
     if plan.predict in ("delta", "scaled_delta"):
-        places[Field.LENGTHS] = upload.put(meanings(plan)[symbols])
+        places[Field.MEANINGS] = upload.put(meanings(plan)[symbols])
     if plan.is_scaled:
         places[Field.ROWS] = upload.put(side.scales.rows)
         if side.scales.columns is not None:

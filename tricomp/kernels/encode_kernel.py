@@ -54,7 +54,7 @@ F_FACTOR = tl.constexpr(int(Field.FACTOR))
 F_ROWS = tl.constexpr(int(Field.ROWS))
 F_COLUMNS = tl.constexpr(int(Field.COLUMNS))
 F_TABLE = tl.constexpr(int(Field.TABLE))
-F_LENGTHS = tl.constexpr(int(Field.LENGTHS))
+F_MEANINGS = tl.constexpr(int(Field.MEANINGS))
 F_SHIFT = tl.constexpr(int(Field.SHIFT))
 F_LIST = tl.constexpr(int(Field.LIST))
 F_PLACES = tl.constexpr(int(Field.PLACES))
@@ -87,9 +87,9 @@ STACK = tl.constexpr(frame.STACK)
 
 @triton.jit
 def numbers_of(p_f):
-    """What splitting and merging ask of a frame's row: int32 up to the contexts, then addresses, factor and lengths.
+    """What splitting and merging ask of a frame's row: int32 up to the contexts, then addresses and factor.
 
-    k, base, n_symbols, has_sign, context_base, context_shift, n_contexts, rows, columns, factor, table, lengths, list,
+    k, base, n_symbols, has_sign, context_base, context_shift, n_contexts, rows, columns, factor, table, meanings, list,
     places.
     """
     return (
@@ -104,42 +104,10 @@ def numbers_of(p_f):
         tl.load(p_f + F_COLUMNS),
         tl.load(p_f + F_FACTOR),
         tl.load(p_f + F_TABLE),
-        tl.load(p_f + F_LENGTHS),
+        tl.load(p_f + F_MEANINGS),
         tl.load(p_f + F_LIST),
         tl.load(p_f + F_PLACES),
     )
-
-
-@triton.jit
-def basis_of(
-    p_rows,
-    p_columns,
-    b_row,
-    b_column,
-    b_y,
-    factor,
-    m_word,
-    PREDICT: tl.constexpr,
-    W: tl.constexpr,
-    M: tl.constexpr,
-    HAS_SCALES: tl.constexpr,
-    HAS_COLUMNS: tl.constexpr,
-):
-    """What both sides know of a word: its level (int32) and what its delta is taken from."""
-    b_level = tl.zeros(m_word.shape, tl.int32)
-    if HAS_SCALES and PREDICT == FULL:
-        b_level += tl.load((p_rows + 2 * b_row).to(tl.pointer_type(tl.int16)), mask=m_word, other=0).to(tl.int32)
-        if HAS_COLUMNS:
-            p_column = (p_columns + 2 * b_column).to(tl.pointer_type(tl.int16))
-            b_level += tl.load(p_column, mask=m_word, other=0).to(tl.int32)
-    elif PREDICT == SCALED_DELTA:
-        b_r = tl.load((p_rows + 2 * b_row).to(tl.pointer_type(tl.uint16)), mask=m_word, other=0).to(tl.uint64)
-        b_c = tl.full((), 1 << 15, tl.uint64)
-        if HAS_COLUMNS:
-            p_column = (p_columns + 2 * b_column).to(tl.pointer_type(tl.uint16))
-            b_c = tl.load(p_column, mask=m_word, other=0).to(tl.uint64)
-        b_y = scaled(b_y, factor_of(b_r, b_c, factor), W, M)
-    return b_level, b_y
 
 
 @triton.jit

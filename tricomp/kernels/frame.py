@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from tricomp.dtypes import DType
-from tricomp.job import Side
 from tricomp.plan import ENTROPIES, PREDICTIONS, REMAINDERS, Plan
 
 # Frozen since format 1.
@@ -51,7 +50,7 @@ class Field(IntEnum):
     ROWS = 13
     COLUMNS = 14
     TABLE = 15  # encoder: entries; decoder: slots
-    LENGTHS = 16  # encoder: bits of the remainder of each context's stand-in, 8 bits each; decoder: meanings of symbols
+    MEANINGS = 16  # decoder: of the symbols, see tables.py
     SHIFT = 17
     LIST = 18  # palette: its words; decoder with index: in the order of the dictionary
     PLACES = 19  # index: encoder: place of every symbol; decoder: dictionary
@@ -221,15 +220,6 @@ def numbers_of(plan: Plan) -> dict[Field, int]:
         Field.SHIFT: plan.shift,
         Field.WORD: plan.word - (1 << 64 if plan.word >> 63 else 0),
     }
-
-
-def length_bits(plan: Plan, side: Side) -> list[int]:
-    """Bits of the remainder that goes with each context's stand-in, see `symbol_length`."""
-    if plan.remainder != "stack":
-        return [0] * plan.n_contexts
-    if side.tables is None:
-        return [symbol_length(plan, int(side.dictionary[0]))]
-    return [symbol_length(plan, int(symbol)) for symbol in side.tables.favourites()]
 
 
 def symbol_length(plan: Plan, symbol: int) -> int:
