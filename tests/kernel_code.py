@@ -38,6 +38,7 @@ _UNITS = {
     "branch": re.compile(r"BRA|BRX|CALL|RET|BSSY|BSYNC|WARPSYNC|BAR|EXIT|NOP|YIELD|DEPBAR"),
     "uniform": re.compile(r"U[A-Z]|R2UR|S2UR"),
 }
+_SPILL = re.compile(r"\b(LDL|STL|scratch_(load|store)\w*)\b")
 _AMD_UNITS = {
     "load": re.compile(r"(global|buffer|flat|scratch)_load|ds_read"),
     "store": re.compile(r"(global|buffer|flat|scratch)_store|ds_write"),
@@ -108,7 +109,7 @@ def _nvidia(binary: bytes) -> dict[str, Any]:
         usage = _tool("cuobjdump", "-res-usage", str(cubin))
         lines, loop = _sass(_tool("nvdisasm", "-c", str(cubin)))
     used = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    is_spilt = any(re.search(r"\b(LDL|STL)\b", line) for line in lines)
+    is_spilt = any(_SPILL.search(line) for line in lines)
     spilt = max(used["STACK"], used["LOCAL"], int(is_spilt))
     return {"registers": used["REG"], "spilt_bytes": spilt, **_counts(lines, loop, _unit)}
 
@@ -122,7 +123,13 @@ def _amd(text: str) -> dict[str, Any]:
 
 def _counts(lines: Sequence[str], loop: Sequence[str], unit: Any) -> dict[str, Any]:
     units = Counter(map(unit, loop))
-    return {"instructions": len(lines), "loop": len(loop), "units": dict(sorted(units.items()))}
+    spills = sum(1 for line in loop if _SPILL.search(line))
+    return {
+        "instructions": len(lines),
+        "loop": len(loop),
+        "spills_in_loop": spills,
+        "units": dict(sorted(units.items())),
+    }
 
 
 def measure(variant: Variant, target: str) -> dict[str, Any]:

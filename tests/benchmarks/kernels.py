@@ -100,13 +100,19 @@ def bounds(row: dict[str, Any], variant: Variant) -> list[dict[str, Any]]:
 def report(results: dict[str, Any]) -> str:
     """All of it as one Markdown page."""
     rows = results["rows"]
+    hot = [row for row in rows if row["is_hot"]]
+    coders = [row for row in rows if row["variant"].startswith(("encode", "decode"))]
+
+    def most(some: list[dict[str, Any]], number: str) -> int:
+        return max((row[number] for row in some), default=0)
+
     lines = [
         f"# What the kernels compile to, triton {results['versions']['triton']}, {results['date']}",
         "",
         "**Not yet measured on a GPU.** Compiled ahead of time, disassembled, counted; bounds are computed, no speeds.",
         "",
-        f"Shared memory: {max(row['shared'] for row in rows)} bytes at most. "
-        f"Bytes spilt: {max(row['spilt_bytes'] for row in rows)} at most.",
+        f"Bytes spilt: {most(hot, 'spilt_bytes')} in hot kernels, {most(rows, 'spilt_bytes')} in others, within loops "
+        f"{most(rows, 'spills_in_loop')} instructions. Shared memory: {most(coders, 'shared')} bytes in coders.",
         "",
         "## Bounds",
         "",
