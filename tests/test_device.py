@@ -176,6 +176,28 @@ def test_a_store_codes_against_what_it_holds(far, tmp_path, where):
             assert torch.equal(file.load_to(CPU)["w"].words, second["w"].words)
 
 
+def test_leaves_are_decoded_into_parts_of_larger_tensors(tmp_path):
+    long = np.arange(20000, dtype=np.int32) % 89
+    tricomp.save(tmp_path / "a.tri", {"long": long, "short": np.arange(7, dtype=np.int16)}, spec=SHORT)
+    room = torch.full((20100,), 77, dtype=torch.int32)
+    small = torch.zeros(9, dtype=torch.int16)
+    int32, int16 = dtypes.by_name("int32"), dtypes.by_name("int16")
+    with tricomp.open(tmp_path / "a.tri") as file:
+        file.load_into(
+            {
+                "long": DeviceArray(int32, (20000,), room[33:20033]),
+                "short": DeviceArray(int16, (7,), small[1:8]),
+            }
+        )
+        for wrong in (DeviceArray(int32, (100, 200), room[:20000]), DeviceArray(int16, (20000,), room[:20000])):
+            with pytest.raises(InvalidArgument, match="leaf 'long': expected a target of int32"):
+                file.load_into({"long": wrong})
+    assert np.array_equal(room[33:20033].numpy(), long)
+    assert (room[:33] == 77).all()
+    assert (room[20033:] == 77).all()
+    assert small.tolist() == [0, *range(7), 0]
+
+
 def test_numpy_arrays_by_the_triton_backend():
     array = np.random.default_rng(3).normal(size=(30, 41)).astype(np.float64)
     blob = tricomp.encode(array, reference=array * 1.001, spec=SHORT, backend="triton")

@@ -18,7 +18,7 @@ from tricomp.content import Content
 from tricomp.dtypes import Words, from_words, to_words
 from tricomp.errors import CorruptFrame, InvalidArgument, MissingLeaf, WrongReference
 from tricomp.frames import Frames
-from tricomp.layout import Leaf, snapshot_of
+from tricomp.layout import DeviceArray, Leaf, snapshot_of
 from tricomp.plan import MAX_CHUNK_LOG2, Plan
 from tricomp.report import Breakdown
 from tricomp.reuse import Reuse
@@ -179,6 +179,28 @@ class File(Mapping[str, Array]):
         numbers = sorted(self._index[path] for path in matching(self, leaves))
         words = frames.decode_all(numbers)
         return {self._contents.leaves[n].path: frames.device_array(n, words.pop(n)) for n in numbers}
+
+    def load_into(self, targets: Mapping[str, DeviceArray]) -> None:
+        """Decode leaves into memory that is there: kernels write straight to it. targets: by path, contiguous words.
+
+        A target may be part of a larger tensor. Raises MissingLeaf; InvalidArgument, naming the leaf, before anything
+        is written, if a target has another dtype or shape; and what load_to raises: then targets may hold anything.
+        """
+        homes: dict[Any, dict[int, DeviceArray]] = {}
+        for path, target in targets.items():
+            leaf = self.leaf(path)
+            if (target.dtype, target.shape, len(target.words)) != (leaf.dtype, leaf.shape, leaf.n_words):
+                raise InvalidArgument(
+                    f"leaf {path!r}: expected a target of {leaf.dtype.name}{list(leaf.shape)}, got one of "
+                    f"{target.dtype.name}{list(target.shape)} with {len(target.words)} words."
+                )
+            homes.setdefault(target.words.device, {})[self._index[path]] = target
+        for device, mine in homes.items():
+            frames = self._frames.at(device, {number: target.words for number, target in mine.items()})
+            words: dict[int, Any] = frames.decode_all(sorted(mine))
+            for number, target in mine.items():
+                if words[number].data_ptr() != target.words.data_ptr():  # of a frame that leaves share
+                    target.words.copy_(words[number])
 
     def content(self) -> Content:
         """All leaves, decoded, in memory of their own, and the structure; needs no registered type."""

@@ -48,14 +48,17 @@ class Frames:
         self.frame_of = {number: entry for entry in self.contents.frames for number in entry.leaves}
         self.plans: dict[int, Plan] = {}
         self.cache: OrderedDict[int, dict[int, Words]] = OrderedDict()  # by first leaf of a shared frame
+        self.targets: Mapping[int, Words] = {}  # where to decode leaves to that have a frame of their own
 
-    def at(self, device: Any) -> Frames:
+    def at(self, device: Any, targets: Mapping[int, Words] | None = None) -> Frames:
         """The same frames, and those below them, decoded to a torch device. Their words are int tensors there.
 
-        Raises BackendError where no backend works there.
+        targets: by number of leaf, words to decode to, where it has a frame of its own. Raises BackendError where no
+        backend works there.
         """
         there = copy(self)
         there.engine, there.cache = self.engine.at(device).there(), OrderedDict()
+        there.targets = targets or {}
         if isinstance(self.reference, Frames):
             there.reference = self.reference.at(device)
         return there
@@ -325,8 +328,10 @@ class Frames:
                 decoded.update(self.cache[entry.leaves[0]])
             else:
                 waiting.append(entry)
-        into = None
-        if room is not None and self.engine.device is None:
+        into: list[Any] | None = None
+        if self.targets:
+            into = [self.targets.get(entry.leaves[0]) if len(entry.leaves) == 1 else None for entry in waiting]
+        elif room is not None and self.engine.device is None:
             into = [self._room(entry, room) for entry in waiting]
         try:
             stored = [self._stored_frame(entry, above, decoded) for entry in waiting]

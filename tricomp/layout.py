@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from tricomp.dtypes import DType, Words, of, to_words
 from tricomp.errors import InvalidArgument
 
@@ -101,11 +99,6 @@ class Snapshot:
         """The leaf of that path and its words, or None. This is what makes a Snapshot usable as a Reference."""
         i = self.layout.index.get(path)
         return None if i is None else (self.layout.leaves[i], self.words(i))
-
-    def copy(self) -> Snapshot:
-        """The same Snapshot in memory of its own, where it is, so that training may go on."""
-        buffers = [b.copy() if isinstance(b, np.ndarray) else b.clone() for b in self.buffers]
-        return Snapshot(self.layout, tuple(buffers))
 
 
 def snapshot_of(paths: Sequence[str], arrays: Sequence[Any]) -> Snapshot:

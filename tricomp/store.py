@@ -25,6 +25,7 @@ from tricomp.errors import (
     InvalidArgument,
     MissingParent,
     MissingStep,
+    OutOfDeviceMemory,
     StorageError,
     TricompError,
     UnsupportedVersion,
@@ -342,8 +343,12 @@ class Store:
         """Keep a copy of what was saved, rounded where spec rounds: if it is what a reader of the file decodes."""
         self._held = None
         if self._reference_in != "store":
-            snapshot = codec.bounded(content.snapshot, self._spec or Spec())
-            snapshot = snapshot.copy() if self._reference_in == "device" else codec.copied_to_host(snapshot)
+            try:
+                snapshot = codec.bounded(content.snapshot, self._spec or Spec())
+                snapshot = codec.copied(snapshot, to_host=self._reference_in == "host")
+            except OutOfDeviceMemory as error:  # the step is in the store, from where the next one can take it
+                _log.warning("this step is not held for the next one to be coded against: %s", error)
+                return
             held = Content(content.structure, snapshot)
             self._held = held if held.content_id == report.content_id else None
 

@@ -98,6 +98,15 @@ def host_copy(words: Any) -> Words:
     return found.view(f"<u{found.itemsize}")
 
 
+def device_copy(words: Any) -> Any:
+    """Words in memory of their own where they are. Raises OutOfDeviceMemory."""
+    if isinstance(words, np.ndarray):
+        return words.copy()
+    from tricomp.kernels.device import Device
+
+    return Device(words.device).empty(len(words), words.dtype).copy_(words)
+
+
 class Accelerator:
     """The backend's functions on one device, ordered after what the current stream of the caller has been given."""
 

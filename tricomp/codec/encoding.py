@@ -16,7 +16,7 @@ from itertools import chain, groupby
 from typing import Any, Protocol
 
 from tricomp.ahead import ahead
-from tricomp.codec.accelerator import home_of, host_copy
+from tricomp.codec.accelerator import device_copy, home_of, host_copy
 from tricomp.codec.engine import Engine, FrameToPlan
 from tricomp.codec.siblings import siblings
 from tricomp.dtypes import Words
@@ -151,9 +151,10 @@ def _known_there(reference: Reference | None, engine: Engine) -> Reference | Non
     return known
 
 
-def copied_to_host(snapshot: Snapshot) -> Snapshot:
-    """The Snapshot in memory of its own on the host."""
-    return Snapshot(snapshot.layout, tuple(host_copy(buffer) for buffer in snapshot.buffers))
+def copied(snapshot: Snapshot, to_host: bool) -> Snapshot:
+    """The Snapshot in memory of its own, on the host or where it is. Raises OutOfDeviceMemory."""
+    copy = host_copy if to_host else device_copy
+    return Snapshot(snapshot.layout, tuple(copy(buffer) for buffer in snapshot.buffers))
 
 
 def _frames(
