@@ -323,3 +323,18 @@ def test_many_small_leaves_are_a_handful_of_launches(monkeypatch):
     frames = list(codec.encode(snapshot, None, SHORT))
     assert sum(len(frame.leaves) for frame in frames) == 60
     assert len(launched) <= 12, launched
+
+
+def test_a_step_that_the_device_cannot_hold_is_saved_all_the_same(far, tmp_path, monkeypatch, caplog):
+    def refuse(words):
+        raise OutOfDeviceMemory("cuda:0: no memory")
+
+    first, second = (tricomp_torch.flatten({"w": torch.arange(20000) % n}).tree for n in (89, 97))
+    with tricomp.Store(tmp_path, reference_in="device", spec=SHORT) as store:
+        with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "tricomp"):
+            patch.setattr("tricomp.codec.encoding.device_copy", refuse)
+            store.save(1, first)
+        assert "this step is not held for the next one to be coded against" in caplog.text
+        assert store.save(2, second).parent is not None
+    with tricomp.Store(tmp_path) as store:
+        assert np.array_equal(store.load(2)["w"], second["w"].words.numpy())

@@ -264,7 +264,7 @@ def test_steps_that_are_not_there(folder):
 def test_arguments_are_checked(tmp_path):
     with pytest.raises(InvalidArgument, match="reference is 'previous' or 'keyframe', not 'first'"):
         Store(tmp_path, reference="first")  # type: ignore[arg-type]
-    with pytest.raises(InvalidArgument, match="reference_in is 'host' or 'store', not 'gpu'"):
+    with pytest.raises(InvalidArgument, match="reference_in is 'device', 'host' or 'store', not 'gpu'"):
         Store(tmp_path, reference_in="gpu")  # type: ignore[arg-type]
     with pytest.raises(InvalidArgument, match="keyframe: expected a tricomp.KeyframeEvery, got 10"):
         Store(tmp_path, keyframe=10)  # type: ignore[arg-type]
