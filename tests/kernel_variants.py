@@ -206,11 +206,11 @@ def _decoders() -> Iterator[Variant]:
 
 def _surveyors() -> Iterator[Variant]:
     for width in (8, 16, 32, 64):
-        for has_reference in (True, False):
-            constants = {"W": width, "HAS_REFERENCE": int(has_reference), "ROWS": 8}
+        for has_reference, is_whole in ((True, True), (False, True), (True, False)):
+            constants = {"W": width, "HAS_REFERENCE": int(has_reference), "IS_WHOLE": int(is_whole), "ROWS": 8}
             name = f"survey of {width} bits" + (" and the reference" if has_reference else "")
-            parts = (("p_parts", "*i64"), ("p_told", "*i64"))
-            yield _variant(name, "survey_kernel", "survey_kernel", parts, constants)
+            parts = (("p_parts", "*i64"), ("p_keys", "*i32"), ("p_told", "*i64"))
+            yield _variant(name + ("" if is_whole else ", tail"), "survey_kernel", "survey_kernel", parts, constants)
         pointers = (("p_programs", "*i64"), ("p_lattices", "*i64"))
         yield _variant(
             f"gather of {width} bits", "survey_kernel", "gather_kernel", pointers, {"W": width, "BLOCK": 1024}

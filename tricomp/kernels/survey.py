@@ -7,6 +7,7 @@ fill the device, and one read serves facts and digests of the words and of their
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,7 +44,7 @@ class Surveyed(NamedTuple):
 
 
 class Request(NamedTuple):
-    """Words to survey: int tensor [n], contiguous, at a multiple of 4 bytes in memory, as their reference is.
+    """Words to survey: int tensor [n], contiguous, at a multiple of 8 bytes in memory, as their reference is.
 
     like: the word to compare with, as an unsigned number; None: the first one. first_byte: where in their leaf they
     begin, a multiple of 512.
@@ -75,6 +76,7 @@ class PendingSurvey:
             for number, request in enumerate(requests)
             if request.like is not None
         }
+        row_keys = upload.put(_row_keys())
         upload.send()
         kinds: dict[tuple[int, bool], list[tuple[Array, Array, Array]]] = {}
         for number, request in enumerate(requests):
@@ -83,22 +85,30 @@ class PendingSurvey:
             address = upload.address(likes[number]) if number in likes else request.words.data_ptr()
             kind = (8 * request.words.element_size(), request.reference is not None)
             kinds.setdefault(kind, []).append(_parts(number, request, address))
+        keys = upload.view(row_keys, torch.int32)
         self._held: list[Any] = [upload, list(requests)]
         for (width, has_reference), members in kinds.items():
             parts = np.concatenate([part for part, _, _ in members])
+            parts[:, 5] = np.arange(len(parts))
+            is_whole = parts[:, 2] % (_ROW_BYTES * device.survey_rows) == 0
             table = Upload(device)
-            place = table.put(parts)
+            places = [
+                (bool(flag), table.put(parts[is_whole == flag]), int((is_whole == flag).sum())) for flag in (1, 0)
+            ]
             table.send()
             told = device.empty((len(parts), _N_TOLD), torch.int64)
-            device.launch(
-                survey_kernel,
-                (len(parts),),
-                table.view(place, torch.int64),
-                told,
-                W=width,
-                HAS_REFERENCE=int(has_reference),
-                ROWS=device.survey_rows,
-            )
+            for flag, place, n_parts in places:
+                device.launch(
+                    survey_kernel,
+                    (n_parts,),
+                    table.view(place, torch.int64),
+                    keys,
+                    told,
+                    W=width,
+                    HAS_REFERENCE=int(has_reference),
+                    IS_WHOLE=int(flag),
+                    ROWS=device.survey_rows,
+                )
             self._held.append((table, told))
             self._told.append(device.to_host(told))
             self._owners.append(np.concatenate([owner for _, owner, _ in members]))
@@ -124,7 +134,7 @@ class PendingSurvey:
 def _folded(numbers: list[int], width: int) -> list[int]:
     """OR of pieces to OR of words."""
     joined = numbers[2]
-    for shift in (16, 8):
+    for shift in (32, 16, 8):
         if width <= shift:
             joined |= joined >> shift
     numbers[2] = joined & (1 << width) - 1
@@ -139,7 +149,7 @@ def _parts(number: int, request: Request, like: int) -> tuple[Array, Array, Arra
     starts = np.arange(-(request.first_byte % PART_BYTES), n_bytes, PART_BYTES)
     ends = np.minimum(starts + PART_BYTES, n_bytes)
     starts = np.maximum(starts, 0)
-    parts = np.zeros((len(starts), 5), np.int64)
+    parts = np.zeros((len(starts), 6), np.int64)
     parts[:, 0] = words.data_ptr() + starts
     parts[:, 1] = 0 if reference is None else reference.data_ptr() + starts
     parts[:, 2] = ends - starts
@@ -147,6 +157,22 @@ def _parts(number: int, request: Request, like: int) -> tuple[Array, Array, Arra
     parts[:, 4] = like
     blocks = ((request.first_byte + starts) // BLOCK_BYTES).astype(np.uint64)
     return parts, np.full(len(starts), number), _mix64(blocks) | np.uint64(1)
+
+
+@cache
+def _row_keys() -> Array:
+    """Keys of a block's rows of 512 bytes: of the lower and of the upper halves of products. uint32[2, 4096]."""
+    rows = np.arange(BLOCK_BYTES // _ROW_BYTES, dtype=np.uint32)
+    halves = [_mix32(rows ^ np.uint32(seed)) | np.uint32(1) for seed in (0x9E3779B9, 0x7F4A7C15)]
+    return np.stack(halves)
+
+
+def _mix32(x: Array) -> Array:
+    """Finaliser of MurmurHash3 (A. Appleby), 32 bits. x: uint32[n]."""
+    x = (x ^ x >> np.uint32(16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ x >> np.uint32(13)) * np.uint32(0xC2B2AE35)
+    mixed: Array = x ^ x >> np.uint32(16)
+    return mixed
 
 
 def _mix64(x: Array) -> Array:

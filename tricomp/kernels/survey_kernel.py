@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from tricomp.kernels.bits import magnitude
-from tricomp.kernels.lanes import population, put_word, word_at
+from tricomp.kernels.lanes import put_word, word_at
 
 # Unlike the word compared with, unlike the reference, OR of all, sums of words and of the reference, the word itself.
 N_TOLD = tl.constexpr(6)
@@ -31,113 +31,143 @@ def product(b_piece, b_low, b_high):
 
 
 @triton.jit
-def n_unlike(b_x, W: tl.constexpr):
-    """How many of the words in a piece are not 0. b_x: uint32, of words of W <= 32 bits. Returns int32."""
-    if W == 32:
-        return (b_x != 0).to(tl.int32)
+def unlike(b_x, W: tl.constexpr):
+    """Which words of a piece are not 0, counted in as many bits as a word has. b_x: a piece of words of W bits."""
+    if W >= 32:
+        return (b_x != 0).to(tl.uint32)
     elif W == 16:
-        return population((((b_x & 0x7FFF7FFF) + 0x7FFF7FFF) | b_x) & 0x80008000)
+        return ((((b_x & 0x7FFF7FFF) + 0x7FFF7FFF) | b_x) >> 15) & 0x00010001
     else:
-        return population((((b_x & 0x7F7F7F7F) + 0x7F7F7F7F) | b_x) & 0x80808080)
+        return ((((b_x & 0x7F7F7F7F) + 0x7F7F7F7F) | b_x) >> 7) & 0x01010101
 
 
 @triton.jit
-def piece_at(p_base, o_byte, n_bytes):
-    """A piece a place, u32; where the words end within it, zeros follow. p_base: int64, a multiple of 4."""
-    b_piece = tl.load((p_base + o_byte).to(tl.pointer_type(tl.uint32)), mask=o_byte + 4 <= n_bytes, other=0)
-    if n_bytes % 4 != 0:
-        for BYTE in tl.static_range(3):
-            m_byte = (o_byte + 4 > n_bytes) & (o_byte + BYTE < n_bytes)
+def unlike_words(b_counts, W: tl.constexpr):
+    """The sum of all that `unlike` counted, int64. b_counts: uint32, sums that overflow nowhere."""
+    if W == 8:
+        b_counts = (b_counts & 0x00FF00FF) + ((b_counts >> 8) & 0x00FF00FF)
+    if W <= 16:
+        b_counts = (b_counts & 0xFFFF) + (b_counts >> 16)
+    return tl.sum(b_counts.to(tl.int64))
+
+
+@triton.jit
+def pair_at(p_base, o_byte, n_bytes, IS_WHOLE: tl.constexpr):
+    """Two pieces a place, as uint64; where the words end within them, zeros follow. p_base: int64 address."""
+    if IS_WHOLE:
+        return tl.load((p_base + o_byte).to(tl.pointer_type(tl.uint64)))
+    else:
+        p_pair = (p_base + o_byte).to(tl.pointer_type(tl.uint64))
+        b_pair = tl.load(p_pair, mask=o_byte + 8 <= n_bytes, other=0)
+        for BYTE in tl.static_range(7):
+            m_byte = (o_byte + 8 > n_bytes) & (o_byte + BYTE < n_bytes)
             b_byte = tl.load((p_base + o_byte + BYTE).to(tl.pointer_type(tl.uint8)), mask=m_byte, other=0)
-            b_piece = b_piece | (b_byte.to(tl.uint32) << (8 * BYTE))
-    return b_piece
+            b_pair = b_pair | (b_byte.to(tl.uint64) << (8 * BYTE))
+        return b_pair
 
 
 @triton.jit
-def survey_kernel(p_parts, p_told, W: tl.constexpr, HAS_REFERENCE: tl.constexpr, ROWS: tl.constexpr):
-    """Facts and digest sums of parts. p_parts: int64[n, 5]: address of words and of the reference, both multiples of 4;
+def there_of(o_byte, n_bytes):
+    """Ones in the bits of two pieces that words fill; uint64."""
+    b_left = tl.minimum(tl.maximum(n_bytes - o_byte, 0), 8)
+    b_some = (tl.full((), 1, tl.uint64) << (8 * (b_left & 7)).to(tl.uint64)) - 1
+    return tl.where(b_left == 8, tl.full((), 0xFFFFFFFFFFFFFFFF, tl.uint64), b_some)
 
-    bytes; row of 512 bytes in the digest's block at which the part begins; address of the word to compare with.
-    p_told: int64[n, N_TOLD]. ROWS: looked at at a time.
+
+@triton.jit
+def counted(b_n, b_pair, W: tl.constexpr):
+    """`unlike` of two pieces more. Sums overflow nowhere: see `survey_kernel`."""
+    if W == 64:
+        return b_n + (b_pair != 0).to(tl.uint32)
+    else:
+        b_n += unlike((b_pair & 0xFFFFFFFF).to(tl.uint32), W)
+        return b_n + unlike((b_pair >> 32).to(tl.uint32), W)
+
+
+@triton.jit
+def added(b_sum, b_pair, b_row_low, b_row_high, b_low_0, b_high_0, b_low_1, b_high_1):
+    """A digest's sum with two pieces more. Keys: of their row, and of both columns."""
+    b_sum += product((b_pair & 0xFFFFFFFF).to(tl.uint32), b_row_low * b_low_0, b_row_high * b_high_0)
+    return b_sum + product((b_pair >> 32).to(tl.uint32), b_row_low * b_low_1, b_row_high * b_high_1)
+
+
+@triton.jit
+def survey_kernel(
+    p_parts, p_keys, p_told, W: tl.constexpr, HAS_REFERENCE: tl.constexpr, IS_WHOLE: tl.constexpr, ROWS: tl.constexpr
+):
+    """Facts and digest sums of parts, of at most 60 * ROWS rows of 512 bytes. p_told: int64[n, N_TOLD].
+
+    p_parts: int64[n, 6]: address of words and of the reference, multiples of 8; bytes; row of the digest's block at
+    which the part begins; address of the word to compare with; row of p_told. p_keys: uint32[2, 4096], keys of the
+    rows. IS_WHOLE: all parts are whole multiples of ROWS rows. ROWS: looked at at a time, four pieces a lane.
     """
     i_part = tl.program_id(0).to(tl.int64)
-    p_part = p_parts + 5 * i_part
+    p_part = p_parts + 6 * i_part
     p_words = tl.load(p_part)
     p_reference = tl.load(p_part + 1)
-    n_bytes = tl.load(p_part + 2)
+    n_bytes = tl.load(p_part + 2).to(tl.int32)
     first_row = tl.load(p_part + 3).to(tl.int32)
     p_first = tl.load(p_part + 4)
-    o_piece = tl.arange(0, ROWS * 128)
-    b_column = (o_piece % 128).to(tl.uint32)
-    b_column_low = mix32(b_column + 1) | 1
-    b_column_high = mix32(b_column + 129) | 1
-    # The word to compare with as a piece; one of 64 bits as two, the upper one in odd columns.
+    o_lane = tl.arange(0, ROWS * 32) % 32
+    o_row = tl.arange(0, ROWS * 32) // 32
+    b_column = (4 * o_lane).to(tl.uint32)
+    b_low_0, b_high_0 = mix32(b_column + 1) | 1, mix32(b_column + 129) | 1
+    b_low_1, b_high_1 = mix32(b_column + 2) | 1, mix32(b_column + 130) | 1
+    b_low_2, b_high_2 = mix32(b_column + 3) | 1, mix32(b_column + 131) | 1
+    b_low_3, b_high_3 = mix32(b_column + 4) | 1, mix32(b_column + 132) | 1
+    b_first = word_at(p_first, tl.full((), 0, tl.int64), p_first != 0, W)
+    b_like = b_first.to(tl.uint64)
     if W == 8:
-        b_like = tl.load(p_first.to(tl.pointer_type(tl.uint8))).to(tl.uint32) * 0x01010101
+        b_like = b_like * 0x0101010101010101
     elif W == 16:
-        b_like = tl.load(p_first.to(tl.pointer_type(tl.uint16))).to(tl.uint32) * 0x00010001
+        b_like = b_like * 0x0001000100010001
     elif W == 32:
-        b_like = tl.load(p_first.to(tl.pointer_type(tl.uint32)))
-    else:
-        b_like = tl.load((p_first + 4 * (b_column & 1).to(tl.int64)).to(tl.pointer_type(tl.uint32)))
-    b_joined = tl.zeros((ROWS * 128,), tl.uint32)
-    b_n_first = tl.zeros((ROWS * 128,), tl.int32)
-    b_n_reference = tl.zeros((ROWS * 128,), tl.int32)
-    b_sum = tl.zeros((ROWS * 128,), tl.uint64)
-    b_reference_sum = tl.zeros((ROWS * 128,), tl.uint64)
-    at = tl.full((), 0, tl.int64)
-    while at < n_bytes:
-        o_byte = at + 4 * o_piece.to(tl.int64)
-        b_row = (first_row + (at // 512).to(tl.int32) + o_piece // 128).to(tl.uint32)
-        b_low = (mix32(b_row ^ 0x9E3779B9) | 1) * b_column_low
-        b_high = (mix32(b_row ^ 0x7F4A7C15) | 1) * b_column_high
-        b_piece = piece_at(p_words, o_byte, n_bytes)
-        b_sum += product(b_piece, b_low, b_high)
-        b_joined = b_joined | b_piece
-        b_left = tl.minimum(tl.maximum(n_bytes - o_byte, 0), 4).to(tl.uint32)
-        b_mask = tl.where(b_left == 4, 0xFFFFFFFF, ((tl.full((), 1, tl.uint32) << (8 * (b_left & 3))) - 1)).to(
-            tl.uint32
-        )
-        b_unlike = (b_piece ^ b_like) & b_mask
-        if W == 64:
-            b_n_first += either_half(b_unlike, ROWS)
-        else:
-            b_n_first += n_unlike(b_unlike, W)
+        b_like = b_like * 0x0000000100000001
+    b_joined = tl.zeros((ROWS * 32,), tl.uint64)
+    b_n_first = tl.zeros((ROWS * 32,), tl.uint32)
+    b_n_reference = tl.zeros((ROWS * 32,), tl.uint32)
+    b_sum = tl.zeros((ROWS * 32,), tl.uint64)
+    b_reference_sum = tl.zeros((ROWS * 32,), tl.uint64)
+    row = tl.full((), 0, tl.int32)
+    while 512 * row < n_bytes:
+        o_key = (first_row + row + o_row) & 4095  # rows past a part's end may lie past the block's
+        b_row_low = tl.load(p_keys + o_key).to(tl.uint32, bitcast=True)
+        b_row_high = tl.load(p_keys + 4096 + o_key).to(tl.uint32, bitcast=True)
+        o_byte = 512 * (row + o_row) + 16 * o_lane
+        b_one = pair_at(p_words, o_byte, n_bytes, IS_WHOLE)
+        b_two = pair_at(p_words, o_byte + 8, n_bytes, IS_WHOLE)
+        b_sum = added(b_sum, b_one, b_row_low, b_row_high, b_low_0, b_high_0, b_low_1, b_high_1)
+        b_sum = added(b_sum, b_two, b_row_low, b_row_high, b_low_2, b_high_2, b_low_3, b_high_3)
+        b_joined = b_joined | b_one | b_two
+        b_unlike_one, b_unlike_two = b_one ^ b_like, b_two ^ b_like
+        if not IS_WHOLE:
+            b_unlike_one = b_unlike_one & there_of(o_byte, n_bytes)
+            b_unlike_two = b_unlike_two & there_of(o_byte + 8, n_bytes)
+        b_n_first = counted(counted(b_n_first, b_unlike_one, W), b_unlike_two, W)
         if HAS_REFERENCE:
-            b_other = piece_at(p_reference, o_byte, n_bytes)
-            b_reference_sum += product(b_other, b_low, b_high)
-            if W == 64:
-                b_n_reference += either_half(b_piece ^ b_other, ROWS)
-            else:
-                b_n_reference += n_unlike(b_piece ^ b_other, W)
-        at += 512 * ROWS
-    p_out = p_told + N_TOLD * i_part
-    tl.store(p_out, tl.sum(b_n_first.to(tl.int64), axis=0))
-    tl.store(p_out + 1, tl.sum(b_n_reference.to(tl.int64), axis=0))
-    if W == 64:
-        b_joined_wide = b_joined.to(tl.uint64) << (32 * (b_column & 1)).to(tl.uint64)
-        tl.store(p_out + 2, tl.reduce(b_joined_wide, 0, either).to(tl.int64))
-    else:
-        tl.store(p_out + 2, tl.reduce(b_joined.to(tl.uint64), 0, either).to(tl.int64))
+            b_three = pair_at(p_reference, o_byte, n_bytes, IS_WHOLE)
+            b_four = pair_at(p_reference, o_byte + 8, n_bytes, IS_WHOLE)
+            b_reference_sum = added(
+                b_reference_sum, b_three, b_row_low, b_row_high, b_low_0, b_high_0, b_low_1, b_high_1
+            )
+            b_reference_sum = added(
+                b_reference_sum, b_four, b_row_low, b_row_high, b_low_2, b_high_2, b_low_3, b_high_3
+            )
+            b_n_reference = counted(counted(b_n_reference, b_one ^ b_three, W), b_two ^ b_four, W)
+        row += ROWS
+    p_out = p_told + N_TOLD * tl.load(p_part + 5)
+    tl.store(p_out, unlike_words(b_n_first, W))
+    tl.store(p_out + 1, unlike_words(b_n_reference, W))
+    tl.store(p_out + 2, tl.reduce(b_joined, 0, either).to(tl.int64))
     tl.store(p_out + 3, tl.sum(b_sum, axis=0).to(tl.int64))
     tl.store(p_out + 4, tl.sum(b_reference_sum, axis=0).to(tl.int64))
-    tl.store(p_out + 5, word_at(p_first, tl.full((), 0, tl.int64), p_first != 0, W).to(tl.int64))
+    tl.store(p_out + 5, b_first.to(tl.int64))
 
 
 @triton.jit
 def either(b_one, b_other):
     """Bits of one or the other."""
     return b_one | b_other
-
-
-@triton.jit
-def either_half(b_x, ROWS: tl.constexpr):
-    """At even places 1 if a pair of neighbours is not all 0, else 0; int32."""
-    b_pairs = tl.reshape((b_x != 0).to(tl.int32), (ROWS * 64, 2))
-    b_any = tl.max(b_pairs, axis=1)
-    b_place = tl.arange(0, ROWS * 128)
-    b_both = tl.reshape(tl.broadcast_to(tl.expand_dims(b_any, 1), (ROWS * 64, 2)), (ROWS * 128,))
-    return tl.where(b_place % 2 == 0, b_both, 0)
 
 
 @triton.jit
