@@ -6,6 +6,7 @@ Run by Triton's interpreter, on CPU tensors that are taken for a device's; see t
 from __future__ import annotations
 
 import logging
+import threading
 
 import ml_dtypes
 import numpy as np
@@ -160,6 +161,38 @@ def test_a_snapshot_within_a_budget_says_what_is_left(far):
     for wrong in (-1, True):
         with pytest.raises(InvalidArgument, match="budget_bytes: expected bytes, 0 or more"):
             tricomp_torch.snapshot(tree, budget_bytes=wrong)
+
+
+def test_what_a_budget_leaves_is_saved_first_and_may_then_change(far, tmp_path, monkeypatch):
+    tree = {"cast": (torch.arange(17000) % 7).float()}  # of one that is not copied
+    tree |= {f"{i}": torch.arange(17000) % (11 + i) for i in range(4)}
+    tree["source"] = tree["cast"].double()
+    kept = {key: value.clone() for key, value in tree.items()}
+    taken = tricomp_torch.snapshot(tree, budget_bytes=17000 * (4 + 3 * 8))
+    assert taken.live == ("3", "source")
+    monkeypatch.setattr("tricomp.codec.engine.BATCH_WORDS", 17000)  # one leaf a batch
+    monkeypatch.setattr("tricomp.codec.engine.THREAD_WORDS", 1)
+    assert not taken.wait_live(0)
+
+    def change():
+        assert taken.wait_live(100)
+        for key in taken.live:
+            tree[key].zero_()
+
+    changer = threading.Thread(target=change)
+    changer.start()
+    tricomp_torch.save(taken, tmp_path / "a.tri", spec=SHORT, backend="native")
+    changer.join()
+    assert not tree["3"].any()
+    monkeypatch.undo()
+    assert_same(kept, tricomp_torch.load(tmp_path / "a.tri"))
+
+
+def test_who_waits_for_live_tensors_goes_on_if_the_save_fails(far, tmp_path):
+    taken = tricomp_torch.snapshot({"a": torch.zeros(1000)}, budget_bytes=0)
+    with pytest.raises(InvalidArgument):
+        tricomp_torch.save(taken, tmp_path / "a.tri", metadata=7)  # type: ignore[arg-type]
+    assert taken.wait_live(0)
 
 
 @pytest.mark.parametrize("where", ["device", "host", "store"])

@@ -83,12 +83,14 @@ def save(
     storage_options: Mapping[str, Any] | None = None,
     threads: int | None = None,
     backend: str | None = None,
+    first: codec.First | None = None,
 ) -> Report:
     """Write a tree of numpy arrays and plain values to one file, atomically: a file that is there stays until the end.
 
     path: of a local file, or a URL that fsspec knows; storage_options go to fsspec. reference: a path or URL, an open
     File or a tree to encode against; it is needed again to load. metadata: plain values. threads, backend: as for
-    open_file; the bytes are the same whatever they are. While frames are written, others are encoded.
+    open_file; the bytes are the same whatever they are. While frames are written, others are encoded. first: leaves to
+    encode before all others, and what is called then, see codec.First.
     Raises UnsupportedNode, UnsupportedDtype (naming the leaf), InvalidArgument, StorageError.
     """
     engine = codec.Engine(threads, backend)
@@ -99,7 +101,7 @@ def save(
         if isinstance(base, File) and target in (base.name, os.path.realpath(base.name)):
             raise InvalidArgument(f"{os.fspath(path)}: would replace its own reference. Save to another path.")
         since_keyframe = base.since_keyframe + 1 if isinstance(base, File) else int(base is not None)
-        return put(where, name, content_of(tree), base, spec, metadata, since_keyframe, engine)
+        return put(where, name, content_of(tree), base, spec, metadata, since_keyframe, engine, first=first)
     finally:
         if isinstance(base, File) and base is not reference:
             base.close()
@@ -115,6 +117,7 @@ def put(
     since_keyframe: int = 0,
     engine: codec.Engine | None = None,
     on_progress: OnBytes | None = None,
+    first: codec.First | None = None,
 ) -> Report:
     """Encode content into one file of a storage, frame by frame as they come.
 
@@ -135,7 +138,7 @@ def put(
             if on_progress is not None:
                 on_progress(sum(leaves[number].n_bytes for number in frame.leaves))
 
-    with closing(codec.encode(content.snapshot, base, spec, engine.threads, engine.backend)) as frames:
+    with closing(codec.encode(content.snapshot, base, spec, engine.threads, engine.backend, first)) as frames:
         where.put(name, written.pieces(counted(frames)))
     return report_of(os.path.join(where.url, name), written, time.perf_counter() - began)
 

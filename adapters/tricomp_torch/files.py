@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -44,15 +45,17 @@ def save(
         kind = type(path).__name__
         raise InvalidArgument(f"save: expected a path, as in tricomp_torch.save(obj, path), got a {kind}.")
     flat = obj.flat if isinstance(obj, Snapshot) else flatten(obj)
-    return tricomp.save(
-        os.fspath(path),
-        flat.tree,
-        reference=plain_reference(reference),
-        spec=spec,
-        metadata=with_notes(metadata, flat.notes),
-        threads=threads,
-        backend=backend,
-    )
+    with obj.saving() if isinstance(obj, Snapshot) else nullcontext() as first:
+        return tricomp.save(
+            os.fspath(path),
+            flat.tree,
+            reference=plain_reference(reference),
+            spec=spec,
+            metadata=with_notes(metadata, flat.notes),
+            threads=threads,
+            backend=backend,
+            first=first,
+        )
 
 
 def load(

@@ -7,15 +7,18 @@ before, what is launched later waits for the copies, and the host waits for noth
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
+from threading import Event
 from typing import Any
 
 import numpy as np
 import torch
 
 from tricomp import tree as plain_trees
+from tricomp.codec import First
 from tricomp.errors import InvalidArgument, OutOfDeviceMemory
 from tricomp.layout import DeviceArray
 from tricomp_torch.trees import Flat, flatten
@@ -28,18 +31,35 @@ class Snapshot:
     """A tree as it was at one moment. Give it to `tricomp_torch.save` in place of the tree, as often as you like.
 
     flat: the tree as the core takes it. copied_bytes: how much was copied. live: paths of tensors that the budget had
-    no room for: they are still the caller's own, and must be saved before they change.
+    no room for: they are still the caller's own, and must not change before `wait_live` returns: save encodes them
+    before all others.
     """
 
     flat: Flat
     copied_bytes: int
     live: tuple[str, ...] = ()
+    _freed: Event = field(default_factory=Event, repr=False)
     _copied: tuple[tuple[torch.device, torch.cuda.Event], ...] = field(default=(), repr=False)
 
     def before_update(self) -> None:
         """Let what is launched from now on wait for the copies, on each device: only after snapshot(defer=True)."""
         for device, event in self._copied:
             torch.cuda.current_stream(device).wait_event(event)
+
+    @contextmanager
+    def saving(self) -> Iterator[First]:
+        """What a save encodes first. Whoever waits for the live tensors goes on at the end, however it ends."""
+        try:
+            yield First(self.live, self._freed.set)
+        finally:
+            self._freed.set()
+
+    def wait_live(self, timeout: float | None = None) -> bool:
+        """Let the host wait until a save, in another thread, has encoded the live tensors, or has failed.
+
+        timeout: in seconds. Returns whether that is so; at once where nothing is live.
+        """
+        return not self.live or self._freed.wait(timeout)
 
     def wait(self) -> None:
         """Let the host wait for the copies."""
@@ -83,9 +103,9 @@ def snapshot(tree: Any, *, budget_bytes: int | None = None, defer: bool = False)
 
     The copies are made on a stream of their own, after all that the current stream has been given, and the current
     stream goes on after them; the host does not wait. budget_bytes: of fresh memory on each GPU; tensors it has no room
-    for, in tree order, are left as they are (see Snapshot.live). None: all are copied. defer: the current stream goes
-    on at once, so that forward and backward passes run beside the copies; call `before_update` ahead of the next
-    optimizer step. Raises what flatten raises; OutOfDeviceMemory, with nothing changed.
+    for, in tree order, are left as they are, and saved first (see Snapshot.live). None: all are copied. defer: the
+    current stream goes on at once, so that forward and backward passes run beside the copies; call `before_update`
+    ahead of the next optimizer step. Raises what flatten raises; OutOfDeviceMemory, with nothing changed.
 
     >>> taken = tricomp_torch.snapshot({"model": model.state_dict(), "optimizer": opt.state_dict()})  # doctest: +SKIP
     >>> threading.Thread(target=tricomp_torch.save, args=(taken, "step7.tri")).start()  # doctest: +SKIP
@@ -124,7 +144,7 @@ def snapshot(tree: Any, *, budget_bytes: int | None = None, defer: bool = False)
         for leaf, place in zip(leaves, places, strict=True)
     ]
     return Snapshot(
-        Flat(plain_trees.unflatten(structure, done), flat.notes), sum(used.values()), tuple(live), tuple(events)
+        Flat(plain_trees.unflatten(structure, done), flat.notes), sum(used.values()), tuple(live), _copied=tuple(events)
     )
 
 

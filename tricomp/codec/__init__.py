@@ -6,7 +6,7 @@ threads.
 
 from tricomp.codec.accelerator import from_dlpack
 from tricomp.codec.decoding import Decoded, StoredFrame, breakdown, decode, decode_many, decode_parts
-from tricomp.codec.encoding import Reference, bounded, copied, encode, encode_leaf
+from tricomp.codec.encoding import First, Reference, bounded, copied, encode, encode_leaf
 from tricomp.codec.engine import Engine, digest, digests, live
 from tricomp.plan import Frame
 from tricomp.reference.digest import digest_end
@@ -14,6 +14,7 @@ from tricomp.reference.digest import digest_end
 __all__ = [
     "Decoded",
     "Engine",
+    "First",
     "Frame",
     "Reference",
     "StoredFrame",

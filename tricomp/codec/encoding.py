@@ -8,7 +8,7 @@ coded there together, and never with those of another.
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -41,6 +41,40 @@ class Reference(Protocol):
     """
 
     def find(self, path: str) -> tuple[Leaf, Words] | None: ...
+
+
+@dataclass(frozen=True)
+class First:
+    """Leaves, by path, to encode before all others, and what is called once they are: their words may then change.
+
+    It is called in whatever thread encodes, before the frames have been taken; not if encoding fails.
+    """
+
+    paths: Collection[str] = ()
+    when_done: Callable[[], None] | None = None
+
+
+class _Waiting:
+    """Which of the leaves of a First are not encoded yet. numbers: of all of them, and of those coded against them."""
+
+    def __init__(self, snapshot: Snapshot, first: First) -> None:
+        index = snapshot.layout.index
+        self.numbers = {index[path] for path in first.paths if path in index}
+        self._left = set(self.numbers)
+        self._when_done = first.when_done
+
+    def add(self, tasks: Iterable[_Task]) -> None:
+        """Wait for leaves too that are coded against others that somebody waits for: they need their words."""
+        found = {i for task in tasks if task.sibling in self.numbers for i in task.leaves}
+        self.numbers |= found
+        self._left |= found
+
+    def tell(self, done: Iterable[int]) -> None:
+        """Some leaves are encoded."""
+        self._left.difference_update(done)
+        if not self._left and self._when_done is not None:
+            when_done, self._when_done = self._when_done, None
+            when_done()
 
 
 @dataclass(frozen=True)
@@ -77,8 +111,9 @@ def encode(
     spec: Spec | None = None,
     threads: int | None = None,
     backend: str | None = None,
+    first: First | None = None,
 ) -> Generator[Frame, None, None]:
-    """Encode every leaf of a Snapshot, exactly once each, in no promised order.
+    """Encode every leaf of a Snapshot, exactly once each, in no promised order but for first: see First.
 
     reference: an earlier Snapshot or open file; leaves that it lacks, or has in another dtype or shape, are coded
     without it. spec: see Spec; with keep_mantissa_bits the leaves are rounded first. threads, backend: see Engine.
@@ -90,7 +125,9 @@ def encode(
     engines = [Engine(threads, backend, home) for home in groups]
     for engine in engines:
         _ = engine.coder  # follows what its device has been given
-    return _all_frames(snapshot, reference, spec or Spec(), list(zip(engines, groups.values(), strict=True)))
+    waiting = _Waiting(snapshot, first or First())
+    groups = {home: sorted(numbers, key=lambda i: i not in waiting.numbers) for home, numbers in groups.items()}
+    return _all_frames(snapshot, reference, spec or Spec(), list(zip(engines, groups.values(), strict=True)), waiting)
 
 
 def _by_home(snapshot: Snapshot) -> dict[Any, list[int]]:
@@ -102,12 +139,17 @@ def _by_home(snapshot: Snapshot) -> dict[Any, list[int]]:
 
 
 def _all_frames(
-    snapshot: Snapshot, reference: Reference | None, spec: Spec, groups: Sequence[tuple[Engine, list[int]]]
+    snapshot: Snapshot,
+    reference: Reference | None,
+    spec: Spec,
+    groups: Sequence[tuple[Engine, list[int]]],
+    waiting: _Waiting,
 ) -> Generator[Frame, None, None]:
-    """The frames of all groups, one after the other."""
+    """The frames of all groups, one after the other, those first that have leaves which somebody waits for."""
     _warn_of_idle(snapshot, spec)
-    for engine, numbers in groups:
-        yield from _frames(snapshot, reference, spec, engine, numbers)
+    waiting.tell([])
+    for engine, numbers in sorted(groups, key=lambda group: waiting.numbers.isdisjoint(group[1])):
+        yield from _frames(snapshot, reference, spec, engine, numbers, waiting)
 
 
 def _warn_of_idle(snapshot: Snapshot, spec: Spec) -> None:
@@ -158,7 +200,12 @@ def copied(snapshot: Snapshot, to_host: bool) -> Snapshot:
 
 
 def _frames(
-    snapshot: Snapshot, reference: Reference | None, spec: Spec, engine: Engine, numbers: Sequence[int]
+    snapshot: Snapshot,
+    reference: Reference | None,
+    spec: Spec,
+    engine: Engine,
+    numbers: Sequence[int],
+    waiting: _Waiting,
 ) -> Generator[Frame, None, None]:
     """The frames of some leaves, which are all on one device. Where its backend fails, the host goes on, if it may."""
     try:
@@ -171,8 +218,10 @@ def _frames(
         found = dict(zip(small, _counterparts([leaves[i] for i in small], known)))
         tasks = _tasks(snapshot, found, siblings(snapshot, numbers, digests.of, engine), spec, numbers)
     except BackendError as error:
-        yield from _frames(snapshot, reference, spec, engine.on_host(error), numbers)
+        yield from _frames(snapshot, reference, spec, engine.on_host(error), numbers, waiting)
         return
+    waiting.add(tasks)
+    tasks.sort(key=lambda task: waiting.numbers.isdisjoint(task.leaves))  # stable: others keep their order
     batches = _batches(tasks, leaves, engine.batch_words)
 
     def encoded() -> Iterator[list[Frame]]:
@@ -185,6 +234,7 @@ def _frames(
                 snapshot = _adopted(snapshot, engine, numbers)
                 known, digests = reference, _Digests(snapshot, engine)
                 frames = _encoded(snapshot, known, found, digests, batch, spec, engine)
+            waiting.tell(i for task in batch for i in task.leaves)
             yield frames
 
     if len(batches) < 2:
