@@ -97,8 +97,8 @@ def test_a_large_unaligned_leaf_waits_on_a_disk(monkeypatch, tmp_path):
     array, step = plain(np.float32), plain(np.float32)
     step[::7] += 1
     blobs = tricomp.encode(array), tricomp.encode(step, array)
-    monkeypatch.setattr("tricomp.codec.encoding.MEMORY_BYTES", 1000)
-    monkeypatch.setattr("tricomp.codec.encoding._COPY_BYTES", 777)
+    monkeypatch.setattr("tricomp.codec.engine.MEMORY_BYTES", 1000)
+    monkeypatch.setattr("tricomp.codec.engine._COPY_BYTES", 777)
     assert (tricomp.encode(unaligned(array)), tricomp.encode(unaligned(step), mapped(array))) == blobs
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
     with pytest.raises(StorageError, match="none: cannot hold a large leaf while it is encoded: .* set TMPDIR"):
