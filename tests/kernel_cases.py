@@ -20,6 +20,7 @@ pytest.importorskip("triton")
 
 from tests import golden_cases  # noqa: E402
 from tests.cases import decayed, moments, of_dtype, special_words, stepped, weights  # noqa: E402
+from tests.damage_cases import CASTS  # noqa: E402
 from tricomp import dtypes  # noqa: E402
 from tricomp.dtypes import DType  # noqa: E402
 from tricomp.job import EncodeJob, Scales, Side, Tables  # noqa: E402
@@ -37,15 +38,6 @@ if not IS_INTERPRETED and not torch.cuda.is_available():
 
 Array = np.ndarray[Any, Any]
 DEVICE = Device(current_device())
-CASTS = (
-    ("float32", "bfloat16"),
-    ("float32", "float16"),
-    ("float64", "float32"),
-    ("float64", "float16"),
-    ("float64", "bfloat16"),
-    ("bfloat16", "float32"),
-    ("float16", "float32"),
-)
 _CARRIERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _GUARD = 64  # bytes around words
 

@@ -126,7 +126,6 @@ def encode(
     for engine in engines:
         _ = engine.coder  # follows what its device has been given
     waiting = _Waiting(snapshot, first or First())
-    groups = {home: sorted(numbers, key=lambda i: i not in waiting.numbers) for home, numbers in groups.items()}
     return _all_frames(snapshot, reference, spec or Spec(), list(zip(engines, groups.values(), strict=True)), waiting)
 
 

@@ -39,12 +39,11 @@ from tricomp.kernels.frame import (
     aligned,
     flow_of,
     kind_of,
-    longest_remainder,
     numbers_of,
     packed_bytes,
     stack_word_bits,
 )
-from tricomp.kernels.tables import encoder_entries, entry_lengths, index_places
+from tricomp.kernels.tables import encoder_entries, entry_lengths, index_places, symbol_lengths
 from tricomp.plan import Plan
 
 ROUND_BYTES = 512 << 20  # of device memory that a round of chunks takes, unless one chunk needs more
@@ -275,7 +274,7 @@ def _layout_of(plan: Plan, side: Side) -> _Layout:
     if plan.remainder == "stack":
         if plan.has_block_shifts:
             places[Field.SHIFTS] = take(n_padded // ROW)
-        places[Field.HEADS], places[Field.STACK_END] = stream(longest_remainder(plan), STATE_BYTES)
+        places[Field.HEADS], places[Field.STACK_END] = stream(int(symbol_lengths(plan).max()), STATE_BYTES)
     return _Layout(places, streams, at)
 
 

@@ -222,22 +222,6 @@ def numbers_of(plan: Plan) -> dict[Field, int]:
     }
 
 
-def symbol_length(plan: Plan, symbol: int) -> int:
-    """Bits of the remainder that goes with a symbol."""
-    if symbol == 0 or plan.remainder == "none":
-        return 0
-    if plan.predict == "full":
-        return plan.remainder_bits
-    code = symbol + plan.base
-    length = min((code if plan.has_sign else code >> 1) >> plan.mantissa_bits, plan.dtype.word_bits)
-    return max(length - 1 - plan.mantissa_bits, 0) + plan.has_sign
-
-
-def longest_remainder(plan: Plan) -> int:
-    """Most bits that one word leaves on a stack."""
-    return max((symbol_length(plan, symbol) for symbol in range(plan.n_symbols)), default=0)
-
-
 def stack_word_bits(word_bits: int) -> int:
     """Bits of a stack's words. Frozen since format 1."""
     return 16 if word_bits <= 16 else 32

@@ -46,22 +46,25 @@ def encoder_entries(tables: Tables) -> Array:
 
 def entry_lengths(plan: Plan, side: Side) -> Array:
     """uint8[n_contexts, n_symbols + 1]: bits of the remainder that goes with each entry."""
-    symbols = np.arange(plan.n_symbols)
-    if plan.remainder != "stack":
-        lengths = np.zeros(plan.n_symbols, np.int64)
-    elif plan.predict == "full":
-        lengths = np.full(plan.n_symbols, plan.remainder_bits)
-    else:
-        code = symbols + plan.base
-        size = np.minimum((code if plan.has_sign else code >> 1) >> plan.mantissa_bits, plan.dtype.word_bits)
-        lengths = np.maximum(size - 1 - plan.mantissa_bits, 0) + plan.has_sign
-    lengths[:1] = 0
+    lengths = symbol_lengths(plan)
     if side.tables is None:
-        is_coded, stand_ins = np.isin(symbols, side.dictionary)[None], side.dictionary[:1].astype(np.int64)
+        is_coded = np.isin(np.arange(plan.n_symbols), side.dictionary)[None]
+        stand_ins = side.dictionary[:1].astype(np.int64)
     else:
         is_coded, stand_ins = side.tables.freqs > 0, side.tables.favourites()
     of_patches = lengths[stand_ins][:, None]
     return np.concatenate([np.where(is_coded, lengths, of_patches), of_patches], axis=1).astype(np.uint8)
+
+
+def symbol_lengths(plan: Plan) -> Array:
+    """int64[n_symbols]: bits that each symbol's remainder leaves on a stack."""
+    if plan.remainder != "stack":
+        return np.zeros(plan.n_symbols, np.int64)
+    if plan.predict != "full":
+        return (meanings(plan) >> np.uint32(6) & np.uint32(127)).astype(np.int64)
+    lengths = np.full(plan.n_symbols, plan.remainder_bits)
+    lengths[:1] = 0
+    return lengths
 
 
 def decoder_slots(tables: Tables) -> Array:
