@@ -95,6 +95,17 @@ def test_every_step_that_is_kept_loads(folder, reference, reference_in, keep):
     assert not [name for name in os.listdir(folder) if name.endswith(".tmp")]
 
 
+def test_a_save_continues_from_the_step_that_is_named(folder):
+    filled(folder, [0, 10, 20], keyframe=KeyframeEvery(100))
+    with Store(folder, keyframe=KeyframeEvery(100)) as store:
+        with store.open(10) as file:
+            content_id = file.content_id
+        store.continue_from(10)
+        assert store.save(30, state(30)).parent == content_id
+        with pytest.raises(MissingStep, match=re.escape("step 11 is not in")):
+            store.continue_from(11)
+
+
 def test_a_new_store_continues_the_chain(folder):
     reports = [filled(folder, [step], keyframe=KeyframeEvery(3))[0] for step in range(5)]
     assert [report.parent for report in reports] == [

@@ -166,7 +166,7 @@ class File(Mapping[str, Array]):
         return {self._contents.leaves[number].path: self._frames.array(number, words[number]) for number in numbers}
 
     def load_to(self, device: Any, leaves: Iterable[str] | None = None) -> Any:
-        """What load gives, decoded on a torch device: leaves are DeviceArrays in memory of their own there.
+        """What load gives, decoded on a torch device, or one of that name: leaves are DeviceArrays of their own there.
 
         Only compressed bytes cross the bus. Raises what load raises, BackendError where no kernel can run there, and
         OutOfDeviceMemory.

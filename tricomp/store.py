@@ -183,6 +183,13 @@ class Store:
         """
         return self._steps.open_alone(step_number(step), reference)
 
+    def continue_from(self, step: int) -> None:
+        """Let the next save be coded against this step, as load does; for who read it by open. Raises MissingStep."""
+        step = step_number(step)
+        if step not in self.steps():
+            raise MissingStep(f"step {step} is not in {self.url}, so no save can continue from it. See steps().")
+        self._previous = step
+
     def verify(self) -> VerifyReport:
         """Decode every leaf of every step and compare checksums and digests. Damage is reported, never raised."""
         found = chains(self._steps.links())

@@ -1,20 +1,27 @@
-"""JAX adapter of tricomp: not in this version yet.
+"""JAX adapter of tricomp: pytrees in `.tri` files, and a hook for training loops. Never pickles.
 
-The package exists so that its name is taken and its import is stable. It holds no functions, imports no jax, and says
-so when one is asked for. Until it is filled, `tricomp.save` and `tricomp.load` take any tree of numpy arrays, which is
-what `jax.device_get` returns.
+>>> tricomp_jax.save("step7.tri", state)  # doctest: +SKIP
+>>> state = tricomp_jax.load("step7.tri", target=state)  # doctest: +SKIP
 """
-
-from typing import NoReturn
 
 if __name__ != "tricomp_jax":
     raise ImportError(f"import tricomp_jax by that name, not as {__name__!r}; 'adapters' is a folder, not a package")
 
-__all__: list[str] = []
+try:
+    import jax
+except ModuleNotFoundError as error:
+    if error.name not in ("jax", "jaxlib"):
+        raise
+    raise ModuleNotFoundError(
+        "tricomp_jax needs jax, which is not installed. Install it: pip install 'tricomp[jax]', or jax[cuda13] and the "
+        "like for an accelerator. tricomp.load reads the same files as numpy arrays, without jax.",
+        name=error.name,
+    ) from None
 
+from tricomp_jax.files import load, save
+from tricomp_jax.safe import load_file, safe_open, save_file
+from tricomp_jax.trees import Flat, flatten, unflatten
 
-def __getattr__(name: str) -> NoReturn:
-    raise AttributeError(
-        f"tricomp_jax has no {name!r}: JAX support is not in this version of tricomp. "
-        "Use tricomp.save and tricomp.load on jax.device_get(tree)."
-    )
+del jax
+
+__all__ = ["Flat", "flatten", "load", "load_file", "safe_open", "save", "save_file", "unflatten"]

@@ -20,7 +20,7 @@ import xxhash
 
 from tricomp import native
 from tricomp.dtypes import DType, Words
-from tricomp.errors import InvalidArgument
+from tricomp.errors import BackendError, InvalidArgument
 from tricomp.job import DecodeJob, Encoded, EncodeJob, Facts, Gathered, Lattice, Room, Summed
 from tricomp.layout import DeviceArray
 from tricomp.native import digest
@@ -70,6 +70,17 @@ def describe() -> str:
 def home_of(words: Any) -> Any:
     """The device on which words are, None for numpy arrays."""
     return None if isinstance(words, np.ndarray) else words.device
+
+
+def place_of(device: Any) -> Any:
+    """A torch device, also if it was given by its name. Raises BackendError if torch is not there to know it."""
+    if not isinstance(device, str):
+        return device
+    if find_spec("torch") is None:
+        raise BackendError(f"device {device!r}: torch is not installed. Load to the host, and copy.")
+    from tricomp.kernels.device import place_of
+
+    return place_of(device)
 
 
 def to_host(words: Any) -> Words:

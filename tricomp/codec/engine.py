@@ -211,8 +211,8 @@ class Engine:
         return _backend(chosen)
 
     def at(self, device: Any) -> Engine:
-        """The same for words on a device, None: the host; to be asked for each time, see Accelerator."""
-        return replace(self, device=device)
+        """The same for words on a device, or one of that name; None: the host. To be asked for each time."""
+        return replace(self, device=accelerator.place_of(device))
 
     @property
     def is_on_device(self) -> bool:

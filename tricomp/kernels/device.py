@@ -39,6 +39,15 @@ def current_device() -> torch.device:
     return torch.device("cpu") if IS_INTERPRETED else torch.device("cuda", torch.cuda.current_device())
 
 
+def place_of(name: str) -> torch.device:
+    """The torch device of a name. Raises BackendError."""
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        text = str(error).partition("\n")[0]
+        raise BackendError(f"device {name!r} is none of torch's: {text} Load to the host, and copy.") from None
+
+
 def from_dlpack(array: Any) -> DeviceArray:
     """The DeviceArray that shares the memory of an array of another framework, JAX say. Raises UnsupportedDtype."""
     tensor = torch.utils.dlpack.from_dlpack(array).contiguous()
