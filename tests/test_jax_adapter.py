@@ -67,7 +67,8 @@ def is_key(array: Any) -> bool:
 
 def assert_same(found: Any, expected: Any) -> None:
     """Structure, types and bits of two pytrees are the same."""
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    structure: Any = jax.tree.structure(expected)
+    assert jax.tree.structure(found) == structure
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert isinstance(a, jax.Array) == isinstance(b, jax.Array)
         if hasattr(b, "dtype"):
@@ -106,7 +107,11 @@ def linen_state():
 
     @jax.jit
     def step(state):
-        grads = jax.grad(lambda p: jnp.mean(net.apply({"params": p}, x) ** 2))(state.params)
+        def loss(params: Any) -> Any:
+            found: Any = net.apply({"params": params}, x)
+            return jnp.mean(found**2)
+
+        grads = jax.grad(loss)(state.params)
         return state.apply_gradients(grads=grads)
 
     for _ in range(3):
@@ -239,7 +244,7 @@ def test_nnx_states_have_the_paths_that_users_write(path):
 
 def test_every_kind_of_node(path):
     array = jnp.arange(33, dtype=jnp.bfloat16)
-    tree = {
+    tree: dict[str, Any] = {
         "dict": {"b": array, "a/b~": array},
         "numbers": {7: array + 1, 3: array},
         "ordered": collections.OrderedDict(z=array, a=1),
@@ -297,7 +302,11 @@ def test_flatten_and_unflatten_are_inverse(linen_state):
 
 
 def test_the_core_reads_what_jax_wrote_and_the_other_way_round(path):
-    tree = {"w": weights((40, 30)), "layers": [moments((7, 9)), np.arange(9, dtype=np.int32)], "step": 5}
+    tree: dict[str, Any] = {
+        "w": weights((40, 30)),
+        "layers": [moments((7, 9)), np.arange(9, dtype=np.int32)],
+        "step": 5,
+    }
     tricomp_jax.save(path, jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, tree))
     found = tricomp.load(path)
     assert found["w"].tobytes() == tree["w"].tobytes()
@@ -308,8 +317,8 @@ def test_the_core_reads_what_jax_wrote_and_the_other_way_round(path):
 
 
 def test_a_delta_needs_its_reference(path, tmp_path):
-    old = {"w": jnp.asarray(weights((300, 200))), "key": jax.random.key(1)}
-    new = {"w": jnp.asarray(stepped(np.asarray(old["w"]))), "key": jax.random.key(2)}
+    old: dict[str, Any] = {"w": jnp.asarray(weights((300, 200))), "key": jax.random.key(1)}
+    new: dict[str, Any] = {"w": jnp.asarray(stepped(np.asarray(old["w"]))), "key": jax.random.key(2)}
     tricomp_jax.save(path, old)
     other = tmp_path / "b.tri"
     full = tricomp_jax.save(other, new).file_bytes
@@ -323,7 +332,11 @@ def test_a_delta_needs_its_reference(path, tmp_path):
 
 
 def test_some_leaves_alone(path):
-    tree = {"a": {"*": jnp.arange(3), "x": jax.random.key(0)}, "b[0]": jnp.arange(5, dtype=jnp.int4), "c": 1}
+    tree: dict[str, Any] = {
+        "a": {"*": jnp.arange(3), "x": jax.random.key(0)},
+        "b[0]": jnp.arange(5, dtype=jnp.int4),
+        "c": 1,
+    }
     tricomp_jax.save(path, tree)
     found = tricomp_jax.load(path, leaves=["a/x", "b*"])
     assert_same(found, {"a/x": tree["a"]["x"], "b[0]": tree["b[0]"]})
@@ -457,13 +470,13 @@ def test_arrays_without_data_are_named(path):
 
 def test_wrong_arguments(path):
     with pytest.raises(InvalidArgument, match=r"tricomp_jax.save\(path, tree\), got a dict"):
-        tricomp_jax.save({"a": 1}, path)
+        tricomp_jax.save({"a": 1}, path)  # type: ignore[arg-type]
     tricomp_jax.save(path, {"a": 1}, metadata={"run": 7})
     assert tricomp.open(path).metadata == {"run": 7}
     with pytest.raises(InvalidArgument, match="kept for tricomp's own notes"):
         tricomp_jax.save(path, {"a": 1}, metadata={NOTES_KEY: 1})
     with pytest.raises(InvalidArgument, match="metadata: expected a dict"):
-        tricomp_jax.save(path, {"a": 1}, metadata=[1])
+        tricomp_jax.save(path, {"a": 1}, metadata=[1])  # type: ignore[arg-type]
     held: list[Any] = []
     held.append(held)
     with pytest.raises(LimitExceeded, match="holds itself"):
@@ -499,7 +512,10 @@ def test_damaged_notes_are_refused(path, notes):
 
 
 def test_flat_files_in_the_manner_of_safetensors(path):
-    tensors = {"w": jnp.asarray(weights((300, 20))), "f8": jnp.asarray(random_bits("float8_e5m2", (9, 3)))}
+    tensors: dict[str, Any] = {
+        "w": jnp.asarray(weights((300, 20))),
+        "f8": jnp.asarray(random_bits("float8_e5m2", (9, 3))),
+    }
     tensors |= {
         "four": jnp.arange(-8, 8, dtype=jnp.int4),
         "long": np.arange(5),
