@@ -111,13 +111,8 @@ class Opened:
             by_gpu.setdefault(_gpu_for(target), []).append(path)
         found: dict[str, Leaf] = {}
         for gpu, paths in by_gpu.items():
-            found |= _read(self.file, [escaped(path) for path in paths], gpu)
+            found |= _read(self.file, paths, gpu)
         return found
-
-
-def escaped(path: str) -> str:
-    """A path as a pattern that matches it alone."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in path)
 
 
 def _gpu_for(target: Any) -> str | None:
