@@ -2,6 +2,7 @@
 
 import collections
 import random
+import threading
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,15 @@ import tricomp
 
 Checkpointer: Any = tricomp_torch.Checkpointer  # its results are not None in most tests
 
-from tricomp.errors import CorruptFile, InvalidArgument, MissingStep, UnsupportedNode  # noqa: E402
+from tricomp.errors import (  # noqa: E402
+    CorruptFile,
+    InvalidArgument,
+    MissingStep,
+    StorageError,
+    StoreLocked,
+    UnsupportedDtype,
+    UnsupportedNode,
+)
 
 
 class Net(torch.nn.Module):
@@ -125,8 +134,9 @@ def check_resume(tmp_path, optimizer, scheduler):
     for step in (3, 4, 5):  # a keyframe, a delta, a keyframe
         ckpt.save(step, **dict(zip(names, run)))
         saved = state(*run)
-        losses += train(run, 1)
+        losses += train(run, 1)  # while the save is being made
     losses += train(run, 3)
+    ckpt.close()
 
     again = begin(optimizer, scheduler, seed=99)
     restored = Checkpointer(str(tmp_path / "run")).restore(**dict(zip(names, again)))
@@ -271,6 +281,7 @@ def test_every(tmp_path):
     reports = [ckpt.save(step, model=Net()) for step in range(5)]
     assert [report is not None for report in reports] == [True, False, False, True, False]
     assert ckpt.save(4, model=Net(), force=True) is not None
+    ckpt.wait()
     assert ckpt.store.steps() == [0, 3, 4]
     with pytest.raises(InvalidArgument, match="every: expected a number of steps, 1 or more, got 0"):
         Checkpointer(tmp_path, every=0)
@@ -289,8 +300,8 @@ def test_an_empty_store_restores_to_none_and_a_missing_step_raises(tmp_path):
 def test_a_store_brings_its_own_policies(tmp_path):
     store = tricomp.Store(str(tmp_path))
     assert Checkpointer(store).store is store
-    with pytest.raises(InvalidArgument, match="spec, keyframe, keep and threads belong to the Store given"):
-        Checkpointer(store, keyframe=tricomp.KeyframeEvery(2))
+    with pytest.raises(InvalidArgument, match="keyframe, backend: belong to the Store given"):
+        Checkpointer(store, keyframe=tricomp.KeyframeEvery(2), backend="native")
 
 
 class Wider(Net):
@@ -388,7 +399,7 @@ def test_missing_random_state(tmp_path):
 
 def test_random_state_that_does_not_fit_changes_nothing(tmp_path):
     ckpt = Checkpointer(tmp_path)
-    ckpt.save(1, model=Net())
+    ckpt.save(1, model=Net()).result()
     tree, metadata = ckpt.store.load(1), ckpt.store.open(1).metadata
     cases: list[tuple[dict[str, Any], str]] = [
         ({"cuda": [tree["rng"]["torch"]] * 3}, "the state of 3 CUDA devices, this process has 0. Pass rng=False"),
@@ -443,3 +454,148 @@ def test_bad_arguments_are_refused_by_name(tmp_path):
     with pytest.raises(UnsupportedNode, match="'extra/config'"):
         ckpt.save(1, model=Net(), extra={"config": object()})
     assert ckpt.store.latest() is None
+
+
+# Behind training
+
+
+class Gate:
+    """Holds every save of a store up until it is opened, and tells how many began."""
+
+    def __init__(self, ckpt, monkeypatch):
+        self.opened, self.n_begun = threading.Event(), 0
+        save = ckpt.store.save
+
+        def held(*arguments):
+            self.n_begun += 1
+            assert self.opened.wait(30)
+            return save(*arguments)
+
+        monkeypatch.setattr(ckpt.store, "save", held)
+
+
+def test_training_goes_on_while_a_save_is_made(tmp_path, monkeypatch):
+    run = begin()
+    names = ("model", "optimizer", "scheduler")
+    train(run, 2)
+    with Checkpointer(tmp_path) as ckpt:
+        gate = Gate(ckpt, monkeypatch)
+        metadata, history = {"list": [1]}, [0.5]
+        expected = state(*run)
+        saving = ckpt.save(2, **dict(zip(names, run)), extra={"history": history}, metadata=metadata)
+        train(run, 3)
+        metadata["list"].append(2)
+        history.append(0.25)
+        assert not saving.done()
+        gate.opened.set()
+        assert saving.result(30).path.endswith("step-000000000002.tri")
+        again = begin(seed=4)
+        restored = ckpt.restore(**dict(zip(names, again)))
+    assert state(*again) == expected
+    assert (restored.extra, restored.metadata) == ({"history": [0.5]}, {"list": [1]})
+
+
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_no_more_saves_than_agreed_are_on_their_way(tmp_path, monkeypatch, in_flight):
+    model = Net()
+    with Checkpointer(tmp_path, in_flight=in_flight) as ckpt:
+        gate = Gate(ckpt, monkeypatch)
+        expected = []
+        for step in range(in_flight):
+            expected.append(state(model))
+            ckpt.save(step, model=model)
+            with torch.no_grad():
+                model.middle.weight.add_(1)
+        beyond = threading.Thread(target=ckpt.save, args=(9,), kwargs={"model": model})
+        beyond.start()
+        beyond.join(0.2)
+        assert beyond.is_alive()
+        gate.opened.set()
+        beyond.join(30)
+        ckpt.wait()
+        assert ckpt.store.steps() == [*range(in_flight), 9]
+        for step, saved in enumerate(expected):
+            ckpt.restore(model=model, step=step)
+            assert state(model) == saved
+
+
+@pytest.mark.parametrize("call", ["save", "wait", "restore", "close"])
+def test_a_save_that_failed_is_told_once_and_nothing_is_lost(tmp_path, monkeypatch, call):
+    model = Net()
+    ckpt = Checkpointer(tmp_path)
+    ckpt.save(1, model=model).result()
+    expected = state(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(ckpt.store, "save", lambda *_: (_ for _ in ()).throw(StorageError("no space left on device")))
+        ckpt.save(2, model=model)
+        calls = {"save": lambda: ckpt.save(3, model=model), "restore": lambda: ckpt.restore(model=model)}
+        with pytest.raises(StorageError, match="no space left on device") as caught:
+            calls.get(call, getattr(ckpt, call))()
+        assert caught.value.__notes__ == ["This is what became of step 2, which was saved in the background."]
+    again = Net()
+    assert ckpt.restore(model=again).step == 1
+    assert state(again) == expected
+    assert ckpt.save(3, model=model).result().parent is not None
+    ckpt.close()
+
+
+def test_a_run_that_raises_still_has_its_last_step(tmp_path):
+    def run():
+        with Checkpointer(tmp_path) as ckpt:
+            ckpt.save(1, model=Net())
+            raise ValueError("training broke")
+
+    with pytest.raises(ValueError, match="training broke"):
+        run()
+    assert tricomp.Store(tmp_path).steps() == [1]
+
+
+def test_what_is_wrong_is_told_before_the_save_is_begun(tmp_path):
+    with Checkpointer(tmp_path) as ckpt:
+        ckpt.save(1, model=Net()).result()
+        with pytest.raises(InvalidArgument, match=r"step 1 is already in .*overwrite=True"):
+            ckpt.save(1, model=Net())
+        ckpt.save(1, model=Net(), overwrite=True).result()
+        with pytest.raises(StoreLocked):
+            Checkpointer(tmp_path).save(2, model=Net())
+        with pytest.raises(UnsupportedNode, match="object"):
+            ckpt.save(2, model=Net(), metadata={"a": object()})
+        with pytest.raises(UnsupportedDtype, match="'extra/names'"):
+            ckpt.save(2, model=Net(), extra={"names": np.array(["a"])})
+        assert ckpt.save(2, model=Net()).result().parent is not None
+    for wrong in (0, True, 1.5):
+        with pytest.raises(InvalidArgument, match="in_flight: expected a number of saves, 1 or more"):
+            Checkpointer(tmp_path, in_flight=wrong)
+
+
+@pytest.mark.parametrize("reference_in", ["device", "host", "store"])
+def test_where_the_previous_words_are_held(tmp_path, reference_in):
+    run = begin()
+    with Checkpointer(tmp_path, reference_in=reference_in) as ckpt:
+        for step in range(3):
+            ckpt.save(step, model=run[0], optimizer=run[1])
+            expected = state(*run[:2])
+            train(run, 1)
+        again = begin(seed=8)
+        ckpt.restore(model=again[0], optimizer=again[1])
+        assert state(*again[:2]) == expected
+        with ckpt.store.open(2) as file:
+            assert file.parent is not None
+
+
+def test_wrappers_of_modules_have_the_keys_of_what_they_wrap(tmp_path):
+    """What torch.compile or DataParallel was trained with goes into the plain module, and the other way round."""
+    model = Net()
+    compiled: Any = torch.compile(model)
+    parallel = torch.nn.DataParallel(Net())
+    with Checkpointer(tmp_path) as ckpt:
+        ckpt.save(1, model=compiled, optimizer=adamw(compiled.parameters()), extra={"ema": parallel})
+        other, plain = Net(), Net()
+        ckpt.restore(model=other, optimizer=adamw(other.parameters()), extra={"ema": plain})
+        assert state(other, plain) == state(model, parallel.module)
+        with ckpt.store.open(1) as file:
+            assert {"model/middle.weight", "extra/ema/middle.weight"} <= set(file)
+        ckpt.save(2, model=model)
+        fresh: Any = torch.compile(Net())
+        ckpt.restore(model=fresh)
+        assert state(fresh._orig_mod) == state(model)

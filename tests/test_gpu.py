@@ -790,7 +790,7 @@ def bits(state):
 
 train()
 saver = tricomp_torch.Checkpointer(folder)
-saver.save(0, model=model, optimizer=optimizer)
+saver.save(0, model=model, optimizer=optimizer).result()
 good, good_step = bits(model.state_dict()), 0
 total = torch.cuda.get_device_properties(0).total_memory
 told = []
@@ -800,7 +800,7 @@ for step, extra in enumerate((48, 150, 320, 600, 1200, 2400, 4800), start=1):
     files = sorted(os.listdir(folder))
     torch.cuda.set_per_process_memory_fraction(min((torch.cuda.memory_reserved() + extra * MB) / total, 1.0))
     try:
-        saver.save(step, model=model, optimizer=optimizer)
+        saver.save(step, model=model, optimizer=optimizer).result()
     except OutOfDeviceMemory as error:
         assert "training can go on" in str(error), error
         assert sorted(os.listdir(folder)) == files, (files, os.listdir(folder))

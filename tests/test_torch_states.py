@@ -212,6 +212,7 @@ def test_an_optimizer_comes_back_and_trains_on_as_if_nothing_had_been(tmp_path, 
         tricomp_torch.save(tree, path, reference=old if path is new else None)
     saved = states(*run)
     losses = train(run, range(4, 7))
+    checkpointer.close()
     after = states(*run)
 
     again = begin(name, seed=9)

@@ -116,20 +116,25 @@ class Store:
         """The highest step, or None."""
         return self._steps.highest(self._steps.files())
 
-    def save(self, step: int, tree: Any, metadata: dict[str, Any] | None = None, overwrite: bool = False) -> Report:
+    def save(
+        self,
+        step: int,
+        tree: Any,
+        metadata: dict[str, Any] | None = None,
+        overwrite: bool = False,
+        first: codec.First | None = None,
+    ) -> Report:
         """Write a checkpoint; when this returns it is durable, and until then every other one is as it was.
 
         step: from 0. One that is there is refused unless overwrite=True; those coded against it are then rebased first.
+        first: leaves to encode before all others, see codec.First.
         Raises InvalidArgument, UnsupportedNode, UnsupportedDtype, StorageError, StoreLocked.
         """
         step = step_number(step)
         self._write_lock()
         exists = step in self.steps()
-        if exists and not overwrite:
-            raise InvalidArgument(
-                f"step {step} is already in {self.url}. Save a higher step, or pass overwrite=True to replace it. "
-                "If the run went back to an earlier step, take the later ones away with Store.rewind(step)."
-            )
+        if not overwrite:
+            self.require_new(step)
         content = content_of(tree)
         if exists:
             self._rebase_children([step])
@@ -138,7 +143,7 @@ class Store:
         previous = self._previous if self._previous in links else lower
         parent = next_parent(links.values(), previous, self._keyframe, self._reference)
         since_keyframe = links[previous].since_keyframe + 1 if parent is not None and previous is not None else 0
-        report = self._put(step, content, parent, metadata, since_keyframe)
+        report = self._put(step, content, parent, metadata, since_keyframe, first)
         self._previous = step
         if parent is None or self._reference == "previous":
             self._hold(content, report)
@@ -225,6 +230,18 @@ class Store:
         """
         self._write_lock()
         return self._prune()
+
+    def require_new(self, step: int) -> None:
+        """Raise InvalidArgument if step is here already, as save would."""
+        if step_number(step) in self.steps():
+            raise InvalidArgument(
+                f"step {step} is already in {self.url}. Save a higher step, or pass overwrite=True to replace it. "
+                "If the run went back to an earlier step, take the later ones away with Store.rewind(step)."
+            )
+
+    def claim(self) -> None:
+        """Keep other writers out from now on, as the first save does. Raises StoreLocked, StorageError."""
+        self._write_lock()
 
     def rebase(self, step: int) -> Report:
         """Write a step again so that it stands alone. Its content id stays, so its children still find it.
@@ -317,20 +334,21 @@ class Store:
         parent: Link | None,
         metadata: dict[str, Any] | None,
         since_keyframe: int,
+        first: codec.First | None,
     ) -> Report:
         """Write a step against its parent: the words in memory if they are the parent's, else those in the store."""
         if parent is None:
-            return self._write(step, content, None, metadata)
+            return self._write(step, content, None, metadata, first=first)
         if self._held is not None and self._held.content_id == parent.content_id.hex():
-            return self._write(step, content, self._held, metadata, since_keyframe)
+            return self._write(step, content, self._held, metadata, since_keyframe, first=first)
         self._held = None
         try:
             with self._steps.open(parent.step, is_reference=True) as file:
                 base = file if self._reference_in == "store" else file.content()
-                return self._write(step, content, base, metadata, since_keyframe)
+                return self._write(step, content, base, metadata, since_keyframe, first=first)
         except (CorruptFile, CorruptFrame, MissingStep) as error:
             _log.warning("step %d stands alone, since step %d cannot be read: %s", step, parent.step, error)
-            return self._write(step, content, None, metadata)
+            return self._write(step, content, None, metadata, first=first)
 
     def _write(
         self,
@@ -340,11 +358,11 @@ class Store:
         metadata: dict[str, Any] | None,
         since_keyframe: int = 0,
         spec: Spec | None = None,
+        first: codec.First | None = None,
     ) -> Report:
         """Write a step against what is given. spec: None: the store's."""
-        return put(
-            self._folder, file_name(step), content, base, spec or self._spec, metadata, since_keyframe, self._engine
-        )
+        spec, engine = spec or self._spec, self._engine
+        return put(self._folder, file_name(step), content, base, spec, metadata, since_keyframe, engine, first=first)
 
     def _hold(self, content: Content, report: Report) -> None:
         """Keep a copy of what was saved, rounded where spec rounds: if it is what a reader of the file decodes."""

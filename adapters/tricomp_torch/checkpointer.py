@@ -1,23 +1,31 @@
-"""Checkpointer: a training run's state in and out of a Store, synchronously. The only module here that knows Stores.
+"""Checkpointer: a training run's state in and out of a Store, behind training. The only module here that knows Stores.
 
-The hard thing: a restore either fits as a whole or changes nothing, so it reads everything, judges everything, and
-only then gives it to the objects.
+A save returns when the state is copied; a thread encodes and writes the copy. The hard thing: a restore either fits as
+a whole or changes nothing, so it reads everything, judges everything, and only then gives it to the objects.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, Literal
 
 import tricomp
+from tricomp.background import Background, Saving
 from tricomp.errors import CorruptFile, InvalidArgument
+from tricomp.host_memory import HostBuffer
 from tricomp.store import step_number
+from tricomp.tree import plain
 from tricomp_torch import rng as generators
 from tricomp_torch.checks import missing_and_unexpected, problems
 from tricomp_torch.files import notes_of, with_notes
 from tricomp_torch.objects import States, give, holds_object, pair_up, parameter_names, put_in, states_of, take
+from tricomp_torch.snapshot import Snapshot, snapshot_of
 from tricomp_torch.trees import NOTES_KEY, Flat, flatten, unflatten
 
 _SLOTS = ("model", "optimizer", "scheduler", "extra")
@@ -40,17 +48,27 @@ class Restored:
 
 
 class Checkpointer:
-    """Saves and restores a training run, bit for bit.
+    """Saves a training run in the background, and restores it, bit for bit.
 
-    store: a `tricomp.Store`, or a folder for one. every: `save` does nothing unless step is a multiple of it.
-    spec: how to code (`tricomp.Spec`). keyframe, keep: policies of the store made for a folder; a Store has its own.
-    threads: to work with, see tricomp.open; a Store has its own.
+    store: a `tricomp.Store`, or a folder or URL for one. every: `save` does nothing unless step is a multiple of it.
+    in_flight: how many saves may be on their way; one beyond them waits. Each holds a copy of the state; host memory
+    for it is kept for the next one. budget_bytes: of GPU memory for copies, see `snapshot`; what does not fit is
+    encoded before `save` returns.
+
+    Of the store made for a folder or URL (a Store has its own): spec: how to code (`tricomp.Spec`). keyframe, keep:
+    policies. reference_in: where the last saved words are held for the next save, see tricomp.Store. threads, backend:
+    to encode with, see tricomp.open.
+
+    What fails in the background is logged, and raised once: by the Future, or the next save, restore, wait or close.
+    Steps that were saved before stay, and later saves go on. When the interpreter ends, what was begun is finished.
+    Not for several threads at a time.
 
     >>> ckpt = tricomp_torch.Checkpointer("runs/a", every=100)  # doctest: +SKIP
     >>> restored = ckpt.restore(model=model, optimizer=optimizer)  # doctest: +SKIP
     >>> for step in range(restored.step + 1 if restored else 0, n_steps):  # doctest: +SKIP
     ...     train_one(step)
     ...     ckpt.save(step, model=model, optimizer=optimizer)
+    >>> ckpt.close()  # doctest: +SKIP
     """
 
     def __init__(
@@ -58,32 +76,62 @@ class Checkpointer:
         store: tricomp.Store | str | os.PathLike[str],
         *,
         every: int | None = None,
+        in_flight: int = 1,
+        budget_bytes: int | None = None,
         spec: tricomp.Spec | None = None,
         keyframe: tricomp.KeyframeEvery | None = None,
         keep: Sequence[Any] | None = None,
+        reference_in: Literal["device", "host", "store"] | None = None,
         threads: int | None = None,
+        backend: str | None = None,
     ) -> None:
-        if every is not None and (isinstance(every, bool) or not hasattr(every, "__index__") or every < 1):
-            raise InvalidArgument(f"every: expected a number of steps, 1 or more, got {every!r}")
+        if every is not None:
+            _require_count("every: expected a number of steps", every)
+        _require_count("in_flight: expected a number of saves", in_flight)
+        options: dict[str, Any] = {
+            "spec": spec,
+            "keyframe": keyframe,
+            "keep": keep,
+            "reference_in": reference_in,
+            "threads": threads,
+            "backend": backend,
+        }
+        given = {name: value for name, value in options.items() if value is not None}
         if isinstance(store, tricomp.Store):
-            if any(value is not None for value in (spec, keyframe, keep, threads)):
-                raise InvalidArgument("spec, keyframe, keep and threads belong to the Store given. Set them there.")
+            if given:
+                raise InvalidArgument(f"{', '.join(given)}: belong to the Store given. Set them there.")
             self.store = store
         else:
-            policies: dict[str, Any] = {"spec": spec, "keyframe": keyframe, "keep": keep, "threads": threads}
-            given = {name: value for name, value in policies.items() if value is not None}
             self.store = tricomp.Store(os.fspath(store), **given)
-        self._every = every
+        self._every, self._budget_bytes = every, budget_bytes
+        self._behind: Background[tricomp.Report] = Background(in_flight)
+        self._buffers = [HostBuffer() for _ in range(in_flight)]
+        self._free: SimpleQueue[HostBuffer] = SimpleQueue()
+        for buffer in self._buffers:
+            self._free.put(buffer)
+
+    def wait(self) -> None:
+        """Wait until every save that was begun is on disk. Raises what one of them failed with."""
+        self._behind.wait()
 
     def close(self) -> None:
-        """Let another process write to the store."""
-        self.store.close()
+        """Wait as `wait` does, let another process write to the store, and free memory. Can be used again."""
+        try:
+            self._behind.wait()
+        finally:
+            for buffer in self._buffers:
+                buffer.release()
+            self.store.close()
 
     def __enter__(self) -> Checkpointer:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            self.close()
+        except Exception:
+            if kind is None:  # else it is logged, and what ends the block is what matters
+                raise
 
     def save(
         self,
@@ -97,8 +145,11 @@ class Checkpointer:
         metadata: Mapping[str, Any] | None = None,
         force: bool = False,
         overwrite: bool = False,
-    ) -> tricomp.Report | None:
-        """Save the state at step; returns when it is on disk. None if step is no multiple of `every` and not force.
+    ) -> Saving[tricomp.Report] | None:
+        """Save the state at step. Returns when training may change it: a Future of the Report, done when it is on disk.
+
+        None if step is no multiple of `every` and not force. Call `.result()` on it to wait. Where tensors are on a
+        GPU, nothing waits for the copies but what is launched on its current stream later.
 
         model, optimizer, scheduler: an object with state_dict and load_state_dict, or a dict or list of such.
         extra: by name, more such objects (GradScaler, EMA, a sampler), torch or numpy Generators, tensors, and plain
@@ -106,7 +157,7 @@ class Checkpointer:
         metadata: a small plain map that can be read without the rest. overwrite: replace step if it is there.
 
         Raises InvalidArgument if step is no step or is there already, or a slot holds something without a state;
-        UnsupportedNode naming the path; StorageError; StoreLocked.
+        UnsupportedNode naming the path; StoreLocked; OutOfDeviceMemory; what an earlier save failed with.
         """
         step = step_number(step)
         if self._every is not None and step % self._every != 0 and not force:
@@ -114,10 +165,36 @@ class Checkpointer:
         values = _values(model, optimizer, scheduler, extra)
         if not values:
             raise InvalidArgument("save: nothing to save. Give model=, optimizer=, scheduler= or extra=.")
+        self._behind.ready()
+        if self._behind.is_idle:  # else it is told by the save
+            self.store.claim()
+            if not overwrite:
+                self.store.require_new(step)
         states = take(values, parameter_names(model))
         flat = flatten({**states.tree, "rng": generators.get_state()} if rng else states.tree)
-        notes = {**flat.notes, "classes": states.classes, "parameters": states.parameters}
-        return self.store.save(step, flat.tree, metadata=with_notes(metadata, notes), overwrite=overwrite)
+        own = {**flat.notes, "classes": states.classes, "parameters": states.parameters}
+        notes = with_notes(metadata, own)
+        plain(notes)  # what it cannot hold is told now
+        buffer = self._free.get()
+        try:
+            taken = snapshot_of(flat, self._budget_bytes, buffer=buffer)
+            saving = self._behind.submit(
+                f"step {step}", partial(self._write, step, taken, deepcopy(notes), overwrite, buffer)
+            )
+        except BaseException:
+            self._free.put(buffer)
+            raise
+        taken.wait_live()
+        return saving
+
+    def _write(
+        self, step: int, taken: Snapshot, metadata: dict[str, Any], overwrite: bool, buffer: HostBuffer
+    ) -> tricomp.Report:
+        try:
+            with taken.saving() as first:
+                return self.store.save(step, taken.flat.tree, metadata, overwrite, first)
+        finally:
+            self._free.put(buffer)
 
     def restore(
         self,
@@ -132,6 +209,7 @@ class Checkpointer:
     ) -> Restored | None:
         """Load step, the latest if None, into the objects given. Returns None if step is None and the store is empty.
 
+        Waits for what is on its way.
         Models copy into their own tensors; devices stay theirs. What was saved but is not asked for is left alone;
         what is asked for must have been saved. strict: missing and unexpected keys, other classes, other dtypes and
         parameters in another order are errors too; wrong shapes always are. rng: also set the random generators.
@@ -139,6 +217,7 @@ class Checkpointer:
         Raises InvalidArgument listing all that does not fit, before anything is changed; MissingStep; CorruptFile and
         the like if the file is damaged.
         """
+        self._behind.wait()
         if step is None:
             step = self.store.latest()
             if step is None:
@@ -178,6 +257,11 @@ class Checkpointer:
             return states_of(unflatten(Flat(tree, notes)), notes)
         except (InvalidArgument, CorruptFile) as error:
             raise type(error)(f"step {step} of {self.store.url}: {error}") from error
+
+
+def _require_count(what: str, value: Any) -> None:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+        raise InvalidArgument(f"{what}, 1 or more, got {value!r}")
 
 
 def _values(model: Any, optimizer: Any, scheduler: Any, extra: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -77,8 +77,9 @@ def run(options: Options) -> None:
         if ckpt is not None:
             if step == options.kill_step:
                 kill_in_next_save(options.store, max(1, file_bytes // 2))
-            report = ckpt.save(step, **parts)
-            if report is not None:
+            saving = ckpt.save(step, **parts)
+            if saving is not None:
+                report = saving.result()  # so that a kill in the next save is one
                 file_bytes = report.file_bytes
                 write("save", step=step, **_measured(training, report))
         _show_progress(step, options.n_steps)

@@ -16,6 +16,8 @@ import torch
 from tricomp.errors import CorruptFile, InvalidArgument
 from tricomp.tree import join
 
+_PARALLEL = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
+
 
 @dataclass(frozen=True)
 class States:
@@ -54,6 +56,21 @@ def is_object(value: Any) -> bool:
     return all(callable(getattr(value, name, None)) for name in ("state_dict", "load_state_dict"))
 
 
+def unwrapped(value: Any) -> Any:
+    """The module in what torch.compile, DataParallel and DistributedDataParallel wrap around it; all else as it is.
+
+    Their prefixes ("_orig_mod.", "module.") are no part of the model: a checkpoint goes into whatever is around it.
+    """
+    while isinstance(value, torch.nn.Module):
+        if isinstance(value, _PARALLEL):
+            value = value.module
+        elif "_orig_mod" in value._modules:
+            value = value._modules["_orig_mod"]
+        else:
+            break
+    return value
+
+
 def holds_object(value: Any) -> bool:
     """Whether value is, or a nesting of dicts, lists and tuples that has in it, an object with a state."""
     return is_object(value) or any(holds_object(entry) for _, entry in _entries(value))
@@ -64,6 +81,7 @@ def take(values: Mapping[str, Any], names: Mapping[int, str]) -> States:
     states = States({})
 
     def walk(value: Any, path: str) -> Any:
+        value = unwrapped(value)
         if is_object(value):
             states.classes[path] = type(value).__name__
             if isinstance(value, torch.optim.Optimizer):
@@ -82,6 +100,7 @@ def take(values: Mapping[str, Any], names: Mapping[int, str]) -> States:
 
 def pair_up(values: Any, tree: Any, path: str | None = None) -> Iterator[Pair]:
     """Every object in values with its stored state; the state is None where the tree has none."""
+    values = unwrapped(values)
     if is_object(values):
         yield Pair(path or "", values, tree)
     for key, value in _entries(values):
@@ -123,6 +142,7 @@ def give(pair: Pair, strict: bool) -> None:
 
 def parameter_names(model: Any) -> dict[int, str]:
     """Name of each parameter of the module, or of the modules in a dict or list, by id."""
+    model = unwrapped(model)
     if isinstance(model, torch.nn.Module):
         return {id(parameter): name for name, parameter in model.named_parameters()}
     return {key: name for _, entry in _entries(model) for key, name in parameter_names(entry).items()}

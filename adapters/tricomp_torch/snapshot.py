@@ -7,20 +7,22 @@ before, what is launched later waits for the copies, and the host waits for noth
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from threading import Event
 from typing import Any
 
-import numpy as np
 import torch
 
+from tricomp import dtypes
 from tricomp import tree as plain_trees
 from tricomp.codec import First
 from tricomp.errors import InvalidArgument, OutOfDeviceMemory
+from tricomp.host_memory import HostBuffer
 from tricomp.layout import DeviceArray
+from tricomp_torch.tensors import Array
 from tricomp_torch.trees import Flat, flatten
 
 _ALIGN = 16
@@ -98,21 +100,30 @@ class _Copies:
         return views
 
 
-def snapshot(tree: Any, *, budget_bytes: int | None = None, defer: bool = False) -> Snapshot:
+def snapshot(
+    tree: Any, *, budget_bytes: int | None = None, defer: bool = False, buffer: HostBuffer | None = None
+) -> Snapshot:
     """Copy every tensor and array of a tree, each where it lives: those of a GPU to fresh memory of that GPU.
 
     The copies are made on a stream of their own, after all that the current stream has been given, and the current
     stream goes on after them; the host does not wait. budget_bytes: of fresh memory on each GPU; tensors it has no room
     for, in tree order, are left as they are, and saved first (see Snapshot.live). None: all are copied. defer: the
     current stream goes on at once, so that forward and backward passes run beside the copies; call `before_update`
-    ahead of the next optimizer step. Raises what flatten raises; OutOfDeviceMemory, with nothing changed.
+    ahead of the next optimizer step. buffer: host memory for copies of what is there, kept from snapshot to snapshot;
+    None: fresh. Raises what flatten raises; OutOfDeviceMemory, with nothing changed.
 
     >>> taken = tricomp_torch.snapshot({"model": model.state_dict(), "optimizer": opt.state_dict()})  # doctest: +SKIP
     >>> threading.Thread(target=tricomp_torch.save, args=(taken, "step7.tri")).start()  # doctest: +SKIP
     """
     if budget_bytes is not None and (isinstance(budget_bytes, bool) or budget_bytes < 0):
         raise InvalidArgument(f"budget_bytes: expected bytes, 0 or more, or None, got {budget_bytes!r}.")
-    flat = flatten(tree)
+    return snapshot_of(flatten(tree), budget_bytes, defer, buffer)
+
+
+def snapshot_of(
+    flat: Flat, budget_bytes: int | None = None, defer: bool = False, buffer: HostBuffer | None = None
+) -> Snapshot:
+    """What snapshot does, of a tree that is flattened already."""
     structure, paths, leaves = plain_trees.flatten(flat.tree)
     copies: dict[tuple[torch.device, torch.dtype], _Copies] = {}
     used: dict[torch.device, int] = {}
@@ -122,6 +133,7 @@ def snapshot(tree: Any, *, budget_bytes: int | None = None, defer: bool = False)
     for path, leaf in zip(paths, leaves, strict=True):
         places.append(None)
         if not isinstance(leaf, DeviceArray):
+            dtypes.of(leaf, path)  # what holds objects is no memory to copy
             continue
         words = leaf.words
         key = (words.device, words.dtype)
@@ -135,17 +147,31 @@ def snapshot(tree: Any, *, budget_bytes: int | None = None, defer: bool = False)
             known[identity] = copies.setdefault(key, _Copies()).add(words)
         places[-1] = key, known[identity]
     made, events = _launch(copies, defer)
+    here = _host_copies([leaf for leaf in leaves if not isinstance(leaf, DeviceArray)], buffer or HostBuffer())
     done = [
-        replace(leaf, words=made[place[0]][place[1]])
-        if place is not None
+        next(here)
+        if not isinstance(leaf, DeviceArray)
         else leaf
-        if isinstance(leaf, DeviceArray)
-        else np.array(leaf)
+        if place is None
+        else replace(leaf, words=made[place[0]][place[1]])
         for leaf, place in zip(leaves, places, strict=True)
     ]
     return Snapshot(
         Flat(plain_trees.unflatten(structure, done), flat.notes), sum(used.values()), tuple(live), _copied=tuple(events)
     )
+
+
+def _host_copies(arrays: Sequence[Array], buffer: HostBuffer) -> Iterator[Array]:
+    """Copies of arrays in a buffer, of tied ones the same."""
+    known: dict[tuple[Any, ...], Array] = {}
+    for array in arrays:
+        known.setdefault(_identity(array), array)
+    made = dict(zip(known, buffer.copies(list(known.values())), strict=True))
+    return (made[_identity(array)] for array in arrays)
+
+
+def _identity(array: Array) -> tuple[Any, ...]:
+    return array.ctypes.data, array.dtype.str, array.dtype.name, array.shape, array.strides
 
 
 def _launch(

@@ -1,0 +1,117 @@
+"""Host memory for copies of a state, kept from one save to the next, and the copies into it. Imports numpy only.
+
+The hard thing is what a copy costs: fresh memory comes from the system page by page, for several times the price of the
+copy itself. So memory is kept, and several threads copy, which numpy does without the GIL.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+_ALIGN = 64
+_BATCH_BYTES = 4 << 20  # of copies that a thread takes at a time
+_MOST_THREADS = 4  # more do not make memory faster
+
+
+class HostBuffer:
+    """Flat host memory that is kept from one copy of a state to the next: who has the last one's arrays sees it change.
+
+    Not for several threads at a time.
+    """
+
+    def __init__(self) -> None:
+        self._memory: Array | None = None
+
+    def copies(self, arrays: Sequence[Array]) -> list[Array]:
+        """A copy of each array in row-major order, one after the other in this memory; all are done on return."""
+        begins = [0]
+        for array in arrays:
+            begins.append(begins[-1] + -(-array.nbytes // _ALIGN) * _ALIGN)
+        memory = self._reserve(begins[-1])
+        made = []
+        for array, begin in zip(arrays, begins[:-1], strict=True):
+            made.append(memory[begin : begin + array.nbytes].view(array.dtype).reshape(array.shape))
+        _copy(made, arrays)
+        return made
+
+    def release(self) -> None:
+        """Let go of the memory."""
+        self._memory = None
+
+    def _reserve(self, n_bytes: int) -> Array:
+        """uint8[n_bytes] at a multiple of 64 bytes: the memory of before, where that is enough."""
+        if self._memory is None or len(self._memory) < n_bytes:
+            self._memory = None  # before there is more
+            memory = np.empty(n_bytes + _ALIGN, np.uint8)
+            self._memory = memory[-memory.ctypes.data % _ALIGN :]
+        return self._memory[:n_bytes]
+
+
+def _copy(targets: Sequence[Array], sources: Sequence[Array]) -> None:
+    """Copy each source to its target, in several threads where there is much."""
+    batches = list(_batches(targets, sources))
+    if len(batches) < 2 or _n_threads() < 2:
+        for batch in batches:
+            _copy_batch(batch)
+        return
+    waiting = []
+    try:
+        for batch in batches:
+            waiting.append(_threads().submit(_copy_batch, batch))
+    except RuntimeError:  # the interpreter ends, and no thread can be started
+        for batch in batches[len(waiting) :]:
+            _copy_batch(batch)
+    for one in waiting:
+        one.result()
+
+
+def _batches(targets: Sequence[Array], sources: Sequence[Array]) -> Iterator[list[tuple[Array, Array]]]:
+    """Targets and sources in batches of about equal size: large ones cut, small ones together."""
+    batch: list[tuple[Array, Array]] = []
+    n_bytes = 0
+    for target, source in zip(targets, sources, strict=True):
+        for piece in _pieces(target, source):
+            batch.append(piece)
+            n_bytes += piece[1].nbytes
+            if n_bytes >= _BATCH_BYTES:
+                yield batch
+                batch, n_bytes = [], 0
+    if batch:
+        yield batch
+
+
+def _pieces(target: Array, source: Array) -> Iterator[tuple[Array, Array]]:
+    if source.nbytes <= _BATCH_BYTES or not source.flags.c_contiguous:
+        yield target, source
+        return
+    new, old = target.reshape(-1).view(np.uint8), source.reshape(-1).view(np.uint8)
+    for first in range(0, len(old), _BATCH_BYTES):
+        yield new[first : first + _BATCH_BYTES], old[first : first + _BATCH_BYTES]
+
+
+def _copy_batch(batch: Sequence[tuple[Array, Array]]) -> None:
+    for target, source in batch:
+        if source.itemsize in (1, 2, 4, 8):  # numpy copies dtypes of others, bfloat16 say, one by one and with the GIL
+            kind = f"u{source.itemsize}"
+            np.copyto(target.view(kind), source.view(kind))
+        else:
+            np.copyto(target, source)
+
+
+@cache
+def _n_threads() -> int:
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(n_cores, _MOST_THREADS)
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_n_threads(), thread_name_prefix="tricomp-copy")
