@@ -204,6 +204,20 @@ def test_random_keys_stay_keys(path, implementation):
         tricomp_jax.load(path, target={**tree, "old": key})
 
 
+def test_weakly_typed_numbers_stay_weak(path):
+    tree = {"step": jnp.asarray(7), "scale": jnp.asarray(0.1), "turn": jnp.asarray(1j), "strong": jnp.float32(0.1)}
+    assert [leaf.weak_type for leaf in tree.values()] == [True, True, True, False]
+    tricomp_jax.save(path, tree)
+    for target in (None, tree, jax.eval_shape(lambda: tree)):
+        found = tricomp_jax.load(path, target=target)
+        assert_same(found, tree)
+        assert all(found[name].weak_type == tree[name].weak_type for name in tree)
+        assert (jnp.ones(3, jnp.bfloat16) * found["scale"]).dtype == jnp.bfloat16
+    nan = np.array(0x7FA00001, np.uint32).view(np.float32)
+    strong = tricomp_jax.unflatten(Flat({"x": nan}, {"kinds": {"x": "weak"}}))["x"]
+    assert raw(strong) == nan.tobytes()
+
+
 # Trees
 
 

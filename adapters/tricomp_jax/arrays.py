@@ -168,6 +168,23 @@ def from_device_array(leaf: DeviceArray) -> jax.Array:
     return array.reshape(leaf.shape)
 
 
+def is_weak(value: Any) -> bool:
+    """Whether an array, or the shape of one, is a number that takes on the dtype of what it is combined with.
+
+    jax makes such of Python's numbers. To lose that would change what later steps compute.
+    """
+    return bool(getattr(value, "weak_type", False)) and value.shape == ()
+
+
+def weakened(value: jax.Array, sharding: Any = None) -> jax.Array:
+    """The same number, weakly typed; as it is where jax would make another number or dtype of it."""
+    host = np.asarray(value)
+    weak = jax.numpy.asarray(host[()].item())
+    if not weak.weak_type or weak.dtype != host.dtype or np.asarray(weak).tobytes() != host.tobytes():
+        return value
+    return weak if sharding is None else jax.device_put(weak, sharding)
+
+
 def holds(name: str) -> bool:
     """Whether jax arrays can be of a dtype, as jax is set now."""
     return bool(CONFIG.jax_enable_x64) or name not in ("float64", "int64", "uint64", "complex128")

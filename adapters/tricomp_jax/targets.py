@@ -242,7 +242,7 @@ def _is_exact(value: Any, dtype: Any) -> bool:
 def _of_value(leaf: Any, value: Any) -> Any:
     """A plain value, as an array where the target has one."""
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-        return arrays.to_array(np.asarray(value, leaf.dtype), sharding_of(leaf))
+        return _placed(np.asarray(value, leaf.dtype), leaf)
     if isinstance(leaf, np.ndarray | np.generic):
         return np.asarray(value, leaf.dtype) if isinstance(leaf, np.ndarray) else leaf.dtype.type(value)
     return value
@@ -260,9 +260,16 @@ def _of_array(leaf: Any, stored: Leaf, path: str, notes: Notes) -> Any:
     if leaf.dtype.name != stored.dtype.name:  # not strict
         stored = to_host(stored).astype(leaf.dtype)
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-        return arrays.to_array(stored, sharding_of(leaf))
+        return _placed(stored, leaf)
     host = to_host(stored)
     return host if isinstance(leaf, np.ndarray) else host[()]
+
+
+def _placed(stored: Leaf, leaf: Any) -> jax.Array:
+    """The array of a leaf where the target has its own, as weakly typed as that is."""
+    where = sharding_of(leaf)
+    array = arrays.to_array(stored, where)
+    return arrays.weakened(array, where) if arrays.is_weak(leaf) else array
 
 
 def sharding_of(leaf: Any) -> Any:

@@ -36,7 +36,8 @@ class Flat:
     """A flattened tree: the tree with numpy arrays for jax's, and the notes that unflatten needs.
 
     notes: tables by path. "keys": the generator that random keys belong to. "dtypes": of leaves that are stored as
-    another. "kinds": "ndarray" and "generic" of what was numpy's, "complex" of Python's complex numbers.
+    another. "kinds": "ndarray" and "generic" of what was numpy's, "weak" of weakly typed numbers, "complex" of Python's
+    complex numbers.
     """
 
     tree: Any
@@ -59,6 +60,8 @@ def flatten(tree: Any, to_leaf: Callable[[jax.Array, str], Leaf] = to_leaf) -> F
             value = jax.random.key_data(value)
         elif value.dtype.name in arrays.NARROW:
             notes["dtypes"][path] = value.dtype.name
+        elif arrays.is_weak(value):
+            notes["kinds"][path] = "weak"
         return to_leaf(value, path)
 
     def walk(node: Any, path: str | None) -> Any:
@@ -201,13 +204,15 @@ class Notes:
     def made(self, leaf: Leaf, path: str) -> Any:
         """The array of a leaf, where no target says what it is to be. Raises CorruptFile."""
         leaf = self.array(leaf, path)
-        if path in self.kinds:
+        if self.kinds.get(path) in ("ndarray", "generic"):
             host: Any = to_host(leaf)
             return host[()] if self.kinds[path] == "generic" and host.shape == () else host
         if path in self.keys:
             return self.wrapped(arrays.to_array(leaf), path)
-        name = leaf.dtype.name
-        return arrays.to_array(leaf) if arrays.holds(name) else to_host(leaf)
+        if not arrays.holds(leaf.dtype.name):
+            return to_host(leaf)
+        array = arrays.to_array(leaf)
+        return arrays.weakened(array) if self.kinds.get(path) == "weak" and array.shape == () else array
 
     def wrapped(self, data: jax.Array, path: str) -> jax.Array:
         """The typed random keys of their data. Raises CorruptFile if it is no key data."""
