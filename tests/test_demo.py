@@ -9,11 +9,12 @@ import pytest
 
 pytest.importorskip("torch")
 
-from tricomp_torch import demo, demo_report
+from tricomp_torch import demo
 
 import tricomp
 from tricomp import cli
 from tricomp.cli import demo as command
+from tricomp.demos import report
 
 
 def test_the_quick_demo_is_killed_and_resumes_identically(tmp_path, capfd):
@@ -33,7 +34,7 @@ def test_the_quick_demo_is_killed_and_resumes_identically(tmp_path, capfd):
         assert save["file_bytes"] == sum(save["tricomp"].values())
     assert tricomp.Store(str(folder / "store")).latest() == result["n_steps"]
 
-    text = demo_report.table(result["saves"], result["loads"])
+    text = report.table(result["saves"], result["loads"])
     for expected in ("moments v", "keyframe, ", "delta checkpoint, ", "zstd", "save, key", "load, key", "from 2 files"):
         assert expected in text
     assert max(map(len, text.splitlines())) <= 80
@@ -46,10 +47,10 @@ ALONE: list[dict[str, Any]] = [
 
 
 def test_what_is_equal_is_called_identical():
-    comparison = demo.compare(ALONE, ALONE[:1], ALONE)
+    comparison = demo.PYTORCH.compare(ALONE, ALONE[:1], ALONE)
     assert comparison.is_equal
     assert comparison.rows[:2] == (("loss", 2, 0), ("weights", 1, 0))
-    assert demo_report.verdict(comparison.rows, comparison.differing).endswith("  -> identical")
+    assert report.verdict(comparison.rows, comparison.differing).endswith("  -> identical")
 
 
 def test_any_difference_is_found_and_named():
@@ -57,10 +58,10 @@ def test_any_difference_is_found_and_named():
         {"event": "loss", "step": 1, "loss": "0x1.0000000000001p+0"},
         {"event": "final", "digests": {**ALONE[1]["digests"], "o/exp_avg": "0", "extra": "5"}},
     ]
-    comparison = demo.compare(ALONE, ALONE[:1], other)
+    comparison = demo.PYTORCH.compare(ALONE, ALONE[:1], other)
     assert not comparison.is_equal
     assert comparison.differing == ("loss at step 1", "o/exp_avg", "extra")
-    text = demo_report.verdict(comparison.rows, comparison.differing)
+    text = report.verdict(comparison.rows, comparison.differing)
     assert "  differs: o/exp_avg\n" in text
     assert "first moments                             0 of    1 equal   DIFFERENT" in text
     assert text.endswith("NOT identical: this is a bug in tricomp or in its demo")
@@ -68,7 +69,7 @@ def test_any_difference_is_found_and_named():
 
 def test_nothing_to_compare_is_not_equal():
     nothing: list[dict[str, Any]] = [{"event": "final", "digests": {}}]
-    assert not demo.compare(nothing, [], nothing).is_equal
+    assert not demo.PYTORCH.compare(nothing, [], nothing).is_equal
 
 
 @pytest.mark.parametrize(

@@ -1,51 +1,19 @@
-"""The demo behind `tricomp demo`: a run killed in the middle of a save and resumed, against one left alone.
-
-Starts three training processes and compares what they wrote down. The hard thing is to prove something: the run left
-alone saves nothing and restores nothing, the kill is a SIGKILL, and every comparison is of exact bits.
-"""
+"""The demo behind `tricomp demo`, with PyTorch. The story itself is tricomp's; see tricomp.demos."""
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import signal
-import subprocess
-import sys
-import tempfile
-import time
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
 import torch
 
-import tricomp
-from tricomp.errors import InvalidArgument
-from tricomp_torch.demo_kill import unfinished_bytes
-from tricomp_torch.demo_report import megabytes, table, verdict
-from tricomp_torch.demo_run import Options, stream_of, to_json
+from tricomp.demos.story import Framework, tell
+from tricomp_torch.demo_run import stream_of
 
-_KEYFRAME = 4
-_GROUPS = {
-    "weights": "weights",
-    "m": "first moments",
-    "v": "second moments",
-    "rest": "step counts, random state, scheduler",
-}
-_Event = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """rows: what was compared, how many, how many of them differ. differing: their names."""
-
-    rows: tuple[tuple[str, int, int], ...]
-    differing: tuple[str, ...]
-
-    @property
-    def is_equal(self) -> bool:
-        return not self.differing and all(n > 0 for _, n, _ in self.rows)
+PYTORCH = Framework(
+    title=f"PyTorch {torch.__version__}",
+    versions={"torch": torch.__version__},
+    module="tricomp_torch.demo_run",
+    stream_of=stream_of,
+    rest="step counts, random state, scheduler",
+)
 
 
 def main(
@@ -60,127 +28,4 @@ def main(
 
     directory: kept afterwards, must be empty or new; None: a temporary one. Raises InvalidArgument.
     """
-    steps = (10 if is_quick else 40) if steps is None else steps
-    every = (2 if is_quick else 5) if every is None else every
-    if not hasattr(signal, "SIGKILL"):
-        return _failed("it kills a process with SIGKILL, which this system does not have; run it on Linux or macOS")
-    if every < 1 or steps < 4 * every:
-        raise InvalidArgument(f"--steps {steps} --every {every}: give at least 4 saves, that is --steps {4 * every}.")
-    if directory is not None:
-        folder = Path(directory)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InvalidArgument(f"--dir {directory}: expected a new or empty folder. Choose another.")
-        folder.mkdir(parents=True, exist_ok=True)
-        return _run(folder, steps, every, as_json, is_quick, is_kept=True)
-    with tempfile.TemporaryDirectory(prefix="tricomp-demo-") as name:
-        return _run(Path(name), steps, every, as_json, is_quick, is_kept=False)
-
-
-def _run(folder: Path, n_steps: int, every: int, as_json: bool, is_quick: bool, is_kept: bool) -> int:
-    started = time.perf_counter()
-    store = str(folder / "store")
-    kill_step = (n_steps * 6 // 10) // every * every
-    say = _silent if as_json else _say
-
-    def child(name: str, store: str = "", kill_step: int = 0) -> tuple[int, list[_Event]]:
-        log = folder / f"{name}.jsonl"
-        options = Options(str(log), n_steps, store, every, _KEYFRAME, kill_step, is_quick)
-        command = [sys.executable, "-P", "-m", "tricomp_torch.demo_run", to_json(options)]
-        code = subprocess.run(command, check=False).returncode
-        return code, [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-
-    say(f"tricomp {tricomp.__version__} demo: PyTorch {torch.__version__}, {os.cpu_count()} CPU cores\n")
-    say(f"1  Train a GPT for {n_steps} steps, uninterrupted and without tricomp.")
-    code, alone = child("uninterrupted")
-    if code != 0:
-        return _failed(f"the uninterrupted run ended with exit code {code}")
-    model = _only(alone, "model")
-    text_size = megabytes(model["n_text_bytes"])
-    say(f"     {model['n_parameters']:,} parameters, AdamW, on {text_size} of Python's own sources")
-    losses = {event["step"]: event["loss"] for event in _all(alone, "loss")}
-    say(f"     loss {float.fromhex(losses[1]):.4f} -> {float.fromhex(losses[n_steps]):.4f}")
-
-    say(f"2  The same again, saving every {every} steps; SIGKILL in the middle of saving step {kill_step}.")
-    code, killed = child("killed", store, kill_step)
-    if code != -signal.SIGKILL:
-        return _failed(f"the run to be killed ended with exit code {code}, not by SIGKILL")
-    n_left = unfinished_bytes(store)
-    latest = tricomp.Store(store).latest()
-    say(f"     killed; {megabytes(n_left)} of an unfinished file left behind; the store's last step is {latest}")
-    if latest != kill_step - every:
-        return _failed(f"expected the last committed step to be {kill_step - every}")
-
-    say(f"3  Start a new process on that store and train on to step {n_steps}.")
-    code, resumed = child("resumed", store)
-    if code != 0:
-        return _failed(f"the resumed run ended with exit code {code}")
-    restore = _only(resumed, "restore")
-    say(f"     restored step {restore['step']} in {restore['seconds']:.2f} s")
-
-    comparison = compare(alone, killed, resumed)
-    result = {
-        "tricomp": tricomp.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "n_cores": os.cpu_count(),
-        "n_parameters": model["n_parameters"],
-        "n_steps": n_steps,
-        "every": every,
-        "kill_step": kill_step,
-        "unfinished_bytes": n_left,
-        "restored_step": restore["step"],
-        "restore_seconds": restore["seconds"],
-        "is_equal": comparison.is_equal,
-        "compared": comparison.rows,
-        "differing": comparison.differing,
-        "saves": _all(killed + resumed, "save"),
-        "loads": _all(resumed, "load"),
-        "seconds": time.perf_counter() - started,
-    }
-    if as_json:
-        print(json.dumps(result, indent=1))
-    say("\nAgainst the uninterrupted run, bit for bit:")
-    say(verdict(comparison.rows, comparison.differing))
-    say("\n" + table(result["saves"], result["loads"]))
-    if is_kept:
-        say(f"\nThe checkpoints are in {store}.")
-    say(f"\n{result['seconds']:.0f} s in all.")
-    return 0 if comparison.is_equal else 1
-
-
-def compare(alone: list[_Event], killed: list[_Event], resumed: list[_Event]) -> Comparison:
-    """What the killed and resumed runs have in common with the uninterrupted one."""
-    losses = {event["step"]: event["loss"] for event in _all(alone, "loss")}
-    others = _all(killed + resumed, "loss")
-    wrong = [f"loss at step {event['step']}" for event in others if event["loss"] != losses[event["step"]]]
-    rows = [("loss", len(others), len(wrong))]
-    expected, found = _only(alone, "final")["digests"], _only(resumed, "final")["digests"]
-    paths = {name: [path for path in {**expected, **found} if stream_of(path) == name] for name in _GROUPS}
-    for name, title in _GROUPS.items():
-        differing = [path for path in paths[name] if expected.get(path) != found.get(path)]
-        rows.append((title, len(paths[name]), len(differing)))
-        wrong += differing
-    return Comparison(tuple(rows), tuple(wrong))
-
-
-def _all(events: list[_Event], kind: str) -> list[_Event]:
-    return [event for event in events if event["event"] == kind]
-
-
-def _only(events: list[_Event], kind: str) -> _Event:
-    (event,) = _all(events, kind)
-    return event
-
-
-def _failed(reason: str) -> int:
-    print(f"tricomp demo: {reason}", file=sys.stderr)
-    return 1
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
-
-
-def _silent(text: str) -> None:
-    pass
+    return tell(PYTORCH, steps=steps, every=every, directory=directory, as_json=as_json, is_quick=is_quick)

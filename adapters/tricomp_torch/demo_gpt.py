@@ -1,4 +1,4 @@
-"""What the demo trains: a small GPT on bytes of Python's own standard library. Imports torch; knows no tricomp.
+"""What the demo trains: a small GPT on bytes of Python's own standard library. Imports torch; nothing that saves.
 
 Everything here repeats bit for bit on one machine: the data is a fixed function of the Python installation, and batches
 and dropout draw from torch's global generator, so that a resumed run must restore it to agree.
@@ -7,43 +7,17 @@ and dropout draw from torch's global generator, so that a resumed run must resto
 from __future__ import annotations
 
 import math
-import os
 import random
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-_VOCABULARY = 256  # bytes
+from tricomp.demos.task import QUICK, VOCABULARY, Size, library_text
 
-
-@dataclass(frozen=True)
-class Size:
-    """Size of the model and of a training step."""
-
-    n_layers: int = 4
-    n_heads: int = 4
-    width: int = 256
-    context: int = 64
-    batch: int = 8
-    dropout: float = 0.1
-
-
-QUICK = Size(n_layers=2, n_heads=2, width=48, context=32, batch=4)
-"""A model small enough for a test."""
-
-
-def text(n_bytes: int = 3_000_000) -> torch.Tensor:
-    """The first n_bytes of the standard library's own .py files, in order of name. uint8[n]."""
-    pieces: list[bytes] = []
-    n_left = n_bytes
-    for path in sorted(Path(os.__file__).parent.glob("*.py")):
-        pieces.append(path.read_bytes()[:n_left])
-        n_left -= len(pieces[-1])
-    return torch.frombuffer(bytearray(b"".join(pieces)), dtype=torch.uint8)
+__all__ = ["GPT", "QUICK", "Block", "Size", "Training", "batch", "begin"]
 
 
 def batch(data: torch.Tensor, size: Size) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,11 +52,11 @@ class GPT(nn.Module):
     def __init__(self, size: Size) -> None:
         super().__init__()
         self.size = size
-        self.embedding = nn.Embedding(_VOCABULARY, size.width)
+        self.embedding = nn.Embedding(VOCABULARY, size.width)
         self.position = nn.Parameter(torch.zeros(size.context, size.width))
         self.blocks = nn.ModuleList(Block(size) for _ in range(size.n_layers))
         self.norm = nn.LayerNorm(size.width)
-        self.head = nn.Linear(size.width, _VOCABULARY, bias=False)
+        self.head = nn.Linear(size.width, VOCABULARY, bias=False)
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.02)
@@ -127,10 +101,11 @@ def begin(size: Size, n_steps: int, seed: int = 0) -> Training:
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
     n_warmup = max(1, n_steps // 10)
+    data = torch.from_numpy(library_text())
 
     def rate(step: int) -> float:
         if step < n_warmup:
             return (step + 1) / n_warmup
         return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - n_warmup) / max(1, n_steps - n_warmup)))
 
-    return Training(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate), text())
+    return Training(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate), data)

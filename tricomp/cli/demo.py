@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 
 _DEMO_GROUP = "tricomp.demo"
+# By framework: the extra that installs what its demo needs, and the packages that it needs.
+_NEEDS = {"torch": ("torch", ("torch",)), "jax": ("demo-jax", ("jax", "jaxlib", "flax", "optax"))}
 
 
 def add(
@@ -30,7 +32,9 @@ def add(
     parser.add_argument("--dir", metavar="PATH", help="keep checkpoints and logs in this new or empty folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--quick", action="store_true", help="a tiny model: a few seconds, no meaningful sizes")
-    parser.add_argument("--framework", default="torch", metavar="NAME", help="what to train with (default torch)")
+    parser.add_argument(
+        "--framework", default="torch", metavar="NAME", help="what to train with: torch (default) or jax"
+    )
     parser.set_defaults(run=demo)
 
 
@@ -41,12 +45,14 @@ def demo(options: argparse.Namespace) -> int:
         known = ", ".join(sorted(found)) or "none"
         print(f"tricomp demo: there is no demo for {options.framework!r}; installed: {known}.", file=sys.stderr)
         return 1
-    run = _load(found[options.framework])
-    if run is None:
-        print(
-            f"tricomp demo: {options.framework} is not installed. Run: pip install 'tricomp[{options.framework}]'",
-            file=sys.stderr,
-        )
+    extra, needed = _NEEDS.get(options.framework, (options.framework, (options.framework,)))
+    try:
+        run = found[options.framework].load()
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in needed:
+            raise
+        print(f"tricomp demo: {missing} is not installed. Run: pip install 'tricomp[{extra}]'", file=sys.stderr)
         return 1
     code: int = run(
         steps=options.steps,
@@ -56,13 +62,3 @@ def demo(options: argparse.Namespace) -> int:
         is_quick=options.quick,
     )
     return code
-
-
-def _load(entry: EntryPoint):  # type: ignore[no-untyped-def]  # whatever the entry point names
-    """What the entry point names, or None if the framework it is named after is missing."""
-    try:
-        return entry.load()
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != entry.name:
-            raise
-        return None

@@ -1,4 +1,4 @@
-"""The demo's table: bytes of its checkpoints by stream, and times. Text from plain events; imports no torch."""
+"""The demo's table: bytes of its checkpoints by stream, and times. Text from plain events."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def megabytes(n_bytes: int) -> str:
 
 
 def table(saves: Sequence[dict[str, Any]], loads: Sequence[dict[str, Any]]) -> str:
-    """Mean bytes of a keyframe and of a delta by stream; then median times. Takes events as demo_run writes them."""
+    """Mean bytes of a keyframe and of a delta by stream; then median times. Takes events as training writes them."""
     lines = ["Bytes of one checkpoint, in the mean:", _ROW.format("", "raw", "zstd -3", "tricomp")]
     for title, group in _groups(saves):
         lines.append(f"  {title}, {len(group)} saved")
@@ -67,4 +67,5 @@ def _row(name: str, raw: int | None, zstd: int | None, tricomp: int | None) -> s
 def _with_share(n_bytes: int | None, raw: int | None) -> str:
     if n_bytes is None or not raw:
         return "-"
-    return f"{megabytes(n_bytes)} {100 * n_bytes / raw:5.1f} %"
+    share = 100 * n_bytes / raw
+    return f"{megabytes(n_bytes)} {share:5.1f} %" if share < 1000 else megabytes(n_bytes)
