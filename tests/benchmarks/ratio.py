@@ -2,7 +2,8 @@
 
 Imports the public names of tricomp, its peers, and the training and bound beside it. Trains first (cached in --state),
 then measures; the first run takes about a quarter of an hour on two cores, --small less than a minute. A number is
-recorded only after what it counts was decoded and compared, byte for byte, for the peers as well.
+recorded only after what it counts was decoded and compared, byte for byte, for the peers as well. With --framework jax
+the GPT is trained by Flax and Optax, and only its state is measured.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def _short_rows(arrays: Arrays, n_low_bits: Callable[[int], NDArray[np.integer[A
     return short
 
 
-def _streams(gpt: dict[int, Arrays], cnn: dict[int, Arrays], sgd: dict[int, Arrays]) -> list[Stream]:
+def _gpt_streams(gpt: dict[int, Arrays]) -> list[Stream]:
     first, *later = gpt
     kinds: list[tuple[str, str, Callable[[Arrays], Arrays]]] = [
         ("w float32", "w", dict), ("w bfloat16", "w", _cast), ("m", "m", dict), ("v", "v", dict),
@@ -69,9 +70,13 @@ def _streams(gpt: dict[int, Arrays], cnn: dict[int, Arrays], sgd: dict[int, Arra
         for name, kind, cast in kinds:
             references = cast(of(gpt[first], kind))
             streams.append(Stream(f"{name}, {step - first} apart", cast(of(gpt[step], kind)), references))
-    rng = np.random.default_rng(0)
-    weights = of(gpt[later[-1]], "w")
-    streams += [
+    return streams
+
+
+def _other_streams(gpt: dict[int, Arrays], cnn: dict[int, Arrays], sgd: dict[int, Arrays]) -> list[Stream]:
+    of, rng = training.stream, np.random.default_rng(0)
+    weights = of(gpt[max(gpt)], "w")
+    return [
         Stream("CNN w", of(cnn[max(cnn)], "w")),
         Stream("CNN m", of(cnn[max(cnn)], "m")),
         Stream("CNN v", of(cnn[max(cnn)], "v")),
@@ -80,7 +85,6 @@ def _streams(gpt: dict[int, Arrays], cnn: dict[int, Arrays], sgd: dict[int, Arra
         Stream("w, every other row rounded to bfloat16", _short_rows(weights, lambda n: np.arange(n) % 2 * 16)),
         Stream("w, 8 to 16 trailing zeros a row", _short_rows(weights, lambda n: rng.integers(8, 17, n))),
     ]
-    return streams
 
 
 def _name(fields: bound.Fields) -> str:
@@ -178,23 +182,50 @@ def _rates(array: NDArray[Any], base: NDArray[Any] | None, fields: bound.Fields)
     return {key: round(array.size / 1e6 / _median_seconds(call), 1) for key, call in calls.items()}
 
 
+States = tuple[list[dict[str, Any]], list[dict[int, Arrays]]]
+
+
+def _torch_states(options: argparse.Namespace) -> States:
+    """What each run was, and its states."""
+    runs = training.SMALL if options.small else training.ALL
+    about, kept = zip(*(training.states(run, options.state, peers.log) for run in runs))
+    return list(about), list(kept)
+
+
+def _jax_states(options: argparse.Namespace) -> States:
+    """The same of the one run in JAX."""
+    from tests.benchmarks import training_jax
+
+    run = training_jax.GPT_SMALL if options.small else training_jax.GPT
+    about, kept = training.states(run, options.state, peers.log, training_jax.train)
+    return [about], [kept]
+
+
 def main() -> None:
     """Train or find the states, measure, write <machine>-<date>-ratio.json and .md, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="tiny models: checks the benchmark, not the codec")
     parser.add_argument("--state", type=Path, default=Path(tempfile.gettempdir()) / "tricomp-benchmark")
     parser.add_argument("--out", type=Path, default=peers.RESULTS, help="folder for the results")
+    parser.add_argument("--framework", choices=("torch", "jax"), default="torch", help="what trains the GPT")
     options = parser.parse_args()
-    runs = training.SMALL if options.small else training.ALL
-    about, kept = zip(*(training.states(run, options.state, peers.log) for run in runs))
+    is_jax = options.framework == "jax"
+    about, kept = _jax_states(options) if is_jax else _torch_states(options)
     gpt = kept[0]
-    results: dict[str, Any] = {"benchmark": "ratio", **peers.machine(), "data": list(about), "streams": []}
-    for stream in _streams(*kept):
+    results: dict[str, Any] = {
+        "benchmark": "ratio-jax" if is_jax else "ratio",
+        **peers.machine(*(("jax", "flax", "optax") if is_jax else ())),
+        "data": about,
+        "streams": [],
+    }
+    streams = _gpt_streams(gpt) + ([] if is_jax else _other_streams(*kept))
+    for stream in streams:
         results["streams"].append(measure(stream))
         peers.log(str(results["streams"][-1]))
     before, *_, middle, after = (training.stream(gpt[step], "w") for step in gpt)
     results["overhead"] = measure_overhead(after)
-    results["speed"] = measure_speed(before, middle)
+    if not is_jax:  # on another's state it is no other speed
+        results["speed"] = measure_speed(before, middle)
     peers.write(results, table.report(results), options.out, options.small)
     print(table.report(results))
 

@@ -158,7 +158,8 @@ def _cnn_task(run: Run) -> tuple[nn.Module, Callable[[], Tensor]]:
     return model, loss
 
 
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, NDArray[Any]]:
+def arrays_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, NDArray[Any]]:
+    """Weights and moments by name, copied: "w/blocks.0.up.weight", "m/..." and "v/..."."""
     arrays = {}
     for name, parameter in model.named_parameters():
         state = optimizer.state[parameter]
@@ -189,7 +190,7 @@ def _train(run: Run, folder: Path, log: Callable[[str], None]) -> None:
         warmup.step()
         losses.append(loss.item())
         if step in run.steps:
-            np.savez(folder / f"step{step}.npz", allow_pickle=False, **_state(model, optimizer))
+            np.savez(folder / f"step{step}.npz", allow_pickle=False, **arrays_of(model, optimizer))
         if step in run.steps or step % 20 == 0:
             log(f"{run.name}: step {step}, loss {losses[-1]:.3f}, {time.perf_counter() - started:.0f} s")
     about = {
@@ -204,16 +205,22 @@ def _train(run: Run, folder: Path, log: Callable[[str], None]) -> None:
     (folder / "about.json").write_text(json.dumps(about, indent=1))
 
 
+Train = Callable[[Run, Path, Callable[[str], None]], None]
+
+
 def states(
-    run: Run, cache: Path, log: Callable[[str], None] = print
+    run: Run, cache: Path, log: Callable[[str], None] = print, train: Train | None = None
 ) -> tuple[dict[str, Any], dict[int, dict[str, NDArray[Any]]]]:
-    """What the run was, and the state at each of its steps; trained now unless cache/<run.name> holds that very run."""
+    """What the run was, and the state at each of its steps; trained now unless cache/<run.name> holds that very run.
+
+    train: what trains and writes into a folder what `_train` does, where it is not that.
+    """
     folder = cache / run.name
     folder.mkdir(parents=True, exist_ok=True)
     about = folder / "about.json"
     if not about.exists() or not _is_same(json.loads(about.read_text()), run):
         about.unlink(missing_ok=True)
-        _train(run, folder, log)
+        (train or _train)(run, folder, log)
     kept = {step: dict(np.load(folder / f"step{step}.npz")) for step in run.steps}
     return json.loads(about.read_text()), kept
 
