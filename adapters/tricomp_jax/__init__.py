@@ -18,10 +18,25 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from None
 
+from tricomp_jax.checkpoints import Restored
 from tricomp_jax.files import load, save
+from tricomp_jax.hook import CheckpointHook
 from tricomp_jax.safe import load_file, safe_open, save_file
+from tricomp_jax.transform import save_every
 from tricomp_jax.trees import Flat, flatten, unflatten
 
 del jax
 
-__all__ = ["Flat", "flatten", "load", "load_file", "safe_open", "save", "save_file", "unflatten"]
+__all__ = [
+    "CheckpointHook",
+    "Flat",
+    "Restored",
+    "flatten",
+    "load",
+    "load_file",
+    "safe_open",
+    "save",
+    "save_every",
+    "save_file",
+    "unflatten",
+]

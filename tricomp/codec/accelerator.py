@@ -8,7 +8,7 @@ device, and nobody waits but whoever needs bytes on the host.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from importlib.metadata import version
@@ -115,6 +115,14 @@ def device_copy(words: Any) -> Any:
     from tricomp.kernels.device import Device
 
     return Device(words.device).empty(len(words), words.dtype).copy_(words)
+
+
+def wait_for(buffers: Iterable[Any]) -> None:
+    """Let the host wait for what the current stream of each device that words are on was given."""
+    for home in {home_of(words) for words in buffers} - {None}:
+        from tricomp.kernels.device import Device
+
+        Device(home).event().wait()
 
 
 class Accelerator:

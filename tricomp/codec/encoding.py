@@ -16,7 +16,7 @@ from itertools import chain, groupby
 from typing import Any, Protocol
 
 from tricomp.ahead import ahead
-from tricomp.codec.accelerator import device_copy, home_of, host_copy
+from tricomp.codec.accelerator import device_copy, home_of, host_copy, wait_for
 from tricomp.codec.engine import Engine, FrameToPlan
 from tricomp.codec.siblings import siblings
 from tricomp.dtypes import Words
@@ -193,9 +193,14 @@ def _known_there(reference: Reference | None, engine: Engine) -> Reference | Non
 
 
 def copied(snapshot: Snapshot, to_host: bool) -> Snapshot:
-    """The Snapshot in memory of its own, on the host or where it is. Raises OutOfDeviceMemory."""
+    """The Snapshot in memory of its own, on the host or where it is. The old memory may change when this returns.
+
+    Raises OutOfDeviceMemory.
+    """
     copy = host_copy if to_host else device_copy
-    return Snapshot(snapshot.layout, tuple(copy(buffer) for buffer in snapshot.buffers))
+    buffers = tuple(copy(buffer) for buffer in snapshot.buffers)
+    wait_for(buffers)  # what is not torch's memory may be written to by another stream
+    return Snapshot(snapshot.layout, buffers)
 
 
 def _frames(
