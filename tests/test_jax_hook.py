@@ -20,13 +20,14 @@ pytest.importorskip("optax")
 import jax
 import jax.numpy as jnp
 import tricomp_jax
-from tricomp_jax.snapshot import HostBuffer, snapshot
+from tricomp_jax.snapshot import snapshot
 from tricomp_jax.trees import Flat, flatten
 
 import tricomp
 from tests.faulty import WORLDS, World
 from tests.jax_training import RUNS, Linen, Plain, bits
-from tricomp.errors import InvalidArgument, MissingStep, OutOfDeviceMemory, StorageError, UnsupportedNode
+from tricomp.errors import InvalidArgument, MissingStep, OutOfDeviceMemory, StorageError, StoreLocked, UnsupportedNode
+from tricomp.host_memory import HostBuffer
 from tricomp.layout import DeviceArray
 
 
@@ -235,19 +236,27 @@ def test_an_error_that_ends_the_block_is_not_hidden(tmp_path):
 
     with pytest.raises(ZeroDivisionError):
         fall(hook_at(tmp_path))
-    with pytest.raises(InvalidArgument, match="step 1 is already in"), hook_at(tmp_path) as hook:
+    hook, other = hook_at(tmp_path), hook_at(tmp_path)
+    with pytest.raises(InvalidArgument, match="step 1 is already in"):
         hook(1, {"w": np.ones(3)})
+    hook(2, {"w": np.ones(3)})
+    with pytest.raises(StoreLocked):
+        other(3, {"w": np.ones(3)})
+    hook.close()
+    other(3, {"w": np.ones(3)}).result()
+    other.close()
 
 
 def test_a_restore_is_not_stopped_by_a_save_that_failed(tmp_path):
     hook = hook_at(tmp_path)
-    hook(1, {"w": np.ones(3)})
-    hook(2, {"w": np.zeros(3)}).result()
-    hook(1, {"w": np.zeros(3)})
+    for step in (1, 2, 1):
+        hook(step, {"w": np.full(3, step)})
     assert hook.restore(1, None).state["w"].tolist() == [1, 1, 1]
     assert hook.latest() == 2
     with pytest.raises(InvalidArgument, match="step 1 is already in"):
         hook(3, {"w": np.ones(3)})
+    with pytest.raises(InvalidArgument, match="step 2 is already in"):  # at once: it is the first after a restore
+        hook(2, {"w": np.ones(3)})
     hook(1, {"w": np.zeros(3)}, overwrite=True)
     assert hook.restore(1, None).state["w"].tolist() == [0, 0, 0]
     hook.close()

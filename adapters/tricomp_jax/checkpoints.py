@@ -33,6 +33,9 @@ class Checkpoints(Protocol):
     def flatten(self, tree: Any) -> Flat:
         """What this process saves of a pytree, sharing its memory. Raises UnsupportedNode, UnsupportedDtype."""
 
+    def claim(self, step: int, overwrite: bool) -> None:
+        """Raise at once what save would raise before it writes: StoreLocked; InvalidArgument if the step is there."""
+
     def save(self, step: int, flat: Flat, metadata: Mapping[str, Any] | None, overwrite: bool) -> tricomp.Report:
         """Write a step; it is durable when this returns. May run in another thread than all else."""
 
@@ -55,6 +58,12 @@ class InStore:
     def flatten(self, tree: Any) -> Flat:
         """All of a pytree."""
         return flatten(tree)
+
+    def claim(self, step: int, overwrite: bool) -> None:
+        """See Checkpoints."""
+        self.store.claim()
+        if not overwrite:
+            self.store.require_new(step)
 
     def save(self, step: int, flat: Flat, metadata: Mapping[str, Any] | None, overwrite: bool) -> tricomp.Report:
         """See Checkpoints."""

@@ -22,12 +22,13 @@ import jax
 import tricomp
 from tricomp.background import Background, Saving
 from tricomp.errors import InvalidArgument, OutOfDeviceMemory
+from tricomp.host_memory import HostBuffer
 from tricomp.store import step_number
 from tricomp_jax.arrays import is_key, is_on_gpu
 from tricomp_jax.checkpoints import Checkpoints, InStore, Restored, store_of
 from tricomp_jax.exit import before_exit
 from tricomp_jax.modules import put_back, states_of
-from tricomp_jax.snapshot import HostBuffer, snapshot
+from tricomp_jax.snapshot import snapshot
 from tricomp_jax.targets import leaves_of
 from tricomp_jax.trees import Flat
 
@@ -88,6 +89,7 @@ class CheckpointHook:
         self._copies = [_Copy() for _ in range(n_copies)]
         self._untold: list[BaseException] = []
         self._newest: int | None = None  # the step that was saved or restored last
+        self._is_claimed = False  # whether it was saved: what its store refuses is then told by the next call
         self._one_at_a_time = Lock()
         before_exit(self._end)
 
@@ -107,8 +109,9 @@ class CheckpointHook:
         overwrite: replace step if it is there.
 
         Waits until the state is computed, as training itself would, and is copied: on a GPU to memory of that GPU; if
-        that is short, until it is encoded and written. Raises what an earlier save failed with; InvalidArgument;
-        UnsupportedNode and UnsupportedDtype, naming the path.
+        that is short, until it is encoded and written. Raises what an earlier save failed with; InvalidArgument, also
+        if step is there already, and StoreLocked, both by the next call unless this is the first; UnsupportedNode and
+        UnsupportedDtype, naming the path.
         """
         step = step_number(step)
         self._tell()
@@ -120,6 +123,9 @@ class CheckpointHook:
         _await(state)
         with self._one_at_a_time:
             self._behind.ready()
+            if not self._is_claimed and self._behind.is_idle:
+                self._checkpoints.claim(step, overwrite)
+                self._is_claimed = True
             flat = self._checkpoints.flatten(state)
             return self._begin(step, flat, copy.deepcopy(metadata), overwrite)
 
@@ -160,7 +166,7 @@ class CheckpointHook:
         with self._one_at_a_time:
             found = self._checkpoints.restore(step, states_of(target), strict)
             if found is not None:
-                self._newest = found.step
+                self._newest, self._is_claimed = found.step, False
         return None if found is None else Restored(found.step, put_back(target, found.state), found.metadata)
 
     def steps(self) -> list[int]:
@@ -184,6 +190,7 @@ class CheckpointHook:
         with self._one_at_a_time:
             self._copies = [_Copy() for _ in self._copies]
             self._checkpoints.close()
+            self._is_claimed = False
         self._tell()
 
     def __enter__(self) -> CheckpointHook:
