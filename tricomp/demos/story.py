@@ -33,6 +33,7 @@ class Framework:
     """What trains: its name for people, versions by package, and the module of one training process.
 
     stream_of: the stream ("weights", "m", "v" or "rest") of a leaf, by its path. rest: what "rest" is called.
+    remark: lines on what the comparison shows.
     """
 
     title: str
@@ -40,6 +41,7 @@ class Framework:
     module: str
     stream_of: Callable[[str], str]
     rest: str
+    remark: str = ""
 
     def compare(self, alone: list[Event], killed: list[Event], resumed: list[Event]) -> Comparison:
         """What the killed and resumed runs have in common with the uninterrupted one."""
@@ -145,6 +147,8 @@ def _run(
         print(json.dumps(result, indent=1))
     say("\nAgainst the uninterrupted run, bit for bit:")
     say(verdict(comparison.rows, comparison.differing))
+    if framework.remark and comparison.is_equal:
+        say(framework.remark)
     say("\n" + table(result["saves"], result["loads"]))
     if is_kept:
         say(f"\nThe checkpoints are in {store}.")
