@@ -26,7 +26,15 @@ from tricomp_jax.trees import Flat, flatten
 import tricomp
 from tests.faulty import WORLDS, World
 from tests.jax_training import RUNS, Linen, Plain, bits
-from tricomp.errors import InvalidArgument, MissingStep, OutOfDeviceMemory, StorageError, StoreLocked, UnsupportedNode
+from tricomp.errors import (
+    InvalidArgument,
+    LimitExceeded,
+    MissingStep,
+    OutOfDeviceMemory,
+    StorageError,
+    StoreLocked,
+    UnsupportedNode,
+)
 from tricomp.host_memory import HostBuffer
 from tricomp.layout import DeviceArray
 
@@ -165,7 +173,13 @@ def test_leaves_that_no_file_takes_are_told_at_once(tmp_path, leaf):
         gone.delete()
         with pytest.raises(UnsupportedNode, match="'w'.*its memory was given away"):
             hook(2, {"w": gone})
+        endless: list[Any] = [jnp.ones(3)]
+        endless.append(endless)
+        with pytest.raises(LimitExceeded, match="holds itself"):
+            hook(2, endless)
         assert hook.steps() == [1]
+        hook(2, {1: jnp.ones(3), "a": [jnp.zeros(2)]})
+        assert bits(hook.restore_latest(None).state["a"]) == bits([np.zeros(2, np.float32)])
 
 
 def test_leaves_on_a_device_are_copied_there():

@@ -47,6 +47,12 @@ def key_implementation(keys: jax.Array) -> str:
 
 
 @cache
+def name_of(dtype: Any) -> str:
+    """The name of a dtype, which numpy puts together anew each time."""
+    return str(dtype.name)
+
+
+@cache
 def key_shape(implementation: str) -> tuple[int, ...]:
     """The shape of one key's data. Raises CorruptFile if there is no such generator here."""
     try:
@@ -72,7 +78,7 @@ def to_leaf(value: jax.Array, path: str) -> Leaf:
     Raises UnsupportedNode, naming the path, for arrays without readable data here; UnsupportedDtype.
     """
     require_readable(value, path)
-    name = value.dtype.name
+    name = name_of(value.dtype)
     if name not in dtypes.NAMES and name not in NARROW:
         raise UnsupportedDtype(f"leaf {path!r}: the dtype {name!r} cannot be stored. Convert it, or leave it out.")
     if not value.is_fully_addressable:  # a whole copy is here
@@ -132,7 +138,7 @@ def device_array(value: jax.Array) -> DeviceArray:
 
 def narrowed(array: Array) -> Array:
     """An array in a dtype of the format: itself, or one narrower than a byte as bytes."""
-    name = array.dtype.name
+    name = name_of(array.dtype)
     if name in _INTEGER_CARRIERS:
         return array.astype(_INTEGER_CARRIERS[name])
     return array.view(np.uint8) if name in _FLOAT_BITS else array

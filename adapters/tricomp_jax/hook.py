@@ -260,10 +260,13 @@ def count_of(value: Any, what: str) -> int:
 def _await(state: Any) -> None:
     """Wait until a state's arrays are computed. Those that are needed on the host, and are not, get there together."""
     try:
-        leaves = [leaf for _, leaf in leaves_of(state) if isinstance(leaf, jax.Array)]
-    except RecursionError:  # flatten tells
+        leaves = jax.tree.leaves(state)
+    except Exception:  # dicts of mixed keys are ours to walk; of trees that hold themselves, flatten tells
+        with suppress(RecursionError):
+            _jax.block_until_ready([leaf for _, leaf in leaves_of(state)])
         return
-    there = [leaf for leaf in leaves if not isinstance(leaf, jax.core.Tracer) and not leaf.is_deleted()]
+    leaves = [leaf for leaf in leaves if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)]
+    there = [leaf for leaf in leaves if not leaf.is_deleted()]
     for leaf in there:
         if not is_key(leaf) and not is_on_gpu(leaf) and any(device.platform != "cpu" for device in leaf.devices()):
             leaf.copy_to_host_async()

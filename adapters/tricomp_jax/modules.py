@@ -13,14 +13,21 @@ _PLAIN = (dict, list, tuple)
 
 def states_of(tree: Any) -> Any:
     """A tree with nnx.state of every nnx object that it is, or that stands in its dicts, lists and tuples."""
+    try:
+        return _states_of(tree)
+    except RecursionError:  # it holds itself, which flatten tells
+        return tree
+
+
+def _states_of(tree: Any) -> Any:
     if _is_object(tree):
         return sys.modules["flax.nnx"].state(tree)
     kind = type(tree)
     if kind not in _PLAIN:
         return tree
     if kind is dict:
-        return {key: states_of(value) for key, value in tree.items()}
-    return kind(states_of(value) for value in tree)
+        return {key: _states_of(value) for key, value in tree.items()}
+    return kind(_states_of(value) for value in tree)
 
 
 def put_back(target: Any, states: Any) -> Any:

@@ -58,8 +58,8 @@ def flatten(tree: Any, to_leaf: Callable[[jax.Array, str], Leaf] = to_leaf) -> F
             arrays.require_readable(value, path)
             notes["keys"][path] = key_implementation(value)
             value = jax.random.key_data(value)
-        elif value.dtype.name in arrays.NARROW:
-            notes["dtypes"][path] = value.dtype.name
+        elif (name := arrays.name_of(value.dtype)) in arrays.NARROW:
+            notes["dtypes"][path] = name
         elif arrays.is_weak(value):
             notes["kinds"][path] = "weak"
         return to_leaf(value, path)

@@ -75,7 +75,8 @@ def step(state: TrainState, rows: jax.Array) -> tuple[TrainState, jax.Array]:
     return state.apply_gradients(grads=gradients), value
 
 
-def _begin(run: Run) -> TrainState:
+def begin(run: Run) -> TrainState:
+    """The state before the first step."""
     model = Gpt(run)
     params = model.init(jax.random.key(0), np.zeros((1, run.context), np.int32))["params"]
 
@@ -97,6 +98,20 @@ def arrays_of(state: TrainState) -> dict[str, NDArray[Any]]:
     return arrays
 
 
+def with_arrays(state: TrainState, arrays: dict[str, NDArray[Any]]) -> TrainState:
+    """The state with the arrays of arrays_of, and counts of 0."""
+
+    def of_kind(kind: str, like: Any) -> Any:
+        names = [".".join(entry.key for entry in path) for path, _ in jax.tree_util.tree_leaves_with_path(like)]
+        return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(arrays[f"{kind}/{name}"]) for name in names])
+
+    def moments(node: Any) -> Any:
+        return node._replace(mu=of_kind("m", node.mu), nu=of_kind("v", node.nu)) if _is_adam(node) else node
+
+    opt_state = jax.tree.map(moments, state.opt_state, is_leaf=_is_adam)
+    return state.replace(params=of_kind("w", state.params), opt_state=opt_state)
+
+
 def _is_adam(node: Any) -> bool:
     return isinstance(node, optax.ScaleByAdamState)
 
@@ -105,7 +120,7 @@ def train(run: Run, folder: Path, log: Callable[[str], None]) -> None:
     """Train, and write the state at each of the run's steps, and about.json, into a folder."""
     text = b"\n".join(text for _, text in training.library_sources())
     tokens = training.tokens_of(text, run.vocabulary).astype(np.int32)
-    rng, state = np.random.default_rng(0), _begin(run)
+    rng, state = np.random.default_rng(0), begin(run)
     started, losses = time.perf_counter(), []
     for n in range(1, run.steps[-1] + 1):
         starts = rng.integers(len(tokens) - run.context - 1, size=run.batch)
