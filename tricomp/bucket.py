@@ -147,6 +147,10 @@ class Bucket:
                 self._listed[target] = entries[spare]
         return {name: self._stamp(name, entry) for name, entry in self._listed.items()}
 
+    def folders(self) -> tuple[str, ...]:
+        """Names of the folders there, without hidden ones, in order. Raises StorageError."""
+        return tuple(name for name in self._objects.folders() if not name.startswith("."))
+
     def delete(self, name: str) -> None:
         """Remove a file; no error if it is gone. Raises StorageError."""
         self._forget(name)

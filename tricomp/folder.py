@@ -184,22 +184,27 @@ class Folder:
 
     def list(self) -> dict[str, object]:
         """Names of the files, without hidden and temporary ones; a missing folder has none. Raises StorageError."""
-        found: dict[str, object] = {}
+        files = ((name, about) for name, about in self._seen() if stat.S_ISREG(about.st_mode))
+        return {name: (about.st_ino, about.st_size, about.st_mtime_ns) for name, about in files}
+
+    def folders(self) -> tuple[str, ...]:
+        """Names of the folders in it, without hidden ones, in order. Raises StorageError."""
+        return tuple(sorted(name for name, about in self._seen() if stat.S_ISDIR(about.st_mode)))
+
+    def _seen(self) -> Iterator[tuple[str, os.stat_result]]:
+        """What is there and not hidden; nothing, if the folder itself is not."""
         try:
             with os.scandir(self._path) as entries:
                 for entry in entries:
                     if not entry.name.startswith("."):
                         with suppress(FileNotFoundError):  # removed by the writer a moment ago
-                            about = entry.stat()
-                            if stat.S_ISREG(about.st_mode):
-                                found[entry.name] = (about.st_ino, about.st_size, about.st_mtime_ns)
+                            yield entry.name, entry.stat()
         except FileNotFoundError:
-            return {}
+            return
         except NotADirectoryError:
             raise InvalidArgument(f"{self.url}: is a file. A Store needs a folder.") from None
         except OSError as error:
             raise _storage_error(error, f"{self.url}: cannot be listed", is_reading=True) from error
-        return found
 
     def delete(self, name: str) -> None:
         """Remove a file; no error if it is gone. Raises StorageError."""

@@ -187,21 +187,27 @@ class Objects:
 
     def listed(self) -> dict[str, Entry]:
         """All objects there, hidden ones too; a folder that is not there has none."""
+        return {name: _entry(name, about) for name, about in self._seen().items() if about["type"] == "file"}
+
+    def folders(self) -> list[str]:
+        """Names of the folders there, in order."""
+        return sorted(name for name, about in self._seen().items() if about["type"] == "directory")
+
+    def _seen(self) -> dict[str, Mapping[str, Any]]:
+        """What the file system tells of each object and folder there."""
         with self._refusal(f"{self.url}: cannot be listed", is_reading=True):
             self._fs.invalidate_cache(self._root)
             try:
                 found = self._fs.ls(self._root, detail=True)
             except FileNotFoundError:
                 return {}
-        entries = {}
+        seen = {}
         for about in found:
-            name = about["name"].rstrip("/").rsplit("/", 1)[-1]
-            if about["name"].strip("/") == self._root.strip("/"):
-                if about["type"] == "file" and about.get("size"):  # else the mark of an empty folder
-                    raise InvalidArgument(f"{self.url}: is a file. A Store needs a folder.")
-            elif about["type"] == "file":
-                entries[name] = _entry(name, about)
-        return entries
+            if about["name"].strip("/") != self._root.strip("/"):
+                seen[about["name"].rstrip("/").rsplit("/", 1)[-1]] = about
+            elif about["type"] == "file" and about.get("size"):  # else the mark of an empty folder
+                raise InvalidArgument(f"{self.url}: is a file. A Store needs a folder.")
+        return seen
 
     def look_up(self, name: str) -> Entry | None:
         """An object of that name, or None."""
