@@ -21,6 +21,7 @@ except ModuleNotFoundError as error:
 from tricomp_jax.checkpoints import Restored
 from tricomp_jax.files import load, save
 from tricomp_jax.hook import CheckpointHook
+from tricomp_jax.processes import load_step
 from tricomp_jax.safe import load_file, safe_open, save_file
 from tricomp_jax.transform import save_every
 from tricomp_jax.trees import Flat, flatten, unflatten
@@ -34,6 +35,7 @@ __all__ = [
     "flatten",
     "load",
     "load_file",
+    "load_step",
     "safe_open",
     "save",
     "save_every",

@@ -9,6 +9,7 @@ of what it was; and jax without jax_enable_x64 would cut 64-bit numbers to 32 wi
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -19,9 +20,10 @@ import numpy as np
 from tricomp import codec, dtypes
 from tricomp.errors import CorruptFile, TricompError, UnsupportedDtype, UnsupportedNode
 from tricomp.layout import DeviceArray
+from tricomp_jax.parts import Divided
 
 Array = np.ndarray[Any, Any]
-Leaf = Any  # an Array or a DeviceArray
+Leaf = Any  # an Array or a DeviceArray; of a file, also a Divided
 
 _log = logging.getLogger("tricomp")
 
@@ -96,8 +98,8 @@ def _warn_of_host(why: str) -> None:
     _log.warning("arrays on the GPU are copied to the host and compressed there: torch does not take them: %s", why)
 
 
-def require_readable(value: Any, path: str) -> None:
-    """Raise UnsupportedNode, naming the path, unless all of an array's data can be read by this process."""
+def require_data(value: Any, path: str) -> None:
+    """Raise UnsupportedNode, naming the path, unless an array has data, here or elsewhere."""
     if isinstance(value, jax.core.Tracer):
         raise UnsupportedNode(
             f"leaf {path!r}: it is traced by jax.jit or the like and has no data yet. Save outside of jit, "
@@ -107,6 +109,11 @@ def require_readable(value: Any, path: str) -> None:
         raise UnsupportedNode(
             f"leaf {path!r}: its memory was given away, as jit's donate_argnums does. Save what the call returned."
         )
+
+
+def require_readable(value: Any, path: str) -> None:
+    """Raise UnsupportedNode, naming the path, unless all of an array's data can be read by this process."""
+    require_data(value, path)
     if not value.is_fully_addressable and not value.is_fully_replicated:
         raise UnsupportedNode(
             f"leaf {path!r}: parts of it are on devices of other processes ({value.sharding}). "
@@ -125,9 +132,11 @@ def device_array(value: jax.Array) -> DeviceArray:
 
     DLPack shares memory; dtypes that it or torch does not know are copied once where they are.
     """
-    name = value.dtype.name
-    shape, dtype = tuple(value.shape), dtypes.by_name(_INTEGER_CARRIERS.get(name, name) if name in NARROW else name)
-    if name in NARROW:
+    name, shape = value.dtype.name, tuple(value.shape)
+    dtype = dtypes.by_name("uint8" if name in _FLOAT_BITS else _INTEGER_CARRIERS.get(name, name))
+    if name in _FLOAT_BITS:
+        value = jax.lax.bitcast_convert_type(value, f"uint{_FLOAT_BITS[name]}").astype("uint8")
+    elif name in _INTEGER_CARRIERS:
         value = value.astype(dtype.name)
     elif name == "bool":
         value = value.astype("uint8")
@@ -156,7 +165,9 @@ def widened(array: Array, name: str, path: str) -> Array:
 
 
 def to_host(leaf: Leaf) -> Array:
-    """The numpy array of a leaf, copied from its device if it is on one."""
+    """The numpy array of a leaf, copied from its device if it is on one, or put together of its parts."""
+    if isinstance(leaf, Divided):
+        return leaf.whole()
     array: Array = leaf.words.cpu().numpy().view(leaf.dtype.numpy) if isinstance(leaf, DeviceArray) else leaf
     return array.reshape(leaf.shape)
 
@@ -198,10 +209,20 @@ def holds(name: str) -> bool:
 
 def to_array(leaf: Leaf, sharding: Any = None) -> jax.Array:
     """The jax array of a leaf whose dtype jax holds: on the sharding, else where jax puts what is not committed."""
+    if isinstance(leaf, Divided):
+        if sharding is not None:
+            return _laid(leaf.shape, leaf.dtype, sharding, leaf.box)
+        leaf = leaf.whole()
     if isinstance(leaf, DeviceArray):
         leaf = from_device_array(leaf)
     if sharding is None or sharding.is_fully_addressable:
         array: jax.Array = jax.device_put(leaf, sharding)
         return array
     host = np.asarray(leaf)
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+    return _laid(host.shape, host.dtype, sharding, lambda index: host[index])
+
+
+def _laid(shape: tuple[int, ...], dtype: Any, sharding: Any, box: Callable[[Any], Array]) -> jax.Array:
+    """The array over the devices of a sharding. box: gives what is at an index."""
+    known = {} if sharding.addressable_devices else {"dtype": dtype}  # which older versions of jax do not take
+    return jax.make_array_from_callback(shape, sharding, box, **known)

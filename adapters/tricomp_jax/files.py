@@ -106,13 +106,18 @@ class Opened:
 
     def read(self, targets: Mapping[str, Any]) -> dict[str, Leaf]:
         """The arrays at the paths of some targets: decoded on a GPU for those that are to be there."""
-        by_gpu: dict[str | None, list[str]] = {}
-        for path, target in targets.items():
-            by_gpu.setdefault(_gpu_for(target), []).append(path)
-        found: dict[str, Leaf] = {}
-        for gpu, paths in by_gpu.items():
-            found |= _read(self.file, paths, gpu)
-        return found
+        return read_for(self.file, targets)
+
+
+def read_for(file: tricomp.File, targets: Mapping[str, Any]) -> dict[str, Leaf]:
+    """Leaves of a file by path, whole, each decoded where its target is to be."""
+    by_gpu: dict[str | None, list[str]] = {}
+    for path, target in targets.items():
+        by_gpu.setdefault(_gpu_for(target), []).append(path)
+    found: dict[str, Leaf] = {}
+    for gpu, paths in by_gpu.items():
+        found |= _read(file, paths, gpu)
+    return found
 
 
 def _gpu_for(target: Any) -> str | None:

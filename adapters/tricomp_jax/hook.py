@@ -28,6 +28,7 @@ from tricomp_jax.arrays import is_key, is_on_gpu
 from tricomp_jax.checkpoints import Checkpoints, InStore, Restored, store_of
 from tricomp_jax.exit import before_exit
 from tricomp_jax.modules import put_back, states_of
+from tricomp_jax.processes import InProcesses, is_shared
 from tricomp_jax.snapshot import snapshot
 from tricomp_jax.targets import leaves_of
 from tricomp_jax.trees import Flat
@@ -37,7 +38,20 @@ _log = logging.getLogger("tricomp")
 
 
 def checkpoints_at(store: tricomp.Store | str | os.PathLike[str], options: Mapping[str, Any]) -> Checkpoints:
-    """Where a hook saves to. options: of the Store at a folder or URL; None where not given."""
+    """Where a hook saves to: one Store, or one for each process of a run. options: of those; None where not given.
+
+    Raises InvalidArgument.
+    """
+    n_processes = jax.process_count()
+    if isinstance(store, tricomp.Store):
+        if n_processes > 1:
+            raise InvalidArgument(
+                f"this run has {n_processes} processes, each of which writes its own parts to a store of its own. "
+                f"Give the folder or URL, {store.url!r}, and keyframe=, keep= and the like here."
+            )
+        return InStore(store_of(store, options))
+    if n_processes > 1 or is_shared(store):
+        return InProcesses(store, {name: value for name, value in options.items() if value is not None})
     return InStore(store_of(store, options))
 
 
@@ -61,6 +75,10 @@ class CheckpointHook:
     happens, and raised once: by the next call (which then does nothing else), wait() or close(). Steps that were saved
     before stay, and later calls save again. close() the hook, or use it with `with`; what was begun when the
     interpreter ends, by its last line or an exception, is brought to its end. Several threads may call.
+
+    In a run of several jax processes all make a hook for the same folder or URL, and all call it at the same steps:
+    each saves the parts of arrays that are its own to a folder of its own there, and process 0 what is in no parts. A
+    step counts when all have written theirs, and a run may go on with another number of processes.
 
     >>> hook = tricomp_jax.CheckpointHook("runs/a", every=100)  # doctest: +SKIP
     >>> restored = hook.restore_latest(state)  # doctest: +SKIP

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from tricomp.dtypes import DType
 from tricomp.errors import InvalidArgument
@@ -21,6 +22,7 @@ from tricomp.layout import DeviceArray
 from tricomp.tree import join
 from tricomp_jax import arrays
 from tricomp_jax.arrays import Leaf, is_key, to_host
+from tricomp_jax.parts import Divided
 from tricomp_jax.trees import Children, Flat, Notes, children, is_box
 
 _N_SHOWN = 8
@@ -254,11 +256,12 @@ def _of_array(leaf: Any, stored: Leaf, path: str, notes: Notes) -> Any:
     if kind in _NUMBERS:
         return kind(to_host(stored)[()].item())
     if is_key(leaf):
-        keys = notes.wrapped(arrays.to_array(stored), path)
-        where = sharding_of(leaf)
-        return keys if where is None else jax.device_put(keys, where)
+        where, there = sharding_of(leaf), data_sharding_of(leaf)
+        keys = notes.wrapped(arrays.to_array(stored, there), path)
+        return keys if where is None or keys.sharding == where else jax.device_put(keys, where)
     if leaf.dtype.name != stored.dtype.name:  # not strict
-        stored = to_host(stored).astype(leaf.dtype)
+        is_divided, dtype = isinstance(stored, Divided), leaf.dtype
+        stored = stored.changed(lambda box: box.astype(dtype), dtype) if is_divided else to_host(stored).astype(dtype)
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         return _placed(stored, leaf)
     host = to_host(stored)
@@ -277,3 +280,13 @@ def sharding_of(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array):
         return leaf.sharding if leaf.committed or len(leaf.devices()) > 1 else None
     return leaf.sharding
+
+
+def data_sharding_of(leaf: Any) -> Any:
+    """Where what is stored of an array of a target is to be: the same place, of keys that of their data."""
+    where = sharding_of(leaf)
+    if where is None or not is_key(leaf):
+        return where
+    if isinstance(leaf, jax.Array):
+        return jax.random.key_data(leaf).sharding
+    return where if isinstance(where, NamedSharding | SingleDeviceSharding) else None

@@ -24,6 +24,7 @@ from tricomp.layout import DeviceArray
 from tricomp.tree import join
 from tricomp_jax import arrays
 from tricomp_jax.arrays import Leaf, is_key, key_implementation, narrowed, to_host, to_leaf, widened
+from tricomp_jax.parts import Divided
 
 NOTES_KEY = "tricomp_jax"
 """The key in a file's metadata under which the notes stand."""
@@ -48,14 +49,15 @@ def flatten(tree: Any, to_leaf: Callable[[jax.Array, str], Leaf] = to_leaf) -> F
     """The core's tree for a pytree of arrays and plain values.
 
     Arrays share memory with the result where they can, so it must be used before they are donated. to_leaf: what makes
-    the leaf of an array and its path. Raises UnsupportedNode or UnsupportedDtype, naming the path, and LimitExceeded if
-    the tree is too deep (or holds itself); what else the core can judge is left to it.
+    the leaf of an array (of random keys: of their data) and its path. Raises UnsupportedNode or UnsupportedDtype,
+    naming the path, and LimitExceeded if the tree is too deep (or holds itself); what else the core can judge is left
+    to it.
     """
     notes: dict[str, dict[str, str]] = {"keys": {}, "dtypes": {}, "kinds": {}}
 
     def leaf(value: jax.Array, path: str) -> Leaf:
         if is_key(value):
-            arrays.require_readable(value, path)
+            arrays.require_data(value, path)
             notes["keys"][path] = key_implementation(value)
             value = jax.random.key_data(value)
         elif (name := arrays.name_of(value.dtype)) in arrays.NARROW:
@@ -198,8 +200,12 @@ class Notes:
 
     def array(self, leaf: Leaf, path: str) -> Leaf:
         """A leaf in the dtype that it had."""
-        found: Leaf = widened(to_host(leaf), self.dtypes[path], path) if path in self.dtypes else leaf
-        return found
+        if path not in self.dtypes:
+            return leaf
+        if isinstance(leaf, Divided):
+            name = self.dtypes[path]
+            return leaf.changed(lambda box: widened(box, name, path), jax.numpy.dtype(name))
+        return widened(to_host(leaf), self.dtypes[path], path)
 
     def made(self, leaf: Leaf, path: str) -> Any:
         """The array of a leaf, where no target says what it is to be. Raises CorruptFile."""
