@@ -15,10 +15,13 @@ import re
 from collections.abc import Container, Sequence
 from contextlib import suppress
 from glob import escape, glob
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tricomp.container import START
 from tricomp.errors import InvalidArgument, MissingFile, UnsupportedFormat
+
+if TYPE_CHECKING:
+    from tricomp.formats.base import FolderFormat
 
 SUFFIX = ".tri"
 INDEX_SUFFIX = ".index.json"
@@ -147,6 +150,19 @@ def check_output(path: str, inputs: Sequence[str], overwrite: bool, reserved: Co
         raise InvalidArgument(f"{path}: is there already. Pass -f (overwrite=True) to replace it, or choose another.")
     if os.path.exists(path) and not os.path.isfile(path):
         raise InvalidArgument(f"{path}: is not a regular file and will not be replaced. Choose another path.")
+
+
+def check_folder(path: str, inputs: Sequence[str], overwrite: bool, format: FolderFormat) -> None:
+    """Raise InvalidArgument if path may not be written, is no folder of the format, or has one of the inputs in it."""
+    if not os.path.lexists(path):
+        return
+    if not overwrite:
+        raise InvalidArgument(f"{path}: is there already. Pass -f (overwrite=True) to replace it, or choose another.")
+    real = os.path.join(os.path.realpath(path), "")
+    if any(os.path.realpath(name).startswith(real) for name in inputs):
+        raise InvalidArgument(f"{path}: the input is in it. Choose another name for the output.")
+    if os.path.islink(path) or not os.path.isdir(path) or (os.listdir(path) and not format.matches(path)):
+        raise InvalidArgument(f"{path}: is no {format.name} checkpoint and will not be replaced. Choose another path.")
 
 
 def check_input(path: str) -> None:

@@ -79,6 +79,39 @@ def put(target: str, pieces: Iterable[Bytes], is_synced: bool = True, on_bytes: 
     return n_bytes
 
 
+def put_folder(target: str, write: Callable[[str], None], replaces: Callable[[str], bool]) -> int:
+    """Make a folder by write, whole or not at all. Returns the bytes of its files.
+
+    replaces: whether a folder that has the name already is to be replaced. Raises StorageError, InvalidArgument, and
+    what write raises.
+    """
+    target = os.path.abspath(target)
+    where = os.path.dirname(target)
+    staging = os.path.join(where, f".tricomp.{os.urandom(4).hex()}.tmp")
+    new, old = os.path.join(staging, "new"), os.path.join(staging, "old")
+    try:
+        os.makedirs(where, exist_ok=True)
+        os.mkdir(staging)
+        write(new)
+        n_bytes = sum(os.path.getsize(os.path.join(path, name)) for path, _, names in os.walk(new) for name in names)
+        if os.path.lexists(target):
+            if not replaces(target):
+                raise InvalidArgument(f"{target}: came to be while it was written, and is not replaced.")
+            os.rename(target, old)
+        try:
+            os.rename(new, target)
+        except OSError:
+            if os.path.lexists(old):
+                os.rename(old, target)
+            raise
+        _sync(where)
+    except OSError as error:
+        raise error if isinstance(error, StorageError) else _refused(error, target) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return n_bytes
+
+
 def put_together(
     targets: Sequence[str],
     pieces: Sequence[Iterable[Bytes]],

@@ -20,6 +20,7 @@ from tricomp.plan import Plan
 from tricomp.reuse import Reuse
 
 _KEPT = ("safetensors",)  # metadata that tells nothing of paths
+_NOTES = "tricomp_jax"  # tables of what leaves were, by path
 
 
 class Subset(File):
@@ -55,7 +56,17 @@ class Subset(File):
 
     @property
     def metadata(self) -> dict[str, Any]:
-        return {key: value for key, value in self._file.metadata.items() if key in _KEPT}
+        metadata = self._file.metadata
+        found = {key: value for key, value in metadata.items() if key in _KEPT}
+        tables = metadata.get(_NOTES)
+        if isinstance(tables, dict):
+            notes = {name: self._of_leaves(table) for name, table in tables.items() if isinstance(table, dict)}
+            found |= {_NOTES: kept} if (kept := {name: table for name, table in notes.items() if table}) else {}
+        return found
+
+    def _of_leaves(self, table: dict[str, Any]) -> dict[str, Any]:
+        """The entries of a table that are of chosen leaves, by their paths here."""
+        return {path: table[known] for path, known in self._paths.items() if known in table}
 
     @property
     def n_bytes(self) -> int:

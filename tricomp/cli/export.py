@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tricomp.cli import console, progress, sources
@@ -31,8 +32,9 @@ def add(
     parser = commands.add_parser(
         "export",
         parents=common,
-        help="write a .tri file as safetensors, torch, npz, npy or Flax",
-        description="Write the leaves of a .tri file as a file of another format, or as a .tri file that stands alone. "
+        help="write a .tri file as safetensors, torch, npz, npy, Flax or Orbax",
+        description="Write the leaves of a .tri file as a file of another format (a folder for Orbax), or as a .tri "
+        "file that stands alone. "
         "With --leaves, the leaves that match alone, without the keys that all of them share: "
         "--leaves 'model/*' gives the model of a checkpoint under the names that it has in torch.",
     )
@@ -46,7 +48,9 @@ def add(
 def add_output(parser: argparse.ArgumentParser, default: str) -> None:
     """Add the options that say what to write, and where. default: of OUT, for the help."""
     parser.add_argument(
-        "--to", metavar="FORMAT", help="safetensors, torch, npz, npy, flax or tri (default: told by the suffix of OUT)"
+        "--to",
+        metavar="FORMAT",
+        help="safetensors, torch, npz, npy, flax, orbax or tri (default: told by the suffix of OUT)",
     )
     console.takes_files(parser.add_argument("-o", "--output", metavar="OUT", help=f"file to write ({default})"))
     parser.add_argument("--leaves", action="append", metavar="PATTERN", help="only leaves that match; may be repeated")
@@ -69,7 +73,7 @@ def export(options: argparse.Namespace) -> int:
 def write(options: argparse.Namespace, file: File, stem: str) -> int:
     """Write an open file, or some leaves of it, as options ask. stem: the output's name but for its suffix."""
     from tricomp import archive_names, checkpoint, folder, formats
-    from tricomp.archive_output import put, write_ahead
+    from tricomp.archive_output import put, put_folder, write_ahead
     from tricomp.codec import Engine
     from tricomp.file import matching
     from tricomp.subset import Subset
@@ -82,7 +86,12 @@ def write(options: argparse.Namespace, file: File, stem: str) -> int:
     if not to:
         raise InvalidArgument(f"{out}: its name does not tell the format. Give --to FORMAT.")
     is_stream = out == "-"
-    if not is_stream:
+    as_folder = None if to == _TRI else formats.folder(to)
+    if as_folder is not None and is_stream:
+        raise InvalidArgument(f"export: {to} is a folder, not a file for standard output. Give -o OUT.")
+    if as_folder is not None:
+        archive_names.check_folder(out, [file.name], options.force, as_folder)
+    elif not is_stream:
         archive_names.check_output(out, [file.name], options.force)
     chosen = file
     if options.leaves is not None:
@@ -91,7 +100,11 @@ def write(options: argparse.Namespace, file: File, stem: str) -> int:
     total = sum(chosen.leaf(path).n_bytes for path in chosen)
     with progress.shown(options, out) as draw:
         count = counter(draw, total)
-        if to != _TRI:
+        if as_folder is not None:
+            n_bytes = put_folder(out, partial(as_folder.write, chosen), lambda _: options.force)
+            if count is not None:
+                count(total)
+        elif to != _TRI:
             pieces = formats.exported(to, chosen)
             n_bytes = write_ahead(sys.stdout.buffer, pieces, count) if is_stream else put(out, pieces, on_bytes=count)
         elif is_stream:

@@ -5,6 +5,7 @@
     restored(file, origin)         the bytes of that file again: the same, or of an equal one
     exported(format, file)         the bytes of a file of any format with the tree of an open `.tri` file
     write(format, file, target)    the same, put at a path or written to a binary stream
+    folder(format)                 a format of checkpoints that are folders, to be put by archive_output.put_folder
 
 The hard thing: a format is told by content, since names lie; and an adapter's format is found, and its framework
 loaded, only when none of the formats here fits.
@@ -17,12 +18,13 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
-from tricomp import archive_output, bounds, folder
+from tricomp import archive_output, bounds
 from tricomp.bounds import Bytes, Limits
 from tricomp.container import START
 from tricomp.errors import CorruptFile, UnsupportedFormat
 from tricomp.file import File
-from tricomp.formats.base import HEAD_BYTES, Format
+from tricomp.folder import LocalFile
+from tricomp.formats.base import HEAD_BYTES, FolderFormat, Format
 from tricomp.formats.flax import Flax
 from tricomp.formats.npy import Npy
 from tricomp.formats.npz import Npz
@@ -33,9 +35,23 @@ from tricomp.formats.span import Leaves
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoints
 
-__all__ = ["Format", "Origin", "Span", "TensorFile", "exported", "names", "origins", "read", "restored", "write"]
+__all__ = [
+    "FolderFormat",
+    "Format",
+    "Origin",
+    "Span",
+    "TensorFile",
+    "exported",
+    "folder",
+    "names",
+    "origins",
+    "read",
+    "restored",
+    "write",
+]
 
 GROUP = "tricomp.formats"
+FOLDERS = "tricomp.folders"
 _CORE: tuple[Format, ...] = (Safetensors(), Npy(), Npz(), Flax())
 
 
@@ -51,7 +67,7 @@ def read(path: str | os.PathLike[str]) -> TensorFile:
     StorageError.
     """
     path = os.fspath(path)
-    source = folder.LocalFile(path)
+    source = LocalFile(path)
     with contextlib.closing(source):
         head = bytes(source.read(0, min(source.n_bytes, HEAD_BYTES)))
     if head[1 : 1 + len(START)] == START:
@@ -92,11 +108,33 @@ def exported(format: str, file: File) -> Iterator[Bytes]:
     Raises UnsupportedFormat for a name that is none; InvalidArgument, naming the leaf, for what the format cannot hold.
     """
     missing: list[str] = []
-    for known in (*_CORE, *_adapters(missing)):
-        if known.name == format:
-            return known.pieces(file)
+    found = _named(format, _CORE) or _named(format, _adapters(missing))
+    if found is not None:
+        return found.pieces(file)
+    raise _unknown(format, missing)
+
+
+def folder(format: str) -> FolderFormat | None:
+    """The format of that name whose checkpoints are folders; None: there is none. Raises UnsupportedFormat if it
+    needs a package that is missing."""
+    for entry in _entry_points(FOLDERS):
+        if entry.name == format:
+            try:
+                found: FolderFormat = entry.load()
+            except ImportError as error:
+                raise _unknown(format, [_needs(format, error)]) from None
+            return found
+    return None
+
+
+def _unknown(format: str, missing: list[str]) -> UnsupportedFormat:
+    known = sorted({*names(), *(entry.name for entry in _entry_points(FOLDERS))})
     hint = "".join(f" {each[:1].upper()}{each[1:]}." for each in missing)
-    raise UnsupportedFormat(f"format {format!r}: expected one of {', '.join(names())}.{hint}")
+    return UnsupportedFormat(f"format {format!r}: expected one of {', '.join(known)}.{hint}")
+
+
+def _needs(format: str, error: ImportError) -> str:
+    return f"the format {format!r} needs a package that is missing: {error}"
 
 
 def write(format: str, file: File, target: str | os.PathLike[str] | BinaryIO) -> int:
@@ -110,6 +148,10 @@ def write(format: str, file: File, target: str | os.PathLike[str] | BinaryIO) ->
     return archive_output.write_ahead(target, pieces)
 
 
+def _named(name: str, formats: tuple[Format, ...]) -> Format | None:
+    return next((format for format in formats if format.name == name), None)
+
+
 def _best(formats: tuple[Format, ...], head: bytes, path: str) -> Format | None:
     """The format that matches; of several, the one whose suffix the file has."""
     found = [format for format in formats if format.matches(head, path)]
@@ -121,10 +163,10 @@ def _by_suffix(path: str, missing: list[str]) -> Format | None:
     return next((f for f in (*_CORE, *_adapters(missing)) if path.lower().endswith(f.suffixes)), None)
 
 
-def _entry_points() -> EntryPoints:
+def _entry_points(group: str = GROUP) -> EntryPoints:
     from importlib import metadata  # takes as long as opening a file
 
-    return metadata.entry_points(group=GROUP)
+    return metadata.entry_points(group=group)
 
 
 def _adapters(missing: list[str]) -> tuple[Format, ...]:
@@ -134,6 +176,6 @@ def _adapters(missing: list[str]) -> tuple[Format, ...]:
         try:
             found.append(entry.load())
         except ImportError as error:
-            told = f"the format {entry.name!r} needs a package that is missing: {error}"
+            told = _needs(entry.name, error)
             missing += [told] if told not in missing else []
     return tuple(found)

@@ -1,7 +1,8 @@
 """What a format of tensor files is: the Protocol that every reader and writer of one keeps. Imports no framework.
 
 An adapter brings a format of its own by an entry point of the group "tricomp.formats" that names an object of this
-kind. The hard thing: `matches` sees the beginning of any file there is, and must neither claim a stranger's nor raise.
+kind; one whose checkpoints are folders, and which is only written, by one of "tricomp.folders". The hard thing:
+`matches` sees the beginning of any file there is, and must neither claim a stranger's nor raise.
 """
 
 from __future__ import annotations
@@ -41,5 +42,23 @@ class Format(Protocol):
         """The bytes of a file of this format with the tree of an open `.tri` file, in order, in bounded memory.
 
         Everything that can be refused is refused before the first piece, naming the leaf: InvalidArgument.
+        """
+        ...
+
+
+class FolderFormat(Protocol):
+    """A kind of checkpoint that is a folder. name: what `--to` takes, and the folder's suffix without the dot."""
+
+    @property
+    def name(self) -> str: ...
+
+    def matches(self, folder: str) -> bool:
+        """Whether a folder is one of this kind, which may be replaced by another. Never raises."""
+        ...
+
+    def write(self, file: File, folder: str) -> None:
+        """Make a folder, that is not there yet, with the tree of an open `.tri` file.
+
+        Everything that can be refused is refused before anything is decoded, naming the leaf: InvalidArgument.
         """
         ...
