@@ -35,6 +35,10 @@ from tricomp_jax.trees import Flat
 
 _jax: Any = jax  # some of its functions have no types
 _log = logging.getLogger("tricomp")
+_SHORT = (
+    "step %d is saved before training goes on, since it cannot be copied: %s jax takes most of a GPU's memory for "
+    "itself; XLA_PYTHON_CLIENT_MEM_FRACTION makes it leave room."
+)
 
 
 def checkpoints_at(store: tricomp.Store | str | os.PathLike[str], options: Mapping[str, Any]) -> Checkpoints:
@@ -155,7 +159,7 @@ class CheckpointHook:
         try:
             flat, is_copied = snapshot(flat, place.buffer), True
         except OutOfDeviceMemory as error:
-            _log.warning("step %d is saved before training goes on, since it cannot be copied: %s", step, error)
+            _log.warning(_SHORT, step, error)
             is_copied = False
         save = self._checkpoints.save
         saving = self._behind.submit(f"step {step}", lambda: save(step, flat, metadata, overwrite))

@@ -38,8 +38,9 @@ def save_every(inner: Any, every: int, hook: CheckpointHook, *, overwrite: bool 
     It must be the outermost transformation, and update needs params, as TrainState and nnx.Optimizer give them. It
     works under jit, with donated arguments, in lax.scan, and without jit; not under vmap, where jax refuses a callback
     in a branch, not under pmap, where each device would save its own, and not in a run of several processes. Where the
-    loop can call a CheckpointHook, do that: it takes any state, and compresses it on the GPU it is on, where a callback
-    gets all arrays by way of the host, and sharded ones are first put together on one device.
+    loop can call a CheckpointHook, do that: it takes all of a state, where an optimizer sees no batch statistics and no
+    random keys of a model; and it compresses on the GPU, where a callback gets all arrays by way of the host, and
+    sharded ones are first put together on one device.
 
     An error cannot leave a compiled step without ending it, and what was donated to it would be gone. So errors of a
     save are logged, and raised by hook.wait(), hook.close() and the hook's next call in the loop.

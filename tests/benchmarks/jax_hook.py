@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
+import os
 import shutil
 import statistics
 import tempfile
@@ -237,8 +238,9 @@ to kept memory.
 
 Medians are of all rounds but the first, in which CheckpointHook also gets its memory from the system. Everybody saved
 the same states, in turns, from arrays that were donated to another computation as soon as the call returned; every
-state came back bit for bit. Nothing was trained while files were written. tricomp's files are synced to the disk; what
-Orbax and Flax write is not.
+state came back bit for bit. Nothing was trained while files were written. tricomp and TensorStore, which writes for
+Orbax, sync their files to the disk; Flax does not. Others used the machine at the same time: load averages over a
+minute were {results["load"][0]:.1f} at the start and {results["load"][1]:.1f} at the end.
 """
 
 
@@ -256,12 +258,12 @@ def main() -> None:
     about, states = training.states(run, options.state, facts.log, training_jax.train)
     from_step = run.steps[2]
     results: dict[str, Any] = {"benchmark": "jax-hook", **facts.machine(PACKAGES), "data": [about]}
-    folder = Path(tempfile.mkdtemp(prefix="tricomp-jax-hook-"))
+    folder, load = Path(tempfile.mkdtemp(prefix="tricomp-jax-hook-")), os.getloadavg()[0]
     try:
         saves = measure(run, states[from_step], folder, options.rounds)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    results |= {"from_step": from_step, "saves": saves}
+    results |= {"from_step": from_step, "load": [load, os.getloadavg()[0]], "saves": saves}
     page = report(results)
     facts.write(results, page, options.out, options.small)
     print(page)
