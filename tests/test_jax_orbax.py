@@ -23,10 +23,12 @@ import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 import tricomp_jax.orbax
+from flax import nnx
 from flax.training.train_state import TrainState
 from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint.path import step as step_lib
 from tricomp_jax.orbax import KeepParents, TricompHandler, TricompRestore, TricompSave
+from tricomp_jax.orbax.options import Options
 from tricomp_jax.orbax.writer import Writer
 
 import tricomp
@@ -168,6 +170,19 @@ def test_alone_without_a_manager(tmp_path):
         "run_4/step-000000000004.tri",
     ]
     assert_same(tricomp_jax.load(tmp_path / "final" / "step-000000000000.tri", state()), state(1))
+
+
+def test_modules_of_nnx(tmp_path):
+    class Model(nnx.Module):
+        def __init__(self, step):
+            self.w, self.names = nnx.Param(state(step)["params"]["dense"]["kernel"]), "static"
+
+    with manager(tmp_path) as writing:
+        writing.save(2, args=TricompSave({"model": Model(2), "step": 2}))
+        target = {"model": Model(0), "step": 0}
+        found = writing.restore(2, args=TricompRestore(target))
+    assert (found["model"] is target["model"], found["step"]) == (True, 2)
+    assert_same(found["model"].w[...], state(2)["params"]["dense"]["kernel"])
 
 
 def test_an_older_step_is_continued_from_itself(tmp_path):
@@ -418,6 +433,25 @@ def test_a_write_that_fails(tmp_path, monkeypatch, is_async):
             assert files(tmp_path / "3")[0] == "default/step-000000000001.tri"
 
 
+def test_saves_at_once_do_not_share_memory(tmp_path):
+    """As those of version 1 may be, whose handlers are of one type."""
+    writer = Writer(Options())
+    trees = [{"w": weights((203, 41), i)} for i in range(5)]
+    folders = [tmp_path / str(i) / "state" for i in range(5)]
+    taken = []
+    for folder, tree in zip(folders, trees):
+        folder.mkdir(parents=True)
+        taken.append(writer.take(folder, tree, None, True))
+    for folder, one in reversed([*zip(folders, taken)]):
+        writer.write(folder, one)
+    for i, (folder, tree) in enumerate(zip(folders, trees)):
+        found = writer.restore(folder, None, True)
+        assert found["w"].tobytes() == tree["w"].tobytes()
+        again = writer.take(folders[0], {"w": np.zeros((300, 300), np.float32) + i}, None, True)
+        assert writer.restore(folder, None, True)["w"].tobytes() == tree["w"].tobytes()
+        writer._reuse(again)
+
+
 def test_what_cannot_be_saved(tmp_path):
     saved(tmp_path, [1])
     with (
@@ -441,20 +475,23 @@ def test_memory_may_change_when_save_returns(tmp_path, monkeypatch):
     may_write, real = threading.Event(), Writer.write
     monkeypatch.setattr(Writer, "write", lambda self, *given: (may_write.wait(60), real(self, *given))[1])
     step = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 0 - 1, tree), donate_argnums=0)
-    for number in range(2):
-        may_write.clear()
-        tree: dict[str, Any] = {"w": jnp.asarray(weights((301, 33), number)), "n": weights((77,), number)}
-        expected = {"w": np.array(tree["w"]), "n": tree["n"].copy()}
-        with manager(tmp_path) as writing:
-            writing.save(number, args=TricompSave(tree))
+    old = weights((301, 33))
+    expected = [stepped(old, number) for number in range(4)]
+    with manager(tmp_path) as writing:
+        for number in range(4):  # memory of the first is that of the third
+            tree: dict[str, Any] = {"w": jnp.asarray(expected[number]), "n": expected[number][5].copy()}
             given = tree["w"]
+            writing.save(number, args=TricompSave(tree))
             jax.block_until_ready(step({"w": given}))
             tree["n"][:] = 7
             assert given.is_deleted()
             may_write.set()
+            writing.wait_until_finished()
+            may_write.clear()
+    for number in range(4):
         found = restored(tmp_path, number)
-        assert np.asarray(found["w"]).tobytes() == expected["w"].tobytes()
-        assert found["n"].tobytes() == expected["n"].tobytes()
+        assert np.asarray(found["w"]).tobytes() == expected[number].tobytes()
+        assert found["n"].tobytes() == expected[number][5].tobytes()
 
 
 # the example of the documentation
@@ -463,13 +500,15 @@ def test_memory_may_change_when_save_returns(tmp_path, monkeypatch):
 class Classifier(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(10)(nn.relu(nn.Dense(300)(x)))
+        def dense(n_in, n_out):
+            return nn.Dense(n_out, kernel_init=lambda *_: jnp.asarray(weights((n_in, n_out))))
+
+        return dense(300, 10)(nn.relu(dense(40, 300)(x)))
 
 
 def train(folder, save_args, restore_args):
     """Flax's guide: a TrainState, a CheckpointManager with options, saves in the loop, the latest restored."""
-    model, data = Classifier(), jax.random.normal(jax.random.key(1), (64, 40))
-    labels = jnp.arange(64) % 10
+    model, data, labels = Classifier(), jnp.asarray(weights((64, 40), 1)), jnp.asarray(np.arange(64) % 10)
 
     def init():
         params = model.init(jax.random.key(0), data)

@@ -142,7 +142,7 @@ class CheckpointHook:
         if metadata is not None and not isinstance(metadata, Mapping):
             raise InvalidArgument(f"metadata: expected a dict of plain values, got {type(metadata).__name__}.")
         state = states_of(state)
-        _await(state)
+        await_arrays(state)
         with self._one_at_a_time:
             self._behind.ready()
             if not self._is_claimed and self._behind.is_idle:
@@ -279,7 +279,7 @@ def count_of(value: Any, what: str) -> int:
     return operator.index(value)
 
 
-def _await(state: Any) -> None:
+def await_arrays(state: Any) -> None:
     """Wait until a state's arrays are computed. Those that are needed on the host, and are not, get there together."""
     try:
         leaves = jax.tree.leaves(state)

@@ -12,22 +12,26 @@ import logging
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 
 from tricomp import checkpoint, codec, storage
 from tricomp.content import Content, content_of
-from tricomp.errors import CorruptFile, CorruptFrame, MissingFile, MissingParent, TricompError
+from tricomp.errors import CorruptFile, CorruptFrame, MissingFile, MissingParent, OutOfDeviceMemory, TricompError
 from tricomp.file import File
+from tricomp.host_memory import HostBuffer
 from tricomp.report import Report
 from tricomp_jax.arrays import key_dtype
 from tricomp_jax.files import Opened, load_from, with_notes
+from tricomp_jax.hook import await_arrays
+from tricomp_jax.modules import put_back, states_of
 from tricomp_jax.orbax import places
 from tricomp_jax.orbax.options import Options
 from tricomp_jax.orbax.places import Place
 from tricomp_jax.orbax.policy import KeepParents
+from tricomp_jax.snapshot import snapshot
 from tricomp_jax.trees import flatten
 
 _log = logging.getLogger("tricomp")
@@ -48,13 +52,15 @@ class Parent:
 class Taken:
     """A tree to be written: where, its content in memory that nobody else changes, metadata, the step promised to stay.
 
-    is_chosen: whether parent is what to code against; else it is looked for when the file is written.
+    buffer: that memory, None if it is the tree's own. is_chosen: whether parent is what to code against; else it is
+    looked for when the file is written.
     """
 
     place: Place
     content: Content
     metadata: dict[str, Any]
     notes: dict[str, Any]
+    buffer: HostBuffer | None = None
     parent: Parent | None = None
     is_chosen: bool = False
 
@@ -64,7 +70,8 @@ class Writer:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self._held: dict[str, Content] = {}  # the last written of each item
+        self._held: dict[str, Taken] = {}  # the last written of each item
+        self._buffers: list[HostBuffer] = []  # that nobody uses
         self._can_link = True
 
     @property
@@ -75,18 +82,27 @@ class Writer:
     def close(self) -> None:
         """Free what is held."""
         self._held.clear()
+        self._buffers.clear()
 
     def take(self, folder: Any, tree: Any, metadata: Mapping[str, Any] | None, is_copied: bool) -> Taken:
         """What is to be written of a tree. Afterwards its arrays may change, be donated or deleted, if is_copied.
 
         Raises UnsupportedNode, UnsupportedDtype, InvalidArgument: nothing has been written then.
         """
-        flat = flatten(tree)
         plain = with_notes(metadata, {})
-        content = content_of(flat.tree)
-        if is_copied:
-            content = Content(content.structure, codec.copied(content.snapshot, to_host=False))
-        return Taken(Place.of(folder), content, plain, flat.notes)
+        tree = states_of(tree)
+        await_arrays(tree)
+        flat = flatten(tree)
+        if not is_copied:
+            return Taken(Place.of(folder), content_of(flat.tree), plain, flat.notes)
+        buffer = self._buffers.pop() if self._buffers else HostBuffer()
+        try:
+            content = content_of(snapshot(flat, buffer).tree)
+        except OutOfDeviceMemory as error:
+            _log.warning("copied to the host, and compressed there: %s", error)
+            content = content_of(flat.tree)
+            content = Content(content.structure, codec.copied(content.snapshot, to_host=True))
+        return Taken(Place.of(folder), content, plain, flat.notes, buffer)
 
     def choose(self, taken: Taken) -> Taken:
         """The same with its parent, where a policy is to keep that: it must know before Orbax asks it."""
@@ -96,22 +112,31 @@ class Writer:
         parent = self._parent(taken.place, keep.kept)
         if taken.place.step is not None:
             keep.note(taken.place.step, None if parent is None else parent.step)
-        return Taken(taken.place, taken.content, taken.metadata, taken.notes, parent, True)
+        return replace(taken, parent=parent, is_chosen=True)
 
     def write(self, folder: Any, taken: Taken) -> Report:
         """Write what was taken into the item's folder, temporary or not: it is durable when this returns."""
         path = places.path_of(folder)
         parent = taken.parent if taken.is_chosen else self._linked(path, taken.place)
         held = self._held.pop(taken.place.item, None)
-        if held is not None and (parent is None or held.content_id != parent.content_id):
-            held = None
-        report = None if parent is None else self._delta(path, taken, parent, held)
+        is_parent = held is not None and parent is not None and held.content.content_id == parent.content_id
+        report = (
+            None if parent is None else self._delta(path, taken, parent, held.content if held and is_parent else None)
+        )
         if report is None:
             report = self._put(path, taken, None, None)
+        self._reuse(held)
         spec = self.options.spec
         if self.is_holding and not (spec and spec.keep_mantissa_bits):  # which decodes to other words
-            self._held[taken.place.item] = taken.content
+            self._held[taken.place.item] = taken
+        else:
+            self._reuse(taken)
         return report
+
+    def _reuse(self, taken: Taken | None) -> None:
+        """Nobody needs the content any more: let its memory be that of another."""
+        if taken is not None and taken.buffer is not None:
+            self._buffers.append(taken.buffer)
 
     def _delta(self, path: Any, taken: Taken, parent: Parent, held: Content | None) -> Report | None:
         """Write a file against its parent: the words in memory if they are the parent's. None: it cannot be read."""
@@ -199,7 +224,7 @@ class Writer:
         place = Place.of(folder)
         with places.opened(folder, self.options.threads, self.options.backend) as file:
             try:
-                return load_from(file, target, strict)
+                return put_back(target, load_from(file, states_of(target), strict))
             except TricompError as error:
                 raise type(error)(f"{place.name} in {place.root}: {error}") from None
 
