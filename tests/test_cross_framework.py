@@ -28,10 +28,19 @@ import tricomp
 from tests.benchmarks import facts, table, training, training_jax
 from tests.cases import weights
 from tricomp import cli
-from tricomp.demos.task import Size
+from tricomp.demos.task import Size, library_text
 
 SIZE = Size(n_layers=2, n_heads=3, width=51, context=33, batch=3)
 N_STEPS, N_SAVED = 12, 6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small spend their time on waiting for each other's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def raw(array: Any) -> bytes:
@@ -203,7 +212,35 @@ def test_the_command_knows_no_difference(saved: Saved, tmp_path: Path, capsys: p
     assert cli.main(["diff", saved.next_path, path]) == 1
 
 
-RUN = replace(training_jax.GPT_SMALL, width=67, n_heads=1, vocabulary=389, context=41)
+def test_a_run_of_torch_goes_through_jax_in_one_store(tmp_path: Path) -> None:
+    """With the metadata that it restored, what a hook saves is a Checkpointer's again: objects, ties and generators."""
+    run = demo_gpt.begin(SIZE, N_STEPS)
+    with tricomp_torch.Checkpointer(tmp_path) as checkpointer:
+        for step in (1, 2, 3):
+            run.step()
+            checkpointer.save(step, model=run.model, optimizer=run.optimizer, scheduler=run.scheduler)
+    expected = [run.step().hex() for _ in range(3)]
+
+    store = tricomp.Store(tmp_path)
+    with tricomp_jax.CheckpointHook(store) as hook:
+        restored = hook.restore_latest(tricomp_jax.unflatten(tricomp_jax.Flat(store.load())))
+        assert restored is not None
+        assert restored.step == 3
+        saving = hook(4, restored.state, restored.metadata)
+        assert saving is not None
+        assert saving.result().parent is not None
+
+    run = demo_gpt.begin(SIZE, N_STEPS, seed=1)
+    with tricomp_torch.Checkpointer(tmp_path) as checkpointer:
+        found = checkpointer.restore(model=run.model, optimizer=run.optimizer, scheduler=run.scheduler)
+    assert found is not None
+    assert found.step == 4
+    assert [run.step().hex() for _ in range(3)] == expected
+
+
+# Wide enough for its matrices to be coded each by itself, as in any real model. Leaves that share a frame have no
+# scales by row and column, and then it matters that Flax kernels lie the other way round.
+RUN = replace(training_jax.GPT_SMALL, width=131, n_heads=1, vocabulary=389, context=41)
 RATES = {"b1": 0.9, "b2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
 N_PAIR, N_BEFORE = 40, 30
 
@@ -233,8 +270,7 @@ class Pair:
     """One GPT stepped by torch.optim.AdamW and by optax.adamw: from the same weights, on the same batches."""
 
     def __init__(self) -> None:
-        text = b"\n".join(text for _, text in training.library_sources()[:40])
-        tokens = training.tokens_of(text, RUN.vocabulary)
+        tokens = training.tokens_of(library_text(300_000).tobytes(), RUN.vocabulary)
         torch.manual_seed(0)
         model, loss_of = training.Gpt(RUN), torch.nn.functional.cross_entropy
         betas = (RATES["b1"], RATES["b2"])
@@ -284,7 +320,7 @@ def test_moments_of_torch_and_optax_compress_alike(pair: Pair, tmp_path: Path, k
         now, before = (training.stream(pair.kept[n][of], kind) for n in (N_PAIR, N_BEFORE))
         bits.append(file_bits(now, tmp_path / "moments.tri", before if is_delta else None))
         assert bits[-1] < 28
-    assert abs(bits[1] / bits[0] - 1) < 0.02, bits
+    assert abs(bits[1] / bits[0] - 1) < 0.005, bits
 
 
 def test_a_flax_state_opens_in_torch_and_trains_on(pair: Pair, tmp_path: Path) -> None:
@@ -315,6 +351,17 @@ def test_a_flax_state_opens_in_torch_and_trains_on(pair: Pair, tmp_path: Path) -
     (expected, loss), (found, loss_found) = (training_jax.step(one["train"], rows) for one in (tree, back))
     assert float(loss).hex() == float(loss_found).hex()
     assert [raw(leaf) for leaf in jax.tree.leaves(found)] == [raw(leaf) for leaf in jax.tree.leaves(expected)]
+
+
+def test_the_benchmark_measures_states_of_jax_by_stream(pair: Pair) -> None:
+    pytest.importorskip("zipnn")
+    from tests.benchmarks import ratio
+
+    streams = {stream.name: stream for stream in ratio.gpt_streams({n: kept[1] for n, kept in pair.kept.items()})}
+    assert list(streams)[4:] == [f"{kind}, 10 apart" for kind in ("w float32", "w bfloat16", "m", "v")]
+    row = ratio.measure(streams["v, 10 apart"])
+    assert row["n_elements"] == sum(leaf.size for leaf in jax.tree.leaves(pair.state.params))
+    assert 0 < row["dense"] < row["zipnn_xor"] < row["raw"] == 32
 
 
 def test_what_was_measured_on_optax_state_is_told_and_leads() -> None:

@@ -59,7 +59,8 @@ def _short_rows(arrays: Arrays, n_low_bits: Callable[[int], NDArray[np.integer[A
     return short
 
 
-def _gpt_streams(gpt: dict[int, Arrays]) -> list[Stream]:
+def gpt_streams(gpt: dict[int, Arrays]) -> list[Stream]:
+    """Of the states of a GPT by step: those of the last, and of each but the first against the first."""
     first, *later = gpt
     kinds: list[tuple[str, str, Callable[[Arrays], Arrays]]] = [
         ("w float32", "w", dict), ("w bfloat16", "w", _cast), ("m", "m", dict), ("v", "v", dict),
@@ -218,7 +219,7 @@ def main() -> None:
         "data": about,
         "streams": [],
     }
-    streams = _gpt_streams(gpt) + ([] if is_jax else _other_streams(*kept))
+    streams = gpt_streams(gpt) + ([] if is_jax else _other_streams(*kept))
     for stream in streams:
         results["streams"].append(measure(stream))
         peers.log(str(results["streams"][-1]))
