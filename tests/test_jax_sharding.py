@@ -138,6 +138,17 @@ def test_a_missing_file_is_named(run, caplog):
         tricomp_jax.load_step(run)
 
 
+@pytest.mark.parametrize("shards", [[3], {"params/w": 5}, {"params/w": [-1, 2]}, {"params/w": []}], ids=str)
+def test_damaged_notes_are_named(run, shards):
+    with tricomp.Store(run / SECOND) as store:
+        with store.open(7) as file:
+            metadata = file.metadata
+        metadata["tricomp_jax"]["shards"] = shards
+        store.save(7, store.load(7), metadata, overwrite=True)
+    with pytest.raises(CorruptFile, match=f"{SECOND}/step-000000000007.tri: the notes on its shards are damaged"):
+        tricomp_jax.load_step(run, 7)
+
+
 def test_a_missing_part_is_named(run):
     with tricomp.Store(run / SECOND) as store:
         tree = store.load(7)
@@ -164,8 +175,10 @@ def test_damage_is_named_and_older_steps_stay(run, caplog):
     assert tricomp_jax.load_step(run)["step"] == 6
 
 
-def test_a_hook_of_one_process_goes_on_from_several(run):
+def test_a_hook_of_one_process_goes_on_from_several(run, caplog):
     expected = placed(state_at(7), mesh_of((1, 1)), {})
+    InProcesses(run).claim(5, overwrite=False)
+    assert "step 5 is below step 7, which stays the latest" in caplog.text
     with tricomp_jax.CheckpointHook(run, keep=[tricomp.KeepLast(1)]) as hook:
         restored = hook.restore_latest(expected)
         assert restored is not None

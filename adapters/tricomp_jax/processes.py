@@ -87,6 +87,10 @@ class InProcesses:
         self._store.claim()
         if not (overwrite or self._is_left_over(step)):
             self._store.require_new(step)
+        with self._lock:
+            others = [one for n, steps in self.sets.listed().items() if n != self.n_processes for one in steps]
+        if self.number == 0 and step < max(others, default=step):
+            _log.warning("%s: step %d is below step %d, which stays the latest", self.url, step, max(others))
 
     def save(self, step: int, flat: Flat, metadata: Mapping[str, Any] | None, overwrite: bool) -> tricomp.Report:
         """Write this process's part of a step. What an earlier run left here of one that does not count is replaced."""
@@ -195,6 +199,11 @@ class InProcesses:
         first = [shard for shard in value.addressable_shards if shard.replica_id == 0]
         if value.is_fully_replicated:
             return arrays.to_leaf(first[0].data, path) if first else None
+        if not all(isinstance(part, slice) for shard in first for part in shard.index):
+            raise UnsupportedNode(
+                f"leaf {path!r}: pmap has laid it over devices of several processes, each part without the axis that "
+                "counts the devices. Use jax.jit with a NamedSharding, or save one copy with tricomp_jax.save."
+            )
         shards[path] = list(value.shape)
         parts = {key_of(box_of(shard.index, value.shape)): shard.data for shard in first}
         return {key: arrays.to_leaf(part, path) for key, part in parts.items()} or None
