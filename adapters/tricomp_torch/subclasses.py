@@ -171,7 +171,7 @@ def _require_known(cls: type, path: str) -> None:
         return
     what = f"leaf {path!r}: expected a torch.Tensor, got its subclass {cls.__name__}"
     if name.startswith("torch.distributed."):
-        raise UnsupportedNode(f"{what}. Distributed tensors are not in this version; store its full_tensor().")
+        raise UnsupportedNode(f"{what}. Save it with tricomp_torch.dcp, or store its full_tensor().")
     if name.startswith("torch.nested."):
         raise UnsupportedNode(f"{what}, a nested tensor. Store the list of its parts, unbind().")
     if name.startswith("torch.nn.parameter.Uninitialized"):

@@ -65,10 +65,15 @@ def to_array(tensor: torch.Tensor, path: str) -> Array:
 def _name_of(tensor: torch.Tensor, path: str) -> str:
     """The core's name of a plain tensor's dtype."""
     _require_plain(tensor, path)
-    name = _NAME_BY_TORCH.get(tensor.dtype)
+    return dtype_name(tensor.dtype, path)
+
+
+def dtype_name(dtype: torch.dtype, path: str) -> str:
+    """The core's name of a dtype. Raises UnsupportedDtype, naming the path."""
+    name = _NAME_BY_TORCH.get(dtype)
     if name is None:
         raise UnsupportedDtype(
-            f"leaf {path!r}: {tensor.dtype} is not one of {', '.join(_TORCH_BY_NAME)}. Convert it, or leave it out."
+            f"leaf {path!r}: {dtype} is not one of {', '.join(_TORCH_BY_NAME)}. Convert it, or leave it out."
         )
     return name
 
@@ -84,7 +89,7 @@ def from_device_array(array: DeviceArray, path: str, strides: Sequence[int] | No
 
     Raises UnsupportedDtype, naming the path, for dtypes torch lacks.
     """
-    dtype = _torch_dtype(array.dtype.name, path)
+    dtype = dtype_named(array.dtype.name, path)
     if dtype.is_complex:
         parts = array.words.view(torch.float32 if dtype == torch.complex64 else torch.float64)
         tensor = torch.view_as_complex(parts.reshape(*array.shape, 2))
@@ -125,10 +130,11 @@ def view_as_tensor(array: Array, path: str) -> torch.Tensor:
 
 def dtype_of(array: Array, path: str) -> torch.dtype:
     """torch's dtype for an array's bits. Raises UnsupportedDtype, naming the path, for dtypes torch lacks."""
-    return _torch_dtype(array.dtype.name, path)
+    return dtype_named(array.dtype.name, path)
 
 
-def _torch_dtype(name: str, path: str) -> torch.dtype:
+def dtype_named(name: str, path: str) -> torch.dtype:
+    """torch's dtype of the core's name. Raises UnsupportedDtype, naming the path, for dtypes torch lacks."""
     if name not in _TORCH_BY_NAME:
         raise UnsupportedDtype(f"leaf {path!r}: torch has no dtype {name!r}. Load this file with tricomp.load.")
     dtype: torch.dtype = _TORCH_BY_NAME[name]

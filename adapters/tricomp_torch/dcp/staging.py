@@ -1,0 +1,81 @@
+"""stage: a state whose tensors are copies, so that training goes on while it is saved. Imports the adapter's snapshot.
+
+Tensors of a mesh become tensors of the same mesh around a copy of their local part. The hard thing is what may not be
+touched: everything that training can still change must be a copy, plain values in containers too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+
+from tricomp.errors import OutOfDeviceMemory
+from tricomp.host_memory import HostBuffer
+from tricomp.layout import DeviceArray
+from tricomp.tree import join
+from tricomp_torch.snapshot import snapshot_of
+from tricomp_torch.tensors import from_device_array, to_leaf, to_numpy, view_as_tensor
+from tricomp_torch.trees import Flat
+
+_log = logging.getLogger("tricomp")
+
+
+def stage(state: Any, to_host: bool = False, buffer: HostBuffer | None = None) -> Any:
+    """The same state with a copy of every tensor, made before this returns: on a device where it lives, or on the host.
+
+    Where a device has no memory for the copies, they go to the host. buffer: memory for copies there; None: fresh.
+    Raises UnsupportedNode and UnsupportedDtype, naming the entry.
+    """
+    found: dict[str, Any] = {}
+    with torch.no_grad():
+        _map(state, None, lambda tensor, path: found.setdefault(path, _local(tensor)))
+        leaves = {path: to_leaf(tensor, path) for path, tensor in found.items()}
+        copies = _copied(leaves, to_host, buffer)
+
+        def copy_of(tensor: torch.Tensor, path: str) -> torch.Tensor:
+            leaf = copies[path]
+            made = from_device_array(leaf, path) if isinstance(leaf, DeviceArray) else view_as_tensor(leaf, path)
+            return _with_local(tensor, made) if isinstance(tensor, DTensor) else made
+
+        return _map(state, None, copy_of)
+
+
+def _copied(leaves: dict[str, Any], to_host: bool, buffer: HostBuffer | None) -> dict[str, Any]:
+    if to_host:
+        leaves = {path: to_numpy(leaf) if isinstance(leaf, DeviceArray) else leaf for path, leaf in leaves.items()}
+    try:
+        taken = snapshot_of(Flat(leaves), buffer=buffer)
+    except OutOfDeviceMemory as error:
+        _log.warning("the state is copied to the host: %s", error)
+        return _copied(leaves, True, buffer)
+    taken.wait()  # who saves does so on another stream
+    copies: dict[str, Any] = taken.flat.tree
+    return copies
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _with_local(tensor: DTensor, local: torch.Tensor) -> DTensor:
+    return DTensor.from_local(
+        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+def _map(node: Any, path: str | None, change: Callable[[torch.Tensor, str], Any]) -> Any:
+    if isinstance(node, torch.Tensor):
+        return change(node, path or "")
+    if isinstance(node, Mapping):
+        return {key: _map(value, join(path, str(key)), change) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_map(value, join(path, i), change) for i, value in enumerate(node)]
+    if isinstance(node, tuple) and not isinstance(node, torch.Size):
+        parts = [_map(value, join(path, i), change) for i, value in enumerate(node)]
+        return type(node)(*parts) if hasattr(node, "_fields") else tuple(parts)
+    return node.copy() if isinstance(node, np.ndarray | bytearray | set) else node
