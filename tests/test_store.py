@@ -106,6 +106,20 @@ def test_a_save_continues_from_the_step_that_is_named(folder):
             store.continue_from(11)
 
 
+def test_metadata_alone(folder):
+    with Store(folder) as store:
+        store.save(3, state(3), {"loss": 0.5})
+        store.save(4, state(4))
+        assert (store.metadata(3), store.metadata(4)) == ({"loss": 0.5}, {})
+        with pytest.raises(MissingStep, match="step 5 is not in"):
+            store.metadata(5)
+        path = os.path.join(folder, "step-000000000004.tri")
+        with open(path, "r+b") as file:
+            file.truncate(os.path.getsize(path) - 1)
+        with pytest.raises(CorruptFile, match="it was cut"):
+            store.metadata(4)
+
+
 def test_a_new_store_continues_the_chain(folder):
     reports = [filled(folder, [step], keyframe=KeyframeEvery(3))[0] for step in range(5)]
     assert [report.parent for report in reports] == [

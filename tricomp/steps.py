@@ -162,17 +162,28 @@ class Steps:
         parent = link.parent.hex() if link.parent else "none"
         return MissingParent(f"{needs} a parent with content id {parent}, which is not in {self.url}{note}.")
 
+    def summary(self, step: int) -> container.Summary:
+        """What header, index and tail of a step's file tell without its leaves. Raises MissingStep, CorruptFile."""
+        source = self._alone(step)
+        try:
+            return container.read_summary(source)
+        finally:
+            source.close()
+
     def open_alone(self, step: int, reference: File | Content | None) -> File:
         """The File of a step without its chain. Raises MissingStep, CorruptFile, WrongReference and the like."""
-        try:
-            source = self._storage.get(file_name(step))
-        except MissingFile:
-            raise MissingStep(f"step {step} is not in {self.url}.") from None
+        source = self._alone(step)
         try:
             return File(source, reference, threads=self._threads, backend=self._backend)
         except BaseException:
             source.close()
             raise
+
+    def _alone(self, step: int) -> Source:
+        try:
+            return self._storage.get(file_name(step))
+        except MissingFile:
+            raise MissingStep(f"step {step} is not in {self.url}.") from None
 
 
 def _link_in(source: Source, step: int) -> Link:

@@ -188,6 +188,10 @@ class Store:
         """
         return self._steps.open_alone(step_number(step), reference)
 
+    def metadata(self, step: int) -> dict[str, Any]:
+        """What was given to save as metadata of a step: much quicker than by opening it. Raises as open_alone does."""
+        return self._steps.summary(step_number(step)).metadata
+
     def continue_from(self, step: int) -> None:
         """Let the next save be coded against this step, as load does; for who read it by open. Raises MissingStep."""
         step = step_number(step)

@@ -104,8 +104,7 @@ class Sets:
     def _run_of(self, folder: str, step: int) -> str | None:
         """The run that wrote a file, "" if it does not say; None: the file is not there, or cannot be read."""
         try:
-            with self.store(folder).open_alone(step) as file:
-                return str(notes_of(file.metadata).get(RUN, ""))
+            return str(notes_of(self.store(folder).metadata(step)).get(RUN, ""))
         except TricompError:
             return None
 
