@@ -220,11 +220,16 @@ def test_what_is_temporary_is_no_parent_and_written_nowhere(tmp_path):
     saved(tmp_path, [4], handler=None)
     with manager(tmp_path, handler=TricompHandler(parents=keep), preservation_policy=keep) as writing:
         writing.save(5, args=TricompSave(state(5)))
+        writing.wait_until_finished()
+        shutil.copytree(tmp_path / "5", tmp_path / "6.orbax-checkpoint-tmp")
+        writing.save(7, args=TricompSave(state(7)))
     assert [Path(path).name for path in files(tmp_path / "4")] == [f"step-{step:012d}.tri" for step in (1, 2, 4)]
-    assert [Path(path).name for path in files(tmp_path / "5")] == ["step-000000000005.tri"]
-    for path in (tmp_path / "4", tmp_path / "5"):
+    assert [Path(path).name for path in files(tmp_path / "7")] == ["step-000000000007.tri"]
+    with tricomp.open(tmp_path / "7/default/step-000000000007.tri") as file:
+        assert file.metadata["tricomp_jax"]["orbax"] == {"parent": 5, "item": "default"}
+    for path in (tmp_path / "4", tmp_path / "7"):
         assert not any(b"checkpoint-tmp" in each.read_bytes() for each in path.rglob("*.tri"))
-    assert_same(restored(tmp_path, 5, state()), state(5))
+    assert_same(restored(tmp_path, 7, state()), state(7))
 
 
 # what Orbax removes
@@ -249,21 +254,17 @@ def test_max_to_keep_alone(tmp_path, is_async):
 
 
 KEPT = {
-    "latest": (policies.LatestN(2), [4, 5, 6, 7, 8, 9, 10], {9, 10}),
-    "every": (policies.EveryNSteps(3), [0, 1, 2, 3, 4, 5, 6, 8, 9], {0, 3, 6, 9}),
-    "any": (
-        policies.AnyPreservationPolicy([policies.LatestN(1), policies.EveryNSteps(5)]),
-        [0, 4, 5, 8, 9, 10],
-        {0, 5, 10},
-    ),
-    "best": (policies.BestN(get_metric_fn=lambda m: -abs(m["loss"] - 6), n=2), [4, 5, 6], {5, 6}),
+    "latest": (policies.LatestN(2), {9, 10}),
+    "every": (policies.EveryNSteps(3), {0, 3, 6, 9}),
+    "any": (policies.AnyPreservationPolicy([policies.LatestN(1), policies.EveryNSteps(5)]), {0, 5, 10}),
+    "best": (policies.BestN(get_metric_fn=lambda m: -abs(m["loss"] - 5.8), n=2), {5, 6}),
 }
 
 
 @BOTH
 @pytest.mark.parametrize("name", KEPT)
 def test_kept_parents(tmp_path, name, is_async):
-    policy, _, wanted = KEPT[name]
+    policy, wanted = KEPT[name]
     for steps in (range(6), range(6, 11)):  # the second as after a restart
         keep = KeepParents(policy, tmp_path)
         handler = TricompHandler(tricomp.KeyframeEvery(4), parents=keep)
@@ -294,22 +295,51 @@ def test_linked_and_kept_in_one_run(tmp_path):
     assert tricomp.open(tmp_path / "4" / "default" / "step-000000000004.tri").parent is None
 
 
-def test_a_policy_that_removes_what_it_was_told_to_keep(tmp_path):
+def test_a_manager_that_does_not_ask(tmp_path, caplog):
     """The handler is told of a policy that the manager was not."""
     keep = KeepParents(policies.LatestN(2), tmp_path)
     with manager(tmp_path, handler=TricompHandler(parents=keep), max_to_keep=2) as writing:
+        for step in range(4):
+            writing.save(step, args=TricompSave(state(step)))
+        writing.wait_until_finished()
+        for step in (2, 3):
+            assert_same(writing.restore(step, args=TricompRestore(state())), state(step))
+    assert "every step stands alone, since Orbax does not ask KeepParents" in caplog.text
+    other = KeepParents(policies.LatestN(2), tmp_path / "other")
+    with (
+        manager(tmp_path, is_async=False, handler=TricompHandler(parents=other)) as writing,
+        pytest.raises(InvalidArgument, match="KeepParents is of .*other, but steps are saved in"),
+    ):
+        writing.save(4, args=TricompSave(state(4)))
+
+
+def test_a_parent_that_was_deleted(tmp_path):
+    keep = KeepParents(policies.LatestN(None), tmp_path)
+    with manager(tmp_path, handler=TricompHandler(parents=keep), preservation_policy=keep) as writing:
         for step in range(3):
             writing.save(step, args=TricompSave(state(step)))
         writing.wait_until_finished()
-        with pytest.raises(
-            MissingParent, match=r"step 1 in .* needs step 0 .* it was removed, as max_to_keep does.*KeepPar"
-        ):
+        writing.delete(0)
+        with pytest.raises(MissingParent, match=r"step 1 in .* needs step 0 .* removed, as max_to_keep does.*KeepPar"):
             writing.restore(1, args=TricompRestore())
         with pytest.raises(MissingParent, match=r"step 2 in .* needs step 1 .* step 1 in .* needs step 0"):
             writing.restore(2, args=TricompRestore())
         writing.save(3, args=TricompSave(state(3)))
         writing.wait_until_finished()
         assert_same(writing.restore(3, args=TricompRestore(state())), state(3))  # it stands alone
+
+
+def test_kept_parents_of_steps_that_cannot_be_read(tmp_path, caplog):
+    for steps in ([0, 1, 2], [3]):
+        keep = KeepParents(policies.LatestN(2 if 3 in steps else None), tmp_path)
+        with manager(tmp_path, handler=TricompHandler(parents=keep), preservation_policy=keep) as writing:
+            for step in steps:
+                writing.save(step, args=TricompSave(state(step)))
+            writing.wait_until_finished()
+            assert writing.all_steps() == [0, 1, 2, 3][: max(steps) + 1]
+        if 3 not in steps:
+            flip(tmp_path / "2/default/step-000000000002.tri", 0.999)
+    assert "cannot be read, so the step before it is kept as well" in caplog.text
 
 
 def test_a_step_that_was_saved_again(tmp_path):

@@ -21,7 +21,7 @@ class Options:
     can be removed, and a folder be copied away. Then a step stands alone as well if the one before needs one that was
     removed, so that no more files take room than twice those of the steps that are there; and always where the file
     system has no hard links. A KeepParents, which the manager is given too: steps name each other, and it keeps those
-    that are needed.
+    that are needed; the first of a run stands alone.
     reference_in: where the words of a step wait for the next to be coded against: in memory ("host"), or in its file
     ("store"), from where they are decoded again.
     threads, backend: see tricomp.open. Raises InvalidArgument.

@@ -36,8 +36,8 @@ class KeepParents:
             )
         self.policy = policy
         self.directory = places.path_of(directory)
-        self._parents: dict[int, frozenset[int]] = {}
-        self._saving: dict[int, set[int]] = {}
+        self._parents: dict[int, frozenset[int]] = {}  # of steps that were there before
+        self._saved: dict[int, set[int]] = {}  # of those that the handler told of, which may still be written
         self._kept: frozenset[int] | None = None
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
@@ -51,31 +51,43 @@ class KeepParents:
             step = pending.pop()
             if step not in kept:
                 kept.add(step)
-                pending += self._parents.get(step, frozenset()) | self._saving.get(step, set())
+                pending += self._saved.get(step, self._parents.get(step, frozenset()))
                 if step in unread:  # whatever it needs is at or above a keyframe; the step before leads there
                     pending += sorted(other for other in steps if other < step)[-1:]
         self._kept = frozenset(kept)
         return [step in kept for step in steps]
 
-    @property
-    def kept(self) -> frozenset[int] | None:
-        """The steps that will stay, as far as was asked: others may be gone a moment later. None: nothing was asked."""
-        return self._kept
+    def parents(self, place: places.Place) -> frozenset[int]:
+        """The steps that one to be saved may be coded against: those of which Orbax was told that they stay.
+
+        Before Orbax has asked these are none, so that nothing depends on a manager that does not ask. Called by the
+        handler. Raises InvalidArgument if this is of another folder.
+        """
+        if os.path.abspath(place.root) != os.path.abspath(self.directory):
+            raise InvalidArgument(
+                f"KeepParents is of {self.directory}, but steps are saved in {place.root}. Give it that folder."
+            )
+        if self._kept is None and self._saved:
+            _log.warning(
+                "%s: every step stands alone, since Orbax does not ask KeepParents what to keep. Give it to the "
+                "manager: CheckpointManagerOptions(preservation_policy=...).",
+                self.directory,
+            )
+        return self._kept or frozenset()
 
     def note(self, step: int, parent: int | None) -> None:
         """A step is being saved, coded against another. Called by the handler, for each item."""
-        self._parents.pop(step, None)  # it may have been saved before, and have failed
-        parents = self._saving.setdefault(step, set())
+        parents = self._saved.setdefault(step, set())
         if parent is not None:
             parents.add(parent)
 
     def _read(self) -> set[int]:
-        """Learn what committed steps need, each once. Returns the steps that cannot be read."""
+        """Learn what steps of earlier runs need, each once. Returns those that cannot be read."""
         found: dict[int, frozenset[int]] = {}
         unread: set[int] = set()
         for path in self.directory.iterdir():
             step = places.Place(self.directory, path.name, "").step
-            if step is None or utils.TMP_DIR_SUFFIX in path.name:
+            if step is None or step in self._saved or utils.TMP_DIR_SUFFIX in path.name:
                 continue
             try:
                 known = self._parents[step] if step in self._parents else frozenset(places.parents_of(path))
@@ -84,5 +96,4 @@ class KeepParents:
                 _log.warning("%s: cannot be read, so the step before it is kept as well: %s", path, error)
                 unread.add(step)
         self._parents = found
-        self._saving = {step: parents for step, parents in self._saving.items() if step not in found}
         return unread

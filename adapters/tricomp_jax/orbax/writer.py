@@ -109,7 +109,7 @@ class Writer:
         keep = self.options.parents
         if not isinstance(keep, KeepParents):
             return taken
-        parent = self._parent(taken.place, keep.kept)
+        parent = self._parent(taken.place, keep.parents(taken.place))
         if taken.place.step is not None:
             keep.note(taken.place.step, None if parent is None else parent.step)
         return replace(taken, parent=parent, is_chosen=True)
