@@ -147,7 +147,7 @@ def test_words_are_decoded_into_the_arrays_given(backend):
         room = np.full(frame.plan.n_words + 8, 0xAA, frame.plan.dtype.word_dtype)
         into = room[4:-4]
         job = DecodeJob(Plan.from_wire(frame.plan.to_wire()), frame.data)
-        ((words, total, _),) = engine.decode([job], [into])
+        ((words, total, *_),) = engine.decode([job], [into])
         assert words.__array_interface__["data"] == into.__array_interface__["data"]
         assert np.array_equal(into, snapshot.words(i))
         assert (room[:4] == 0xAA).all()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from dataclasses import dataclass, field
 
 import ml_dtypes
 import numpy as np
@@ -17,8 +18,10 @@ import tricomp
 from tests.kernel_cases import on_device as tensor_of
 from tests.kernel_cases import torch
 from tricomp import codec, dtypes
+from tricomp.codec.batch import Work
 from tricomp.codec.engine import Engine
 from tricomp.errors import BackendError, InvalidArgument, OutOfDeviceMemory
+from tricomp.kernels import encode as kernels_encode
 from tricomp.kernels import survey
 from tricomp.kernels.device import IS_INTERPRETED, Device
 from tricomp.layout import DeviceArray, Snapshot, snapshot_of
@@ -320,7 +323,7 @@ def test_surveys_count_and_digest_every_width():
             compared = int(words[0]) if like is None else like
             counts = int((words != compared).sum()), int((words != other).sum()), int(np.bitwise_or.reduce(words))
             expected.append((*counts, digest_sum(words, first_byte), digest_sum(other, first_byte), compared))
-    assert [tuple(found) for found in survey.survey(requests, device)] == expected
+    assert [tuple(found) for found in survey.survey(requests, device).result()] == expected
 
 
 def test_means_of_rows_are_those_that_the_planner_takes():
@@ -331,7 +334,7 @@ def test_means_of_rows_are_those_that_the_planner_takes():
         words = rng.integers(0, 1 << dtype.word_bits - 1, 20000, dtype=np.uint64).astype(dtype.word_dtype) << 1
         words[rng.random(20000) < 0.3] = 0
         words[3000:4000] = 0
-        (found,) = survey.gather([survey.Lookup(tensor_of(words), rows, columns, 104, dtype)], Device(CPU))
+        (found,) = survey.gather([survey.Lookup(tensor_of(words), rows, columns, 104, dtype)], Device(CPU)).result()
         expected = []
         for row in words[rows[:, None] * 104 + columns].tolist():
             used = [word & (1 << dtype.word_bits - 1) - 1 for word in row if word]
@@ -356,6 +359,144 @@ def test_many_small_leaves_are_a_handful_of_launches(monkeypatch):
     frames = list(codec.encode(snapshot, None, SHORT))
     assert sum(len(frame.leaves) for frame in frames) == 60
     assert len(launched) <= 12, launched
+
+
+@dataclass
+class Waits:
+    """What the host waited for. An event that comes before one that was waited for costs no time.
+
+    made: events; done: the last one that was waited for; found: for each wait, whether the device had more to do.
+    n_copies: waits for bytes, which cross on a stream of their own.
+    """
+
+    made: int = 0
+    done: int = 0
+    n_rounds: int = 0
+    n_batches: int = 0
+    n_copies: int = 0
+    found: list[bool] = field(default_factory=list)
+
+    def event(self):
+        self.made += 1
+        return Event(self, self.made)
+
+    def copy(self):
+        return Event(self, 0)
+
+
+@dataclass
+class Event:
+    waits: Waits
+    number: int
+
+    def wait(self):
+        self.waits.n_copies += self.number == 0
+        if self.number > self.waits.done:
+            self.waits.done = self.number
+            self.waits.found.append(self.number < self.waits.made)
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Waits of the host from now on, in batches of a few leaves."""
+    found, round_of, begin = Waits(), kernels_encode._Round.__init__, Engine.begin_encoding
+
+    def count_round(self, *arguments):
+        found.n_rounds += 1
+        round_of(self, *arguments)
+
+    def count_batch(self, jobs, room):
+        found.n_batches += 1
+        return begin(self, jobs, room)
+
+    monkeypatch.setattr(Device, "event", lambda self: found.event())
+    monkeypatch.setattr(Device, "fetch", lambda self, tensor: (self.to_host(tensor), found.copy()))
+    monkeypatch.setattr(kernels_encode._Round, "__init__", count_round)
+    monkeypatch.setattr(Engine, "begin_encoding", count_batch)
+    monkeypatch.setattr("tricomp.codec.engine.DEVICE_BATCH_WORDS", 1000)
+    monkeypatch.setattr("tricomp.codec.encoding.SMALL_WORDS", 250)
+    return found
+
+
+N_SIBLING_WAITS = 4  # a checkpoint: words of all leaves, digests of those alike, these compared, casts looked at
+
+
+def two_steps(n_layers=4):
+    """Many leaves of a few hundred words, of every kind, and one that is looked at twice; at two steps."""
+    rng = np.random.default_rng(2)
+    w = (rng.normal(size=(10, 30)) * np.exp(rng.normal(size=(10, 1)))).astype(np.float32)
+    few = np.where(rng.random(9000) < 0.3, rng.normal(size=9000), 0).astype(np.float32)
+    steps = []
+    for step in (0, 3):
+        noise = np.random.default_rng(step)
+        found = {
+            f"{i}/w": (w * np.exp(1e-3 * noise.normal(size=w.shape)) * 2**i).astype(np.float32) for i in range(n_layers)
+        }
+        found |= {f"{i}/v": found[f"{i}/w"] ** 2 for i in range(n_layers // 2)}
+        found |= {f"{i}/half": found[f"{i}/w"].astype(ml_dtypes.bfloat16) for i in range(n_layers)}
+        found |= {"tied": found["0/w"].copy(), "zeros": np.zeros(600, np.int16), "still": w}
+        found |= {"few": few} if n_layers > 2 else {}
+        found |= {f"{i}/b": noise.normal(size=40).astype(np.float32) for i in range(8)}
+        steps.append(snapshot_of(list(found), list(found.values())))
+    return steps
+
+
+@pytest.mark.parametrize("has_reference", [False, True])
+def test_a_save_waits_twice_a_batch_for_plans(waits, has_reference):
+    """And twice a round: for its sizes, and for its bytes."""
+    old, new = two_steps()
+    parent = on_device(old) if has_reference else None
+    frames = list(codec.encode(on_device(new), parent, SHORT))
+    assert waits.n_batches > 5
+    assert waits.n_rounds == waits.n_copies >= waits.n_batches - 2  # a batch may be of copies alone
+    assert len(waits.found) - waits.n_rounds <= N_SIBLING_WAITS + 2 * waits.n_batches
+    assert (
+        sum(waits.found) >= waits.n_batches - 3
+    )  # the next one is surveyed by then, if there is one, and not too large
+    host = codec.encode(new, old if has_reference else None, SHORT, backend="native")
+    data = {frame.leaves: (frame.plan, frame.data, frame.digests) for frame in host}
+    assert {frame.leaves: (frame.plan, frame.data, frame.digests) for frame in frames} == data
+
+
+def test_a_batch_is_planned_later_where_memory_is_short(waits, monkeypatch):
+    begin_ahead, asked = Work.begin_ahead, []
+    _, new = two_steps(2)
+
+    def refuse(self, shape, dtype):
+        raise OutOfDeviceMemory("cuda:0: no memory")
+
+    def begin_in_vain(self, tasks):
+        with monkeypatch.context() as patch:
+            patch.setattr(Device, "empty", refuse)
+            asked.append(begin_ahead(self, tasks))
+        return asked[-1]
+
+    monkeypatch.setattr(Work, "begin_ahead", begin_in_vain)
+    assert frames_of(on_device(new), None, SHORT) == frames_of(new, None, SHORT, backend="native")
+    assert len(asked) > 3
+    assert not any(asked)
+
+
+def test_a_load_waits_once_a_batch(tmp_path, waits):
+    steps = [
+        {
+            leaf.path: dtypes.from_words(step.words(i), leaf.dtype, leaf.shape)
+            for i, leaf in enumerate(step.layout.leaves)
+        }
+        for step in two_steps(2)
+    ]
+    n_words = sum(array.size for array in steps[0].values())
+    parent = None
+    for n_files, (name, step) in enumerate(zip(("a.tri", "b.tri"), steps, strict=True), start=1):
+        tricomp.save(tmp_path / name, step, reference=parent, spec=SHORT)
+        waits.found.clear()
+        with tricomp.open(tmp_path / name, reference=parent) as file:
+            found = file.load_to(CPU)
+        # A batch is full when it has its words; those that repeat others come last.
+        assert len(waits.found) <= n_files * (n_words // 1000 + 2)
+        for path, array in step.items():
+            assert found[path].words.numpy().tobytes() == array.tobytes(), path
+        parent = tmp_path / name
 
 
 def test_a_step_that_the_device_cannot_hold_is_saved_all_the_same(far, tmp_path, monkeypatch, caplog):

@@ -45,7 +45,7 @@ def test_batches_change_no_byte(tmp_path, monkeypatch):
 
 def test_frames_are_encoded_while_others_are_written(small_batches, monkeypatch):
     """And never more than a batch ahead."""
-    encoded, real = [], codec.Engine.encode
+    encoded, real = [], codec.Engine.begin_encoding
     is_ahead = threading.Event()
 
     def noted(engine, jobs, room):
@@ -54,7 +54,7 @@ def test_frames_are_encoded_while_others_are_written(small_batches, monkeypatch)
             is_ahead.set()
         return real(engine, jobs, room)
 
-    monkeypatch.setattr(codec.Engine, "encode", noted)
+    monkeypatch.setattr(codec.Engine, "begin_encoding", noted)
     frames = codec.encode(content_of(TREE).snapshot)
     next(frames)
     assert is_ahead.wait(10)  # the second batch is at work while a frame of the first is here
@@ -82,7 +82,7 @@ def test_what_goes_wrong_in_writing_ends_the_encoder(small_batches, error, n_pie
 @pytest.mark.parametrize("n_batches", [0, 1, 4])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, tricomp.StorageError])
 def test_what_goes_wrong_in_the_encoder_ends_the_writing(small_batches, monkeypatch, tmp_path, error, n_batches):
-    real, n_done = codec.Engine.encode, 0
+    real, n_done = codec.Engine.begin_encoding, 0
 
     def failing(engine, jobs, room):
         nonlocal n_done
@@ -92,7 +92,7 @@ def test_what_goes_wrong_in_the_encoder_ends_the_writing(small_batches, monkeypa
         return real(engine, jobs, room)
 
     (tmp_path / "a.tri").write_bytes(b"before")
-    monkeypatch.setattr(codec.Engine, "encode", failing)
+    monkeypatch.setattr(codec.Engine, "begin_encoding", failing)
     with pytest.raises(error, match="here"):
         tricomp.save(tmp_path / "a.tri", TREE)
     assert [path.name for path in tmp_path.iterdir()] == ["a.tri"]

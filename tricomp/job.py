@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -17,6 +17,13 @@ from tricomp.dtypes import DType, Words
 from tricomp.plan import Plan, Spec
 
 Array = np.ndarray[Any, Any]
+Found = TypeVar("Found", covariant=True)
+
+
+class Later(Protocol[Found]):
+    """Work that a backend has begun, on a device maybe. Its result is waited for, and asked for once."""
+
+    def result(self) -> Found: ...
 
 
 @dataclass(frozen=True)
@@ -150,6 +157,16 @@ class EncodeJob:
     reference_sum: int | None = None
 
 
+class Compared(NamedTuple):
+    """Whether words are those they were compared with, False where there were none; and what they add to a digest.
+
+    digest_sum: see Encoded, None where the backend did not take it on the way.
+    """
+
+    is_equal: bool
+    digest_sum: int | None = None
+
+
 class Room(Protocol):
     """Where the payloads of a frame wait until its head is known. A list is one."""
 
@@ -190,8 +207,9 @@ class DecodeJob:
     """One frame to decode, or the words [start, stop) of it. For `cast`: source is the reference's dtype.
 
     reference: uint[stop - start] as the plan asks. start: of a chunk; stop: of one, or the frame's end; None: the end.
-    name: what errors call the frame, a leaf's path. wants_reference_sum: see Summed. is_checked: whoever asks compares
-    a checksum of all of data, so those of its chunks are left alone.
+    name: what errors call the frame, a leaf's path. leaf_words: of each leaf, where a whole frame has several.
+    wants_reference_sum: see Summed. is_checked: whoever asks compares a checksum of all of data, so those of its chunks
+    are left alone.
     """
 
     plan: Plan
@@ -201,6 +219,7 @@ class DecodeJob:
     name: str = "array"
     start: int = 0
     stop: int | None = None
+    leaf_words: Sequence[int] = ()
     wants_reference_sum: bool = False
     is_checked: bool = False
 
@@ -217,9 +236,11 @@ class DecodeJob:
 class Summed(NamedTuple):
     """Decoded words, and what they add to the digest of the frame's one leaf, see digest_end.
 
-    reference_sum: what the reference adds to its own digest, where the job wanted it.
+    reference_sum: what the reference adds to its own digest, where the job wanted it. leaf_sums: what each leaf adds to
+    its digest, where the frame has several and the backend took them on the way.
     """
 
     words: Words
     digest_sum: int
     reference_sum: int | None = None
+    leaf_sums: Sequence[int] | None = None

@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import cache, partial
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,7 @@ import xxhash
 from tricomp import native
 from tricomp.dtypes import DType, Words
 from tricomp.errors import BackendError, InvalidArgument
-from tricomp.job import DecodeJob, Encoded, EncodeJob, Facts, Gathered, Lattice, Room, Summed
+from tricomp.job import Compared, DecodeJob, Encoded, EncodeJob, Later, Room, Summed
 from tricomp.layout import DeviceArray
 from tricomp.native import digest
 from tricomp.native.side import read_side, side_bytes
@@ -29,8 +30,8 @@ from tricomp.plan import Spec
 
 if TYPE_CHECKING:
     from tricomp.kernels.device import Device
-    from tricomp.kernels.encode import Coded
-    from tricomp.kernels.survey import Surveyed
+    from tricomp.kernels.encode import Coded, Pending
+    from tricomp.kernels.survey import PendingSurvey, Request
 
 FrameToPlan = tuple[Words, Words | None, DType, Sequence[int] | None, Spec, int | None]
 
@@ -153,9 +154,13 @@ class Accelerator:
         """Words one after the other."""
         return self.device.joined([self.adopted(part) for part in parts], _ALIGN)
 
-    def is_equal(self, words: Any, others: Any) -> bool:
-        """Whether two arrays of words are the same."""
-        return self.device.is_equal(self.adopted(words), self.adopted(others))
+    def compare(self, pairs: Sequence[tuple[Any, Any]]) -> Later[list[Compared]]:
+        """Launch comparing words with others, or with none; and their digests."""
+        from tricomp.kernels.survey import Request, survey
+
+        requests = [Request(self.adopted(words), None if old is None else self.adopted(old)) for words, old in pairs]
+        with self.device.running():
+            return _Comparing(requests, survey(requests, self.device) if requests else None)
 
     def rounded(self, words: Any, dtype: DType, kept_bits: int) -> Any:
         """Floats rounded to nearest even at kept_bits of mantissa, see reference.bits.round_mantissa."""
@@ -167,90 +172,40 @@ class Accelerator:
         """Of each (words, first, step, most): at most so many words from first on, on the host."""
         from tricomp.kernels.survey import Lookup, gather
 
-        lookups = []
+        if not requests:
+            return []
         nothing = np.zeros(1, np.int64)
+        places: dict[tuple[int, int, int], Words] = {}  # leaves of a size share them
+        lookups = []
         for words, first, step, most in requests:
-            rows = np.arange(first, len(words), step, dtype=np.int64)[:most]
-            lookups.append(Lookup(self.adopted(words), rows, nothing, 1))
+            key = first, step, min(most, -(-(len(words) - first) // step))
+            if key not in places:
+                places[key] = first + step * np.arange(max(key[2], 0))
+            lookups.append(Lookup(self.adopted(words), places[key], nothing, 1))
         with self.device.running():
-            return gather(lookups, self.device) if lookups else []
+            return gather(lookups, self.device).result()
 
     def digest_sums(self, parts: Sequence[tuple[Any, int]], threads: int) -> list[int]:
         """What each part adds to its leaf's digest."""
         from tricomp.kernels.survey import Request, survey
 
+        requests = [Request(self.adopted(words), first_byte=first) for words, first in parts]
         with self.device.running():
-            found = survey([Request(self.adopted(words), first_byte=first) for words, first in parts], self.device)
-        return [one.digest_sum for one in found]
+            return [one.digest_sum for one in survey(requests, self.device).result()]
 
-    def plan_frames(self, frames: Sequence[FrameToPlan], threads: int) -> list[EncodeJob]:
-        """A plan for each frame: all words are surveyed, some gathered, and the native planner decides from these."""
-        from tricomp.kernels.survey import Request, survey
-        from tricomp.native.planner_gathered import lattices, plan_gathered, wanted
+    def plan_frames(self, frames: Sequence[FrameToPlan], threads: int) -> Later[list[EncodeJob]]:
+        """Launch what tells how to encode each frame."""
+        from tricomp.codec.planning import Planning
 
-        words = [self.adopted(frame[0]) for frame in frames]
-        references = [None if frame[1] is None else self.adopted(frame[1]) for frame in frames]
-        with self.device.running():
-            found = survey([Request(*pair) for pair in zip(words, references, strict=True)], self.device)
-        facts = [_facts(one, old is not None) for one, old in zip(found, references, strict=True)]
-        first = [
-            () if known.is_exact else tuple(lattices(len(new), frame[2], frame[3], old is not None))
-            for frame, new, old, known in zip(frames, words, references, facts, strict=True)
+        if not frames:
+            return _Nothing()
+        adopted = [
+            (self.adopted(words), None if old is None else self.adopted(old), *rest) for words, old, *rest in frames
         ]
-        told = self._gathered(first, words, references, [frame[2] for frame in frames])
-        gathered = [
-            Gathered(len(new), *frame[2:], known, places, *some)
-            for frame, new, known, places, some in zip(frames, words, facts, first, told, strict=True)
-        ]
-        more = wanted(gathered, threads, has_means=True)
-        told = self._gathered([one.lattices for one in more], words, references, [frame[2] for frame in frames])
-        counted = [i for i, one in enumerate(more) if one.commonest is not None]
-        likes = [Request(words[i], like=more[i].commonest) for i in counted]
-        with self.device.running():
-            counts = survey(likes, self.device) if likes else []
-        gathered = [one.extended(asked.lattices, *some) for one, asked, some in zip(gathered, more, told, strict=True)]
-        for i, one in zip(counted, counts, strict=True):
-            gathered[i] = replace(gathered[i], n_unlike_commonest=one.n_unlike)
-        return [
-            EncodeJob(
-                plan,
-                side,
-                new,
-                old if plan.reference == "parent" else None,
-                digest_sum=one.digest_sum,
-                reference_sum=one.reference_sum if plan.reference == "parent" else None,
-            )
-            for (plan, side), new, old, one in zip(
-                plan_gathered(gathered, threads), words, references, found, strict=True
-            )
-        ]
+        return Planning(adopted, self.device, threads)
 
-    def _gathered(
-        self,
-        places: Sequence[Sequence[Lattice]],
-        words: Sequence[Any],
-        references: Sequence[Any],
-        dtypes: Sequence[DType],
-    ) -> list[tuple[list[Words], list[Words | None] | None]]:
-        """What lattices want of the words of each frame, and of its reference."""
-        from tricomp.kernels.survey import Lookup, gather
-
-        lookups = [
-            Lookup(held, one.rows, one.columns, one.n_columns, dtype if one.is_mean else None)
-            for mine, new, old, dtype in zip(places, words, references, dtypes, strict=True)
-            for one in mine
-            for held in ((new, old) if one.has_reference else (new,))
-        ]
-        with self.device.running():
-            told = iter(gather(lookups, self.device) if lookups else [])
-        found = []
-        for mine, old in zip(places, references, strict=True):
-            pairs = [(next(told), next(told) if one.has_reference else None) for one in mine]
-            found.append(([some for some, _ in pairs], None if old is None else [some for _, some in pairs]))
-        return found
-
-    def encode(self, jobs: Sequence[EncodeJob], room: Callable[[], Room], threads: int) -> list[Encoded]:
-        """Encode frames; their bytes are in pinned host memory of their own."""
+    def encode(self, jobs: Sequence[EncodeJob], room: Callable[[], Room], threads: int) -> Later[list[Encoded]]:
+        """Launch the encoding of frames; their bytes will be in pinned host memory of their own."""
         from tricomp.kernels.encode import DeviceJob, encode
 
         given = [
@@ -264,8 +219,7 @@ class Accelerator:
             for job in jobs
         ]
         with self.device.running():
-            coded = encode(given, self.device).result()
-        return [_assembled(job, one, threads) for job, one in zip(jobs, coded, strict=True)]
+            return _Encoding(jobs, encode(given, self.device), self.device, threads)
 
     def decode(self, jobs: Sequence[DecodeJob], threads: int, into: Sequence[Any] | None) -> list[Summed]:
         """Decode frames to the device; into: tensors, or arrays to copy to; None: tensors of their own.
@@ -292,19 +246,24 @@ class Accelerator:
             for job, side, target, old in zip(jobs, known, targets, references, strict=True)
         ]
         with self.device.running():
-            checksums = partial(digest.checksums, threads=threads)
-            decode(waiting, self.device, checksums).result()
-            found = survey(
-                [
-                    Request(
-                        self.adopted(target),
-                        old if job.wants_reference_sum else None,
-                        first_byte=job.start * target.element_size(),
-                    )
-                    for job, target, old in zip(jobs, targets, references, strict=True)
-                ],
-                self.device,
-            )
+            decoding = decode(waiting, self.device, partial(digest.checksums, threads=threads))
+            # What is decoded is surveyed before anybody knows whether all is well: so the host waits once.
+            whole = [
+                Request(
+                    self.adopted(target),
+                    old if job.wants_reference_sum else None,
+                    first_byte=job.start * target.element_size(),
+                )
+                for job, target, old in zip(jobs, targets, references, strict=True)
+            ]
+            parts = [
+                Request(self.adopted(target[start:end]))
+                for job, target in zip(jobs, targets, strict=True)
+                for start, end in pairwise(accumulate(job.leaf_words, initial=0))
+            ]
+            found = survey(whole + parts, self.device).result()
+            decoding.result()
+        of_leaves = iter(found[len(jobs) :])
         wanted = [None] * len(jobs) if into is None else into
         words = [self._handed_over(target, one) for target, one in zip(targets, wanted, strict=True)]
         return [
@@ -312,8 +271,9 @@ class Accelerator:
                 new,
                 one.digest_sum,
                 one.reference_sum if job.wants_reference_sum and job.reference is not None else None,
+                [next(of_leaves).digest_sum for _ in job.leaf_words] if job.leaf_words else None,
             )
-            for job, new, one in zip(jobs, words, found, strict=True)
+            for job, new, one in zip(jobs, words, found, strict=False)
         ]
 
     def _handed_over(self, decoded: Any, wanted: Any) -> Any:
@@ -326,8 +286,38 @@ class Accelerator:
         return to_host(decoded) if self._is_host_wanted else self.device.given(decoded)
 
 
-def _facts(found: Surveyed, has_reference: bool) -> Facts:
-    return Facts(found.like, found.n_unlike, found.n_unlike_reference if has_reference else None, found.joined)
+class _Nothing:
+    """Later, where nothing was asked for."""
+
+    def result(self) -> list[Any]:
+        return []
+
+
+class _Comparing:
+    """Words being compared."""
+
+    def __init__(self, requests: Sequence[Request], surveyed: PendingSurvey | None) -> None:
+        self._has_others = [request.reference is not None for request in requests]
+        self._surveyed = surveyed
+
+    def result(self) -> list[Compared]:
+        found = [] if self._surveyed is None else self._surveyed.result()
+        return [
+            Compared(has_others and one.n_unlike_reference == 0, one.digest_sum)
+            for has_others, one in zip(self._has_others, found, strict=True)
+        ]
+
+
+class _Encoding:
+    """Frames being encoded."""
+
+    def __init__(self, jobs: Sequence[EncodeJob], pending: Pending, device: Device, threads: int) -> None:
+        self._jobs, self._pending, self._device, self._threads = jobs, pending, device, threads
+
+    def result(self) -> list[Encoded]:
+        with self._device.running():
+            coded = self._pending.result()
+        return [_assembled(job, one, self._threads) for job, one in zip(self._jobs, coded, strict=True)]
 
 
 def _assembled(job: EncodeJob, coded: Coded, threads: int) -> Encoded:

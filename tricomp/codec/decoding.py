@@ -75,25 +75,30 @@ def decode_many(
     and WrongReference when a reference is missing or of another size.
     """
     engine = engine or Engine()
-    jobs = [_job(frame, range(frame.plan.n_words)) for frame in frames]
-    if wants_parents:
-        jobs = [replace(job, wants_reference_sum=job.plan.reference == "parent") for job in jobs]
+    jobs = [
+        replace(
+            _job(frame, range(frame.plan.n_words)),
+            leaf_words=[leaf.n_words for leaf in frame.leaves] if len(frame.leaves) > 1 else (),
+            wants_reference_sum=wants_parents and frame.plan.reference == "parent",
+        )
+        for frame in frames
+    ]
     found = engine.decode(jobs, into)
     parts: list[list[Words]] = []
-    shared: list[Words] = []
-    for frame, (words, *_) in zip(frames, found, strict=True):
+    untold: list[Words] = []
+    for frame, whole in zip(frames, found, strict=True):
         ends = accumulate((leaf.n_words for leaf in frame.leaves), initial=0)
-        parts.append([words] if len(frame.leaves) == 1 else [words[start:end] for start, end in pairwise(ends)])
-        shared += parts[-1] if len(frame.leaves) > 1 else []
-    told = iter(engine.digests(shared) if shared else [])
-    return [
-        Decoded(
-            words,
-            [digest_end(whole.digest_sum, whole.words.nbytes)] if len(words) == 1 else [next(told) for _ in words],
-            None if whole.reference_sum is None else digest_end(whole.reference_sum, whole.words.nbytes),
-        )
-        for words, whole in zip(parts, found, strict=True)
-    ]
+        is_alone = len(frame.leaves) == 1
+        parts.append([whole.words] if is_alone else [whole.words[start:end] for start, end in pairwise(ends)])
+        untold += [] if is_alone or whole.leaf_sums is not None else parts[-1]
+    told = iter(engine.digest_sums([(words, 0) for words in untold]) if untold else [])
+    decoded = []
+    for words, whole in zip(parts, found, strict=True):
+        sums = [whole.digest_sum] if len(words) == 1 else whole.leaf_sums or [next(told) for _ in words]
+        digests = [digest_end(total, part.nbytes) for total, part in zip(sums, words, strict=True)]
+        parent = None if whole.reference_sum is None else digest_end(whole.reference_sum, whole.words.nbytes)
+        decoded.append(Decoded(words, digests, parent))
+    return decoded
 
 
 def decode_parts(

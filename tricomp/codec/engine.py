@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import xxhash
@@ -24,7 +24,7 @@ from tricomp.bounds import Bytes
 from tricomp.codec import accelerator
 from tricomp.dtypes import DType, Words
 from tricomp.errors import BackendError, InvalidArgument
-from tricomp.job import DecodeJob, Encoded, EncodeJob, Room, Summed
+from tricomp.job import Compared, DecodeJob, Encoded, EncodeJob, Later, Room, Summed
 from tricomp.plan import Spec
 from tricomp.reference.bits import is_equal, round_mantissa
 from tricomp.reference.digest import digest_end, digest_sum
@@ -39,33 +39,48 @@ THREAD_WORDS = 1 << 19  # words of a batch that keep one thread busy: batches ar
 DEVICE_BATCH_WORDS = 64 << 20  # of a batch on a GPU: it takes 3,000 chunks to fill one; streams wait in as much memory
 _COPY_BYTES = 16 << 20  # copied at a time
 
+Found = TypeVar("Found")
+Pairs = Sequence[tuple[Words, Words | None]]
+"""Words and those to compare them with; None: there are none."""
 FrameToPlan = tuple[Words, Words | None, DType, Sequence[int] | None, Spec, int | None]
 """Words, reference, dtype, shape of the leaf (None: several small ones), spec, mantissa bits kept: see plan_frame."""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """What the codec calls of a backend; all but the reference's planner and encoder take threads=.
+    """What the codec calls of a backend, all with threads= up to digest_sums.
 
-    plan_frames: frames to plan -> jobs. encode: jobs, room -> Encoded. decode: jobs, into= -> Summed. digest_sums:
-    parts of leaves, and the byte of its leaf at which each begins -> what each adds to its digest. seal: buffers ->
-    their bytes in a row, and their XXH3 as msgpack has it. What is not about coding: adopted: words as the others take
-    them; joined: words one after the other; is_equal; rounded: see round_mantissa; strided: of each (words, first,
-    step, most) some words, on the host. batch_words: as many as are best coded at a time, by threads.
+    plan_frames: frames to plan -> jobs, later. encode: jobs, room -> Encoded, later. decode: jobs, into= -> Summed.
+    digest_sums: parts of leaves, and the byte of its leaf at which each begins -> what each adds to its digest. seal:
+    buffers -> their bytes in a row, and their XXH3 as msgpack has it. What is not about coding: adopted: words as the
+    others take them; joined: words one after the other; compare: pairs -> Compared, later; rounded: see round_mantissa;
+    strided: of each (words, first, step, most) some words, on the host. batch_words: as many as are best coded at a
+    time, by threads. words_ahead: as many may be planned while others are encoded.
     """
 
     name: str
-    plan_frames: Callable[..., list[EncodeJob]]
-    encode: Callable[..., list[Encoded]]
+    plan_frames: Callable[..., Later[list[EncodeJob]]]
+    encode: Callable[..., Later[list[Encoded]]]
     decode: Callable[..., list[Summed]]
     digest_sums: Callable[..., list[int]]
     seal: Callable[..., bytes]
     adopted: Callable[[Any], Words]
     joined: Callable[[Sequence[Words]], Words]
-    is_equal: Callable[[Words, Words], bool]
+    compare: Callable[[Pairs], Later[list[Compared]]]
     rounded: Callable[[Words, DType, int], Words]
     strided: Callable[[Sequence[tuple[Words, int, int, int]]], list[Words]]
     batch_words: Callable[[int], int]
+    words_ahead: int
+
+
+@dataclass(frozen=True)
+class _Now(Generic[Found]):
+    """A Later that is there."""
+
+    found: Found
+
+    def result(self) -> Found:
+        return self.found
 
 
 def _joined(parts: Sequence[Words]) -> Words:
@@ -88,14 +103,19 @@ def _strided(requests: Sequence[tuple[Words, int, int, int]]) -> list[Words]:
     return [words[first::step][:most] for words, first, step, most in requests]
 
 
+def _compare(pairs: Pairs) -> Later[list[Compared]]:
+    return _Now([Compared(others is not None and is_equal(words, others)) for words, others in pairs])
+
+
 # What the backends on the host share of a Backend, after seal.
 _ON_HOST: tuple[Any, ...] = (
     accelerator.to_host,
     _joined,
-    is_equal,
+    _compare,
     round_mantissa,
     _strided,
     lambda threads: max(BATCH_WORDS, THREAD_WORDS * threads),
+    0,
 )
 
 
@@ -125,8 +145,8 @@ def _reference() -> Backend:
 
     return Backend(
         "reference",
-        lambda frames, threads: [plan_frame(*frame) for frame in frames],
-        lambda jobs, room, threads: encode.encode(jobs, room),
+        lambda frames, threads: _Now([plan_frame(*frame) for frame in frames]),
+        lambda jobs, room, threads: _Now(encode.encode(jobs, room)),
         summed,
         lambda parts, threads: [digest_sum(words, first) for words, first in parts],
         seal,
@@ -137,8 +157,15 @@ def _reference() -> Backend:
 def _native() -> Backend:
     from tricomp.native import decode, digest, encode, planner
 
-    planned, digested = planner.plan_frames, digest.digest_sums
-    return Backend("native", planned, encode.encode, decode.decode_summed, digested, encode.seal, *_ON_HOST)
+    return Backend(
+        "native",
+        lambda frames, threads: _Now(planner.plan_frames(frames, threads)),
+        lambda jobs, room, threads: _Now(encode.encode(jobs, room, threads)),
+        decode.decode_summed,
+        digest.digest_sums,
+        encode.seal,
+        *_ON_HOST,
+    )
 
 
 def _triton(device: Any, is_host_wanted: bool) -> Backend:
@@ -153,10 +180,11 @@ def _triton(device: Any, is_host_wanted: bool) -> Backend:
         _backend("native").seal,
         worker.adopted,
         worker.joined,
-        worker.is_equal,
+        worker.compare,
         worker.rounded,
         worker.strided,
         lambda threads: DEVICE_BATCH_WORDS,
+        DEVICE_BATCH_WORDS,
     )
 
 
@@ -233,13 +261,21 @@ class Engine:
         _warn_of_host(str(why))
         return replace(self, backend="native" if native.is_there() else "reference")
 
-    def plan_frames(self, frames: Sequence[FrameToPlan]) -> list[EncodeJob]:
-        """A plan for each frame, see plan_frame."""
+    def begin_plans(self, frames: Sequence[FrameToPlan]) -> Later[list[EncodeJob]]:
+        """Begin to plan frames: a plan for each, see plan_frame."""
         return self.coder.plan_frames(frames, threads=self.n_threads)
 
-    def encode(self, jobs: Sequence[EncodeJob], room: Callable[[], Room]) -> list[Encoded]:
-        """Encode frames. room: makes the place where the payloads of one frame wait."""
+    def plan_frames(self, frames: Sequence[FrameToPlan]) -> list[EncodeJob]:
+        """A plan for each frame."""
+        return self.begin_plans(frames).result()
+
+    def begin_encoding(self, jobs: Sequence[EncodeJob], room: Callable[[], Room]) -> Later[list[Encoded]]:
+        """Begin to encode frames. room: makes the place where the payloads of one frame wait."""
         return self.coder.encode(jobs, room, threads=self.n_threads)
+
+    def encode(self, jobs: Sequence[EncodeJob], room: Callable[[], Room]) -> list[Encoded]:
+        """Encode frames."""
+        return self.begin_encoding(jobs, room).result()
 
     def decode(self, jobs: Sequence[DecodeJob], into: Sequence[Words] | None = None) -> list[Summed]:
         """The words that each job asks for, in memory of their own, or in that of into, one array a job."""
@@ -257,9 +293,13 @@ class Engine:
         """Words one after the other, where this engine works."""
         return self.coder.joined(parts)
 
-    def is_equal(self, words: Words, others: Words) -> bool:
-        """Whether two arrays of words are the same."""
-        return self.coder.is_equal(words, others)
+    def begin_comparing(self, pairs: Pairs) -> Later[list[Compared]]:
+        """Begin to compare words with others."""
+        return self.coder.compare(pairs)
+
+    def are_equal(self, pairs: Sequence[tuple[Words, Words]]) -> list[bool]:
+        """Whether two arrays of words are the same, for each pair."""
+        return [found.is_equal for found in self.begin_comparing(pairs).result()]
 
     def rounded(self, words: Words, dtype: DType, kept_bits: int) -> Words:
         """Floats rounded to nearest even at kept_bits of mantissa."""
@@ -273,6 +313,11 @@ class Engine:
     def batch_words(self) -> int:
         """As many words as are best coded at a time."""
         return self.coder.batch_words(self.n_threads)
+
+    @property
+    def words_ahead(self) -> int:
+        """As many words may be planned while others are encoded: each takes twice its bytes of the device's memory."""
+        return self.coder.words_ahead
 
     def seal(self, parts: Sequence[Bytes]) -> bytes:
         """All parts in a row, and their checksum: a msgpack uint64 of XXH3 with 64 bits."""

@@ -6,17 +6,19 @@ alike, and every search is linear in the leaves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from tricomp.codec.engine import Engine
+from tricomp.dtypes import Words
 from tricomp.layout import Snapshot
 from tricomp.reference.bits import cast
 
 _LEAST_BYTES = 256  # of a leaf that is looked at
 _GLANCE_WORDS = 32  # of each leaf: where they differ, leaves do
 _PROBES, _PROBE_WORDS = 4, 16  # samples of a leaf, and words in each, by which casts are recognised
+_LOOKED_AT = 1024  # pairs of leaves at a time: of each some thousand words
 CAST_PAIRS = {
     ("float32", "bfloat16"),
     ("float32", "float16"),
@@ -33,57 +35,88 @@ def siblings(
 ) -> dict[int, int]:
     """Leaf number to that of an earlier equal leaf, or of a leaf that it is the cast of, among some. No chains.
 
-    digests_of: of leaves by number; asked for those alone that look alike.
+    digests_of: of leaves by number; asked for those alone that look alike. Each step looks at all leaves together: on a
+    device each is a wait.
     """
     leaves = snapshot.layout.leaves
     large = [i for i in numbers if leaves[i].n_bytes >= _LEAST_BYTES]
-    alike: dict[tuple[int, int, bytes], list[int]] = {}
-    steps = [max(leaves[i].n_words // _GLANCE_WORDS, 1) for i in large]
-    glances = engine.strided([(snapshot.words(i), 0, step, 2 * _GLANCE_WORDS) for i, step in zip(large, steps)])
-    for i, glance in zip(large, glances, strict=True):
-        alike.setdefault((leaves[i].dtype.number, leaves[i].n_words, glance.tobytes()), []).append(i)
-    repeats: dict[int, int] = {}
-    for members in alike.values():
-        if len(members) > 1:
-            repeats.update(_repeats(snapshot, members, digests_of(members), engine))
-    found = dict(sorted(repeats.items()))
-    by_shape: dict[tuple[int, ...], list[int]] = {}  # with the words at the end: a complex element has two
-    for i in large:
-        if i not in found:
-            by_shape.setdefault((*leaves[i].shape, leaves[i].n_words), []).append(i)
+    glances, probes = _glances(snapshot, large, engine)
+    found = dict(sorted(_repeats(snapshot, glances, digests_of, engine).items()))
     sources: set[int] = set(found.values())
-    for group in by_shape.values():
-        for i, source in _casts(snapshot, group, sources, engine).items():
-            found[i] = source
-            sources.add(source)
+    groups = _mixed(snapshot, [i for i in large if i not in found])
+    names = [_candidates(snapshot, group, probes) for group in groups]
+    pairs = [(i, source) for candidates in names for i, some in candidates.items() for source in some]
+    casts = _mostly_casts(snapshot, pairs, engine)
+    for group, candidates in zip(groups, names, strict=True):
+        narrow_first = sorted(group, key=lambda i: leaves[i].dtype.word_bits)
+        taken = set(sources)
+        mine: dict[int, int] = {}
+        for i in narrow_first:
+            for source in candidates.get(i, ()):
+                if i not in taken and source not in mine and (i, source) in casts:
+                    mine[i] = source
+                    taken.add(source)
+                    break
+        found |= mine
+        sources |= taken
     return found
 
 
-def _repeats(snapshot: Snapshot, members: Sequence[int], digests: Sequence[int], engine: Engine) -> dict[int, int]:
-    """Which of some leaves of one dtype and size repeat the first of their digest."""
-    found: dict[int, int] = {}
-    first_with: dict[int, int] = {}
-    for i, digest in zip(members, digests, strict=True):
-        j = first_with.setdefault(digest, i)
-        if j != i and engine.is_equal(snapshot.words(i), snapshot.words(j)):
-            found[i] = j
-    return found
+def _mixed(snapshot: Snapshot, numbers: Iterable[int]) -> list[list[int]]:
+    """Leaves of one shape and of several dtypes, together."""
+    leaves = snapshot.layout.leaves
+    by_shape: dict[tuple[int, ...], list[int]] = {}  # with the words at the end: a complex element has two
+    for i in numbers:
+        by_shape.setdefault((*leaves[i].shape, leaves[i].n_words), []).append(i)
+    return [group for group in by_shape.values() if len({leaves[i].dtype for i in group}) > 1]
 
 
-def _casts(snapshot: Snapshot, alike: Sequence[int], sources: Set[int], engine: Engine) -> dict[int, int]:
-    """Which of some leaves of one shape are casts of which others, nearly everywhere. No chains; wide before narrow.
+def _glances(
+    snapshot: Snapshot, large: Sequence[int], engine: Engine
+) -> tuple[dict[int, Words], dict[int, list[Words]]]:
+    """A few words of each leaf, by which equal ones are found, and samples of those that may be casts."""
+    leaves = snapshot.layout.leaves
+    requests = [(snapshot.words(i), 0, max(leaves[i].n_words // _GLANCE_WORDS, 1), 2 * _GLANCE_WORDS) for i in large]
+    probed = [i for group in _mixed(snapshot, large) for i in group]
+    for i in probed:
+        step = max(leaves[i].n_words // _PROBE_WORDS, 1)
+        requests += [(snapshot.words(i), k, step, _PROBE_WORDS) for k in range(_PROBES)]
+    told = iter(engine.strided(requests))
+    glances = {i: next(told) for i in large}
+    return glances, {i: [next(told) for _ in range(_PROBES)] for i in probed}
+
+
+def _repeats(
+    snapshot: Snapshot,
+    glances: Mapping[int, Words],
+    digests_of: Callable[[Iterable[int]], list[int]],
+    engine: Engine,
+) -> dict[int, int]:
+    """Which leaves repeat the first of their dtype, size and digest."""
+    leaves = snapshot.layout.leaves
+    alike: dict[tuple[int, int, bytes], list[int]] = {}
+    for i, glance in glances.items():
+        alike.setdefault((leaves[i].dtype.number, leaves[i].n_words, glance.tobytes()), []).append(i)
+    some = {i: kind for kind, members in alike.items() if len(members) > 1 for i in members}
+    first_with: dict[tuple[object, int], int] = {}
+    pairs = []
+    for (i, kind), digest in zip(some.items(), digests_of(some), strict=True):
+        j = first_with.setdefault((kind, digest), i)
+        if j != i:
+            pairs.append((i, j))
+    equal = engine.are_equal([(snapshot.words(i), snapshot.words(j)) for i, j in pairs])
+    return {i: j for (i, j), is_equal in zip(pairs, equal, strict=True) if is_equal}
+
+
+def _candidates(
+    snapshot: Snapshot, alike: Sequence[int], probes: Mapping[int, Sequence[Words]]
+) -> dict[int, list[int]]:
+    """Leaf number to those of leaves that it may be the cast of, among some of one shape, likely ones first.
 
     A few words of every leaf, cast to every dtype present, are looked up: the time is linear in the leaves.
     """
     leaves = snapshot.layout.leaves
     targets = {leaves[i].dtype for i in alike}
-    if len(targets) < 2:
-        return {}
-    n_words = leaves[alike[0]].n_words
-    step = max(n_words // _PROBE_WORDS, 1)
-    requests = [(snapshot.words(i), k, step, _PROBE_WORDS) for i in alike for k in range(_PROBES)]
-    told = iter(engine.strided(requests))
-    probes = {i: [next(told) for _ in range(_PROBES)] for i in alike}
     known: dict[tuple[str, int, bytes], int] = {}
     for j in alike:
         dtype = leaves[j].dtype
@@ -92,27 +125,29 @@ def _casts(snapshot: Snapshot, alike: Sequence[int], sources: Set[int], engine: 
                 for k, probe in enumerate(probes[j]):
                     words = cast(probe, dtype, target)
                     known.setdefault((target.name, k, words.tobytes()), j)
-    found: dict[int, int] = {}
-    taken = set(sources)
-    for i in sorted(alike, key=lambda i: leaves[i].dtype.word_bits):
-        if i in taken:
-            continue
+    found: dict[int, list[int]] = {}
+    for i in alike:
         for k, probe in enumerate(probes[i]):
             source = known.get((leaves[i].dtype.name, k, probe.tobytes()))
-            if source is None or source in found or not probe.any():
-                continue
-            if _is_mostly_cast(snapshot, i, source, engine):
-                found[i] = source
-                taken.add(source)
-                break
+            if source is not None and probe.any() and source not in found.get(i, ()):
+                found.setdefault(i, []).append(source)
     return found
 
 
-def _is_mostly_cast(snapshot: Snapshot, i: int, source: int, engine: Engine) -> bool:
-    """Whether leaf i is the cast of leaf source in all but 1 % of some thousand words."""
-    n_words = snapshot.layout.leaves[i].n_words
-    step = max(n_words // 4096, 1)
-    wide, narrow = engine.strided([(snapshot.words(j), 0, step, n_words) for j in (source, i)])
-    dtypes = (snapshot.layout.leaves[source].dtype, snapshot.layout.leaves[i].dtype)
-    is_other = cast(wide, *dtypes) != narrow
-    return int(np.count_nonzero(is_other)) * 100 <= len(is_other)
+def _mostly_casts(snapshot: Snapshot, candidates: Sequence[tuple[int, int]], engine: Engine) -> set[tuple[int, int]]:
+    """Which leaves are the cast of the other one in all but 1 % of some thousand words."""
+    leaves = snapshot.layout.leaves
+    found = set()
+    for first in range(0, len(candidates), _LOOKED_AT):
+        part = candidates[first : first + _LOOKED_AT]
+        requests = []
+        for pair in part:
+            n_words = leaves[pair[0]].n_words
+            requests += [(snapshot.words(j), 0, max(n_words // 4096, 1), n_words) for j in pair]
+        told = iter(engine.strided(requests))
+        for i, source in part:
+            narrow, wide = next(told), next(told)
+            is_other = cast(wide, leaves[source].dtype, leaves[i].dtype) != narrow
+            if int(np.count_nonzero(is_other)) * 100 <= len(is_other):
+                found.add((i, source))
+    return found

@@ -164,11 +164,6 @@ class Device:
             room = self._room(n_bytes, parts[0].element_size(), align)
             return torch.cat(list(parts), out=room)
 
-    def is_equal(self, words: torch.Tensor, others: torch.Tensor) -> bool:
-        """Whether two int tensors of this device are the same. Waits."""
-        with self.running():
-            return torch.equal(words, others)
-
     def _room(self, n_bytes: int, item_bytes: int, align: int) -> torch.Tensor:
         """An int tensor of so many bytes at a multiple of align."""
         room = self.empty(n_bytes + align, torch.uint8)
@@ -217,6 +212,13 @@ class Device:
         target.copy_(staged, non_blocking=True)
         return target
 
+    def fetch(self, tensor: torch.Tensor) -> tuple[HostCopy, _Nothing | _Event]:
+        """Start copying what is complete, beside what runs. The tensor must live until the event that comes with it."""
+        if not self.is_accelerator:
+            return self.to_host(tensor), self.event()
+        with torch.cuda.stream(_copy_stream(self.handle)):
+            return self.to_host(tensor), self.event()
+
     def event(self) -> _Nothing | _Event:
         """Something to wait for: all that was launched so far."""
         return _Event(self.handle) if self.is_accelerator else _Nothing()
@@ -250,8 +252,17 @@ def _side_stream(handle: torch.device) -> Any:
     return torch.cuda.Stream(handle)  # type: ignore[no-untyped-call]
 
 
+@cache
+def _copy_stream(handle: torch.device) -> Any:
+    """One more, for what goes to the host while kernels run."""
+    return torch.cuda.Stream(handle)  # type: ignore[no-untyped-call]
+
+
 class Upload:
-    """Arrays that go to the device in one transfer. Put them all, send, then ask for addresses and views."""
+    """Arrays that go to the device in one transfer. Put them all, send, then ask for addresses and views.
+
+    Where some hold addresses of others: allocate before you send, ask, and fill them in.
+    """
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -261,18 +272,26 @@ class Upload:
         self._memory: torch.Tensor | None = None
 
     def put(self, array: np.ndarray[Any, Any]) -> int:
-        """Take an array. Returns its place, for `address` and `view`."""
+        """Take an array, which is read when all is sent. Returns its place, for `address` and `view`."""
         self._begins.append(self._n_bytes)
         self._parts.append(np.ascontiguousarray(array))
         self._n_bytes += -(-max(array.nbytes, 1) // _ALIGN) * _ALIGN
         return len(self._parts) - 1
 
+    def allocate(self) -> None:
+        """Take memory for all that was put. Raises OutOfDeviceMemory."""
+        self._memory = self._device.empty(self._n_bytes, torch.uint8)
+
     def send(self) -> None:
-        """Start the transfer."""
-        octets = np.zeros(self._n_bytes, np.uint8)
+        """Start the transfer. Raises OutOfDeviceMemory."""
+        if self._memory is None:
+            self.allocate()
+        assert self._memory is not None
+        staged = torch.zeros(self._n_bytes, dtype=torch.uint8, pin_memory=self._device.is_accelerator)
+        octets = staged.numpy()
         for begin, part in zip(self._begins, self._parts, strict=True):
             octets[begin : begin + part.nbytes] = part.reshape(-1).view(np.uint8)
-        self._memory = self._device.to_device(octets)
+        self._memory.copy_(staged, non_blocking=True)
 
     def address(self, place: int) -> int:
         """Of an array on the device."""

@@ -47,7 +47,7 @@ from tricomp.kernels.tables import encoder_entries, entry_lengths, index_places,
 from tricomp.plan import Plan
 
 ROUND_BYTES = 512 << 20  # of device memory that a round of chunks takes, unless one chunk needs more
-_ROUNDS_AT_A_TIME = 2  # so that the device has work while the host takes bytes over
+_ROUNDS_AT_A_TIME = 2  # so that the device has work while bytes of the other cross to the host
 _BLOCK = 256  # u64 that a program of copy_kernel moves at a time
 
 
@@ -126,13 +126,21 @@ class Pending:
     def result(self) -> list[Coded]:
         """Wait, and take the bytes over: one frame a job; frames without chunks are empty."""
         parts: dict[int, list[_Part]] = {}
-        while self._launched:
-            one = self._launched.popleft()
-            for number, part in one.result(self._jobs):
+        going = self._next()
+        while going is not None:
+            for number, part in going.result(self._jobs):
                 parts.setdefault(number, []).append(part)
-            del one
-            self._launch()
+            going = self._next()
+            self._launch()  # now that there is room, and the bytes of another round are on their way
         return [_coded(job.plan, parts.get(number, [])) for number, job in enumerate(self._jobs)]
+
+    def _next(self) -> _Round | None:
+        """The next round, its bytes on their way to the host."""
+        if not self._launched:
+            return None
+        one = self._launched.popleft()
+        one.fetch()
+        return one
 
 
 class _Part(NamedTuple):
@@ -168,13 +176,18 @@ class _Round:
         self._told, self._end = device.to_host(told), device.to_host(end)
         self._done = device.event()
 
-    def result(self, jobs: Sequence[DeviceJob]) -> Iterator[tuple[int, _Part]]:
-        """Wait, and take over what compressed bytes there are, by number of the job."""
+    def fetch(self) -> None:
+        """Wait until all is coded, and start copying what compressed bytes there are."""
         self._done.wait()
         self._held.clear()
-        told = self._told.array()
-        payload = self._device.to_host(self._out[: int(self._end.array()[0])], wait=True)
-        octets = payload.array().data
+        self._payload, self._done = self._device.fetch(self._out[: int(self._end.array()[0])])
+
+    def result(self, jobs: Sequence[DeviceJob]) -> list[tuple[int, _Part]]:
+        """Wait for what is fetched. The bytes by number of the job."""
+        self._done.wait()
+        del self._out
+        octets, told = self._payload.array().data, self._told.array()
+        found = []
         at = 0
         for number, first, n in self._members:
             part = told[at : at + n].copy()
@@ -182,7 +195,8 @@ class _Round:
             begin, last = int(part[0, 0]), int(part[-1, 0] + part[-1, 2])
             part[:, 0] -= begin
             is_end = first + n == jobs[number].plan.n_chunks
-            yield number, _Part(part, octets[begin : last if is_end else begin + aligned(last - begin)])
+            found.append((number, _Part(part, octets[begin : last if is_end else begin + aligned(last - begin)])))
+        return found
 
 
 class _Frame:

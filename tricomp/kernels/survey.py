@@ -6,15 +6,16 @@ fill the device, and one read serves facts and digests of the words and of their
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from tricomp.dtypes import DType
-from tricomp.kernels.device import Device, HostCopy, Upload
+from tricomp.kernels.device import Device, Upload
 from tricomp.kernels.survey_kernel import gather_kernel, mean_kernel, survey_kernel
 
 PART_BYTES = 128 << 10  # of words that one program surveys
@@ -56,78 +57,64 @@ class Request(NamedTuple):
     first_byte: int = 0
 
 
-def survey(requests: Sequence[Request], device: Device) -> list[Surveyed]:
-    """Survey words, and wait for it."""
-    return PendingSurvey(requests, device).result()
+def survey(requests: Sequence[Request], device: Device) -> PendingSurvey:
+    """Launch a survey of words on the device's current stream."""
+    return PendingSurvey(requests, device)
 
 
 class PendingSurvey:
     """A survey under way."""
 
     def __init__(self, requests: Sequence[Request], device: Device) -> None:
-        self._n = len(requests)
-        self._keys: list[Array] = []
-        self._owners: list[Array] = []
-        self._told: list[HostCopy] = []
         self._widths = [8 * request.words.element_size() for request in requests]
+        made = [part for i, one in enumerate(requests) if len(one.words) for part in _parts(i, one, device)]
+        made.sort(key=lambda part: part.kind)
+        table = np.concatenate([_NO_PARTS.table, *(part.table for part in made)])
+        table[:, 5] = np.arange(len(table))
+        self._owners = np.concatenate([_NO_PARTS.owners, *(part.owners for part in made)])
+        self._keys = np.concatenate([_NO_PARTS.keys, *(part.keys for part in made)])
         upload = Upload(device)
+        row_keys, parts = upload.put(_row_keys()), upload.put(table)
         likes = {
-            number: upload.put(np.array([request.like], f"<u{request.words.element_size()}"))
-            for number, request in enumerate(requests)
-            if request.like is not None
+            number: upload.put(np.array([one.like], f"<u{one.words.element_size()}"))
+            for number, one in enumerate(requests)
+            if one.like is not None
         }
-        row_keys = upload.put(_row_keys())
+        upload.allocate()
+        for number, place in likes.items():
+            table[self._owners == number, 4] = upload.address(place)
         upload.send()
-        kinds: dict[tuple[int, bool], list[tuple[Array, Array, Array]]] = {}
-        for number, request in enumerate(requests):
-            if not len(request.words):
-                continue
-            address = upload.address(likes[number]) if number in likes else request.words.data_ptr()
-            kind = (8 * request.words.element_size(), request.reference is not None)
-            kinds.setdefault(kind, []).append(_parts(number, request, address))
-        keys = upload.view(row_keys, torch.int32)
-        self._held: list[Any] = [upload, list(requests)]
-        for (width, has_reference), members in kinds.items():
-            parts = np.concatenate([part for part, _, _ in members])
-            parts[:, 5] = np.arange(len(parts))
-            is_whole = parts[:, 2] % (_ROW_BYTES * device.survey_rows) == 0
-            table = Upload(device)
-            places = [
-                (bool(flag), table.put(parts[is_whole == flag]), int((is_whole == flag).sum())) for flag in (1, 0)
-            ]
-            table.send()
-            told = device.empty((len(parts), _N_TOLD), torch.int64)
-            for flag, place, n_parts in places:
-                device.launch(
-                    survey_kernel,
-                    (n_parts,),
-                    table.view(place, torch.int64),
-                    keys,
-                    told,
-                    W=width,
-                    HAS_REFERENCE=int(has_reference),
-                    IS_WHOLE=int(flag),
-                    ROWS=device.survey_rows,
-                )
-            self._held.append((table, told))
-            self._told.append(device.to_host(told))
-            self._owners.append(np.concatenate([owner for _, owner, _ in members]))
-            self._keys.append(np.concatenate([key for _, _, key in members]))
-        self._done = device.event()
+        told = device.empty((len(table), _N_TOLD), torch.int64)
+        first = 0
+        for kind, some in groupby(made, key=lambda part: part.kind):
+            n_parts = sum(len(part.owners) for part in some)
+            device.launch(
+                survey_kernel,
+                (n_parts,),
+                upload.view(parts, torch.int64)[first * table.shape[1] :],
+                upload.view(row_keys, torch.int32),
+                told,
+                W=kind >> 2,
+                HAS_REFERENCE=kind >> 1 & 1,
+                IS_WHOLE=kind & 1,
+                ROWS=device.survey_rows,
+            )
+            first += n_parts
+        self._held: list[Any] = [upload, told, list(requests)]
+        self._told, self._done = device.to_host(told), device.event()
 
     def result(self) -> list[Surveyed]:
         """Wait, and add up what the parts told."""
         self._done.wait()
-        sums = np.zeros((self._n, _N_TOLD), np.uint64)
-        for copy, owners, keys in zip(self._told, self._owners, self._keys, strict=True):
-            told = copy.array().view(np.uint64)
-            for column in (0, 1):
-                np.add.at(sums[:, column], owners, told[:, column])
-            np.bitwise_or.at(sums[:, 2], owners, told[:, 2])
-            for column in (3, 4):
-                np.add.at(sums[:, column], owners, told[:, column] * keys)
-            sums[owners, 5] = told[:, 5]
         self._held.clear()
+        told = self._told.array().view(np.uint64)
+        sums = np.zeros((len(self._widths), _N_TOLD), np.uint64)
+        for column in (0, 1):
+            np.add.at(sums[:, column], self._owners, told[:, column])
+        np.bitwise_or.at(sums[:, 2], self._owners, told[:, 2])
+        for column in (3, 4):
+            np.add.at(sums[:, column], self._owners, told[:, column] * self._keys)
+        sums[self._owners, 5] = told[:, 5]
         return [Surveyed(*_folded(row.tolist(), width)) for row, width in zip(sums, self._widths, strict=True)]
 
 
@@ -141,22 +128,41 @@ def _folded(numbers: list[int], width: int) -> list[int]:
     return numbers
 
 
-def _parts(number: int, request: Request, like: int) -> tuple[Array, Array, Array]:
-    """Rows of the kernel's table, their request, and the key of the digest's block of each."""
+class _Parts(NamedTuple):
+    """Parts of words that are surveyed. kind: 4 * bits of a word + 2 * has a reference + is whole, of all of them.
+
+    table: of the kernel, int64[n, 6]; owners: the number of the request; keys: of the digest's block, uint64.
+    """
+
+    kind: int
+    table: Array
+    owners: Array
+    keys: Array
+
+
+_NO_PARTS = _Parts(0, np.zeros((0, 6), np.int64), np.zeros(0, np.int64), np.zeros(0, np.uint64))
+
+
+def _parts(number: int, request: Request, device: Device) -> Iterator[_Parts]:
+    """What a program each does of a request: those that are whole, and the others."""
     words, reference = request.words, request.reference
     n_bytes = words.nbytes
     # Parts begin at multiples in the leaf, so that each lies in one block.
     starts = np.arange(-(request.first_byte % PART_BYTES), n_bytes, PART_BYTES)
     ends = np.minimum(starts + PART_BYTES, n_bytes)
     starts = np.maximum(starts, 0)
-    parts = np.zeros((len(starts), 6), np.int64)
-    parts[:, 0] = words.data_ptr() + starts
-    parts[:, 1] = 0 if reference is None else reference.data_ptr() + starts
-    parts[:, 2] = ends - starts
-    parts[:, 3] = (request.first_byte + starts) % BLOCK_BYTES // _ROW_BYTES
-    parts[:, 4] = like
+    table = np.zeros((len(starts), 6), np.int64)
+    table[:, 0] = words.data_ptr() + starts
+    table[:, 1] = 0 if reference is None else reference.data_ptr() + starts
+    table[:, 2] = ends - starts
+    table[:, 3] = (request.first_byte + starts) % BLOCK_BYTES // _ROW_BYTES
+    table[:, 4] = words.data_ptr()
     blocks = ((request.first_byte + starts) // BLOCK_BYTES).astype(np.uint64)
-    return parts, np.full(len(starts), number), _mix64(blocks) | np.uint64(1)
+    keys = _mix64(blocks) | np.uint64(1)
+    is_whole = table[:, 2] % (_ROW_BYTES * device.survey_rows) == 0
+    kind = 4 * 8 * words.element_size() + 2 * (reference is not None)
+    for some, flag in ((is_whole, 1), (~is_whole, 0)):
+        yield _Parts(kind + flag, table[some], np.full(int(some.sum()), number), keys[some])
 
 
 @cache
@@ -204,47 +210,64 @@ class Lookup(NamedTuple):
     def n_wanted(self) -> int:
         return len(self.rows) * (1 if self.mean_of is not None else len(self.columns))
 
+    @property
+    def n_bytes(self) -> int:
+        return self.n_wanted * self.item_bytes
 
-def gather(lookups: Sequence[Lookup], device: Device) -> list[Array]:
-    """What is to be gathered, flat, in host memory; all in one transfer, which is waited for. uint[...], or int16."""
-    upload = Upload(device)
-    known: dict[int, int] = {}  # the same index arrays serve words and reference
 
-    def put(array: Array) -> int:
-        if id(array) not in known:
-            known[id(array)] = upload.put(np.ascontiguousarray(array, np.int64))
-        return known[id(array)]
+def gather(lookups: Sequence[Lookup], device: Device) -> PendingGather:
+    """Launch the gathering of words on the device's current stream."""
+    return PendingGather(lookups, device)
 
-    places = [(put(lookup.rows), put(lookup.columns)) for lookup in lookups]
-    sizes = [lookup.n_wanted * lookup.item_bytes for lookup in lookups]
-    begins = np.cumsum([0, *(-(-size // 16) * 16 for size in sizes)])
-    upload.send()
-    out = device.empty(int(begins[-1]), torch.uint8)
-    table = np.zeros((len(lookups), 8), np.int64)
-    programs: dict[tuple[int, bool], list[Array]] = {}
-    for i, (lookup, (rows, columns)) in enumerate(zip(lookups, places, strict=True)):
-        n_rows, n_columns, dtype = len(lookup.rows), len(lookup.columns), lookup.mean_of
-        addresses = (lookup.words.data_ptr(), upload.address(rows), upload.address(columns))
-        shift = 0 if dtype is None else dtype.mantissa_bits - 3
-        table[i] = (*addresses, lookup.n_columns, n_rows, n_columns, out.data_ptr() + int(begins[i]), shift)
-        firsts = np.arange(0, lookup.n_wanted, _GATHERED if dtype is None else _MEAN_ROWS)
-        part = np.stack([np.full(len(firsts), i), firsts], axis=1)
-        programs.setdefault((8 * lookup.words.element_size(), dtype is not None), []).append(part)
-    tables = Upload(device)
-    place = tables.put(table)
-    launches = [(kind, tables.put(np.concatenate(parts)), sum(map(len, parts))) for kind, parts in programs.items()]
-    tables.send()
-    for (width, is_mean), program, n_programs in launches:
-        views = tables.view(program, torch.int64), tables.view(place, torch.int64)
-        if is_mean:
-            columns = MOST_MEAN_COLUMNS
-            device.launch(mean_kernel, (n_programs,), *views, W=width, ROWS=_MEAN_ROWS, COLUMNS=columns)
-        else:
-            device.launch(gather_kernel, (n_programs,), *views, W=width, BLOCK=_GATHERED)
-    copy = device.to_host(out)
-    device.event().wait()
-    octets = copy.array()
-    return [
-        octets[begin : begin + size].view("<i2" if lookup.mean_of is not None else f"<u{lookup.item_bytes}")
-        for lookup, begin, size in zip(lookups, begins.tolist(), sizes, strict=False)
-    ]
+
+class PendingGather:
+    """What is being gathered, all in one transfer."""
+
+    def __init__(self, lookups: Sequence[Lookup], device: Device) -> None:
+        self._lookups = list(lookups)
+        upload = Upload(device)
+        known: dict[int, int] = {}  # the same index arrays serve words and reference
+
+        def put(array: Array) -> int:
+            if id(array) not in known:
+                known[id(array)] = upload.put(np.ascontiguousarray(array, np.int64))
+            return known[id(array)]
+
+        places = [(put(lookup.rows), put(lookup.columns)) for lookup in lookups]
+        programs: dict[tuple[int, bool], list[Array]] = {}
+        for i, lookup in enumerate(lookups):
+            is_mean = lookup.mean_of is not None
+            firsts = np.arange(0, lookup.n_wanted, _MEAN_ROWS if is_mean else _GATHERED)
+            part = np.stack([np.full(len(firsts), i), firsts], axis=1)
+            programs.setdefault((8 * lookup.words.element_size(), is_mean), []).append(part)
+        launches = [(kind, upload.put(np.concatenate(parts)), sum(map(len, parts))) for kind, parts in programs.items()]
+        table = np.zeros((len(lookups), 8), np.int64)
+        lattices = upload.put(table)
+        self._begins = np.cumsum([0, *(-(-lookup.n_bytes // 16) * 16 for lookup in lookups)]).tolist()
+        out = device.empty(self._begins[-1], torch.uint8)
+        upload.allocate()
+        for i, (lookup, (rows, columns)) in enumerate(zip(lookups, places, strict=True)):
+            addresses = lookup.words.data_ptr(), upload.address(rows), upload.address(columns)
+            sizes = lookup.n_columns, len(lookup.rows), len(lookup.columns)
+            shift = 0 if lookup.mean_of is None else lookup.mean_of.mantissa_bits - 3
+            table[i] = (*addresses, *sizes, out.data_ptr() + self._begins[i], shift)
+        upload.send()
+        for (width, is_mean), program, n_programs in launches:
+            views = upload.view(program, torch.int64), upload.view(lattices, torch.int64)
+            if is_mean:
+                constants = {"ROWS": _MEAN_ROWS, "COLUMNS": MOST_MEAN_COLUMNS}
+                device.launch(mean_kernel, (n_programs,), *views, W=width, **constants)
+            else:
+                device.launch(gather_kernel, (n_programs,), *views, W=width, BLOCK=_GATHERED)
+        self._held: list[Any] = [upload, out]
+        self._copy, self._done = device.to_host(out), device.event()
+
+    def result(self) -> list[Array]:
+        """Wait. What was gathered of each, flat, in host memory: uint[...], or int16 of means."""
+        self._done.wait()
+        self._held.clear()
+        octets = self._copy.array()
+        return [
+            octets[begin : begin + one.n_bytes].view("<i2" if one.mean_of is not None else f"<u{one.item_bytes}")
+            for begin, one in zip(self._begins, self._lookups, strict=False)
+        ]
