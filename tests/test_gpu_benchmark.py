@@ -47,9 +47,11 @@ def test_the_benchmark_measures_and_tells_everything(tmp_path: Path) -> None:
     held = results["held"]
     assert held["copy"] > 0
     assert held["snapshot"]["whole"] > 0
-    assert len(held["rows"]) == 5
+    assert len(held["rows"]) == 7
     for one in held["rows"]:
         assert one["written"] > 0, one
+    whole, delta = held["rows"][-2:]
+    assert delta["written"] < whole["written"]
     assert results["nvcomp"] or "nvCOMP was not installed" in page
     for line in (row["work"], *(one["who"] for one in held["rows"])):
         assert f"\n| {line}" in page

@@ -259,9 +259,10 @@ class Benchmark:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             free = torch.cuda.mem_get_info(self.device)[0]
-            # State, gradients, a snapshot, what encoding waits in, activations; and a file and its staging on the host.
-            host = min(_host_bytes(), _free_bytes(folder)) / 2.5
-            run = gpu_training.largest(min(free / 4, host, most_bytes), batch=8)
+            # State, gradients, a snapshot, the step before, what encoding waits in, activations; and two files and
+            # their staging on the host.
+            host = min(_host_bytes(), _free_bytes(folder)) / 3.5
+            run = gpu_training.largest(min(free / 5, host, most_bytes), batch=8)
         else:
             run = gpu_training.TINY
         training = gpu_training.Training(run, self.device)

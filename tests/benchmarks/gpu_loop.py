@@ -14,6 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -57,25 +58,46 @@ class Background:
 
 @dataclass(frozen=True)
 class Saver:
-    """One way to save. begin: starts it, and gives what has done() and result(), None if it is done."""
+    """One way to save. begin: starts it, and gives what has done() and result(), None if it is done.
+
+    opened: gives what begin is given, for a path. has_parent: a checkpoint goes before, a step earlier, that counts for
+    nothing.
+    """
 
     who: str
-    begin: Callable[[dict[str, Any], Path], Any]
-    is_tricomp: bool = False
+    begin: Callable[[Training, Any], Any]
+    opened: Callable[[Path], AbstractContextManager[Any]] = nullcontext
+    has_parent: bool = False
 
 
-def _snapshot_and_save(tree: dict[str, Any], path: Path) -> Background:
-    taken = tricomp_torch.snapshot(tree)
+def _snapshot_and_save(training: Training, path: Path) -> Background:
+    taken = tricomp_torch.snapshot(training.tree())
     return Background(lambda: tricomp_torch.save(taken, str(path)))
+
+
+def _checkpointer(path: Path) -> tricomp_torch.Checkpointer:
+    """One that keeps what it saved on the device, for the next one to be coded against."""
+    return tricomp_torch.Checkpointer(str(path), reference_in="device")
+
+
+def _next_step(training: Training, checkpointer: tricomp_torch.Checkpointer) -> Any:
+    step = len(checkpointer.store.steps()) + 1
+    return checkpointer.save(step, model=training.model, optimizer=training.optimizer)
 
 
 def savers() -> Iterator[Saver]:
     """Everybody, the plain ones first."""
-    yield Saver("torch.save", lambda tree, path: torch.save(tree, path))
-    yield Saver("distributed save", lambda tree, path: _none(_distributed.save(tree, checkpoint_id=str(path))))
-    yield Saver("distributed async_save", lambda tree, path: _distributed.async_save(tree, checkpoint_id=str(path)))
-    yield Saver("tricomp_torch.save", lambda tree, path: _none(tricomp_torch.save(tree, str(path))), True)
-    yield Saver("tricomp_torch.snapshot, saved in a thread", _snapshot_and_save, True)
+    yield Saver("torch.save", lambda training, path: torch.save(training.tree(), path))
+    yield Saver("distributed save", lambda training, path: _none(_distributed.save(training.tree(), **_at(path))))
+    yield Saver("distributed async_save", lambda training, path: _distributed.async_save(training.tree(), **_at(path)))
+    yield Saver("tricomp_torch.save", lambda training, path: _none(tricomp_torch.save(training.tree(), str(path))))
+    yield Saver("tricomp_torch.snapshot, saved in a thread", _snapshot_and_save)
+    yield Saver("tricomp_torch.Checkpointer, whole", _next_step, _checkpointer)
+    yield Saver("tricomp_torch.Checkpointer, against the step before", _next_step, _checkpointer, has_parent=True)
+
+
+def _at(path: Path) -> dict[str, str]:
+    return {"checkpoint_id": str(path)}
 
 
 def _none(_: Any) -> None:
@@ -83,8 +105,9 @@ def _none(_: Any) -> None:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all in a folder."""
-    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
+    """Bytes of a file, or of all in a folder; 0 where there is none."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def measure(training: Training, folder: Path, seconds: float, n_device_runs: int) -> dict[str, Any]:
@@ -188,20 +211,25 @@ def _held(training: Training, saver: Saver, path: Path, step_seconds: float) -> 
     written: bytes. n_steps: as many as were made meanwhile. The save and its steps are real: training goes on.
     """
     _remove(path)
-    tree = training.tree()
-    synchronise(training.device)
-    began = time.perf_counter()
-    waiting = saver.begin(tree, path)
-    called = time.perf_counter() - began
-    training.step()
-    synchronise(training.device)
-    held = time.perf_counter() - began - step_seconds
-    n_steps = 1
-    while waiting is not None and not waiting.done():
+    with saver.opened(path) as place:
+        if saver.has_parent:
+            saver.begin(training, place).result()
+            training.step()
+        n_before = size_of(path)
+        synchronise(training.device)
+        began = time.perf_counter()
+        waiting = saver.begin(training, place)
+        called = time.perf_counter() - began
         training.step()
         synchronise(training.device)
-        n_steps += 1
-    if waiting is not None:
-        waiting.result()
-    lost = time.perf_counter() - began - n_steps * step_seconds
-    return {"call": called, "held": held, "lost": lost, "n_steps": n_steps, "written": size_of(path)}
+        held = time.perf_counter() - began - step_seconds
+        n_steps = 1
+        while waiting is not None and not waiting.done():
+            training.step()
+            synchronise(training.device)
+            n_steps += 1
+        if waiting is not None:
+            waiting.result()
+        lost = time.perf_counter() - began - n_steps * step_seconds
+    written = size_of(path) - n_before
+    return {"call": called, "held": held, "lost": lost, "n_steps": n_steps, "written": written}
