@@ -80,7 +80,8 @@ def encode(
     without it. spec: see Spec; with keep_mantissa_bits the leaves are rounded first. threads, backend: see Engine.
     Words on a GPU are coded there, on a stream of its own, after what the current stream has been given by now; they
     must not change until all is taken. A batch is encoded, in a thread, while the frames of the one before are taken:
-    close the iterator if not all are taken. Raises InvalidArgument, OutOfDeviceMemory, BackendError.
+    close the iterator if not all are taken. On a GPU the next one is surveyed meanwhile, which takes memory for at most
+    64 Mi words that are joined, and as many of the reference. Raises InvalidArgument, OutOfDeviceMemory, BackendError.
     """
     groups = _by_home(snapshot)
     engines = [Engine(threads, backend, home) for home in groups]

@@ -84,7 +84,7 @@ class PendingSurvey:
         for number, place in likes.items():
             table[self._owners == number, 4] = upload.address(place)
         upload.send()
-        told = device.empty((len(table), _N_TOLD), torch.int64)
+        told = device.empty((max(len(table), 1), _N_TOLD), torch.int64)
         first = 0
         for kind, some in groupby(made, key=lambda part: part.kind):
             n_parts = sum(len(part.owners) for part in some)
@@ -107,7 +107,7 @@ class PendingSurvey:
         """Wait, and add up what the parts told."""
         self._done.wait()
         self._held.clear()
-        told = self._told.array().view(np.uint64)
+        told = self._told.array().view(np.uint64)[: len(self._owners)]
         sums = np.zeros((len(self._widths), _N_TOLD), np.uint64)
         for column in (0, 1):
             np.add.at(sums[:, column], self._owners, told[:, column])
@@ -244,7 +244,7 @@ class PendingGather:
         table = np.zeros((len(lookups), 8), np.int64)
         lattices = upload.put(table)
         self._begins = np.cumsum([0, *(-(-lookup.n_bytes // 16) * 16 for lookup in lookups)]).tolist()
-        out = device.empty(self._begins[-1], torch.uint8)
+        out = device.empty(max(self._begins[-1], 1), torch.uint8)
         upload.allocate()
         for i, (lookup, (rows, columns)) in enumerate(zip(lookups, places, strict=True)):
             addresses = lookup.words.data_ptr(), upload.address(rows), upload.address(columns)
