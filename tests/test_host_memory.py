@@ -41,7 +41,7 @@ def test_memory_is_kept_until_it_is_released_or_too_small():
     (first,) = buffer.copies([np.arange(1000)])
     (second,) = buffer.copies([np.arange(900)])
     assert np.shares_memory(first, second)
-    (third,) = buffer.copies([np.arange(1001)])
+    (third,) = buffer.copies([np.arange(2000)])
     assert not np.shares_memory(second, third)
     buffer.release()
     assert not np.shares_memory(third, buffer.copies([np.arange(5)])[0])
