@@ -7,12 +7,13 @@ import os
 import signal
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -68,7 +69,8 @@ def save_chain(rank, n, folder, first=None, keyframe=3):
     train(run, 1, 0)
     if first is not None:
         check_load(run, first)
-    saver = dcp.TricompWriter(keyframe=tricomp.KeyframeEvery(keyframe), reference=first)
+    place: Literal["host", "store"] = "host" if n == 4 else "store"
+    saver = dcp.TricompWriter(reference=first, keyframe=tricomp.KeyframeEvery(keyframe), reference_in=place)
     for step in range(4):
         state = state_of(run, plain=PLAIN)
         note(f"{folder}/{step}", state)
@@ -103,6 +105,24 @@ def save_chain(rank, n, folder, first=None, keyframe=3):
         dcp.save(state, checkpoint_id=f"{folder}/over", storage_writer=saver)
         train(run, 1, step)
     check_load(run, f"{folder}/over")
+
+
+def behind_in_a_process(rank, n, folder):
+    """Two saves and a failing one by the process that torch keeps for that."""
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    run = begin(init_device_mesh("cpu", (n,)))
+    options: dict[str, Any] = {"async_checkpointer_type": AsyncCheckpointerType.PROCESS}
+    for step in range(2):
+        state = state_of(run, plain=PLAIN)
+        note(f"{folder}/{step}", state)
+        reference = f"{folder}/{step - 1}" if step else None
+        saving = dcp.async_save(state, checkpoint_id=f"{folder}/{step}", reference=reference, **options)
+        train(run, 1, step)
+        saving.result(60)
+    check_load(run, f"{folder}/1")
+    assert dcp.chain(f"{folder}/1") == [f"{folder}/0", f"{folder}/1"]
+    with pytest.raises(UnsupportedNode, match="rank 1: node 'lock'"):
+        dcp.async_save({"lock": threading.Lock() if rank else 1}, checkpoint_id=f"{folder}/bad", **options).result(60)
 
 
 def load_onto(rank, n, folder, other):
@@ -307,4 +327,4 @@ def killed(rank, n, folder, phase):
     os._exit(7)  # there is no group any more to say goodbye to
 
 
-SCENES = {scene.__name__: scene for scene in (save_chain, load_onto, meshes, failures, killed)}
+SCENES = {scene.__name__: scene for scene in (save_chain, behind_in_a_process, load_onto, meshes, failures, killed)}

@@ -138,6 +138,12 @@ def test_other_meshes(groups, tmp_path):
     groups.ask(4, "meshes", tmp_path)
 
 
+@pytest.mark.slow
+def test_saves_behind_training_in_a_process(groups, tmp_path):
+    groups.ask(2, "behind_in_a_process", tmp_path)
+    assert same(load_here(tmp_path / "1"), tmp_path / "1")
+
+
 def test_a_rank_that_fails(groups, tmp_path):
     groups.ask(2, "failures", tmp_path)
 
@@ -201,6 +207,33 @@ def test_one_process_needs_no_group(tmp_path):
     for name in "0129":
         os.rename(tmp_path / name, moved / name)
     assert bits(loaded(moved / "9")) == bits(small(9))
+
+
+def test_memory_of_copies_is_used_again(tmp_path):
+    """Two buffers take turns where one is held for the next save; what is held gives the bytes that decoding gives."""
+    large = {"w": torch.randn(300, 301, generator=torch.Generator().manual_seed(0))}
+    held: Any = dcp.TricompWriter()
+    decoded: Any = dcp.TricompWriter(reference_in="store")
+    for step in range(5):
+        truth = bits(large)
+        for name, writer in (("held", held), ("decoded", decoded)):
+            saving = dcp.async_save(large, checkpoint_id=tmp_path / f"{name}{step}", storage_writer=writer)
+            saving.result(30)
+        large["w"] *= 1.001
+        large["w"][step] += 1
+        for name in ("held", "decoded"):
+            state = {"w": torch.zeros(300, 301)}
+            dcp.load(state, checkpoint_id=tmp_path / f"{name}{step}")
+            assert bits(state) == truth
+        bodies = [rank_file(tmp_path / f"{name}{step}").read_bytes() for name in ("held", "decoded")]
+        assert bodies[0] == bodies[1]
+    assert len(held._buffers) == 2
+    assert len(decoded._buffers) == 1
+    assert any(buffer.holds(held._held.snapshot.buffers[0]) for buffer in held._buffers)
+    held.close()
+    dcp.save(large, checkpoint_id=tmp_path / "closed", storage_writer=held)
+    assert not np.shares_memory(held._held.snapshot.buffers[0], large["w"].numpy())  # it may change at once
+    assert len(dcp.chain(tmp_path / "closed")) == 6
 
 
 def test_nothing_is_pickled(tmp_path, monkeypatch):

@@ -46,3 +46,19 @@ def test_memory_is_kept_until_it_is_released_or_too_small():
     buffer.release()
     assert not np.shares_memory(third, buffer.copies([np.arange(5)])[0])
     assert buffer.copies([]) == []
+
+
+def test_memory_is_free_when_nobody_holds_a_copy():
+    buffer = HostBuffer()
+    assert buffer.is_free
+    copies = buffer.copies([np.arange(100), np.arange(7, dtype="i2")])
+    part = copies[1][2:5].view(np.uint8)
+    assert buffer.holds(copies[0])
+    assert buffer.holds(part)
+    assert not buffer.holds(np.arange(100))
+    assert not buffer.holds(copies[0][::2])
+    assert not buffer.is_free
+    del copies
+    assert not buffer.is_free
+    del part
+    assert buffer.is_free

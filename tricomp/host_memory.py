@@ -7,6 +7,7 @@ copy itself. So memory is kept, and several threads copy, which numpy does witho
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -29,6 +30,20 @@ class HostBuffer:
 
     def __init__(self) -> None:
         self._memory: Array | None = None
+        self._owner: Array | None = None
+        self._n_alone = 0
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nothing refers to the copies of last time any more; False where the interpreter does not count."""
+        return self._owner is None or (self._n_alone > 0 and _n_references(self._owner) == self._n_alone)
+
+    def holds(self, array: Any) -> bool:
+        """Whether all of an array, of numpy, stands in this memory."""
+        if self._owner is None or not isinstance(array, np.ndarray):
+            return False
+        begin = array.ctypes.data - self._owner.ctypes.data
+        return array.flags.c_contiguous and 0 <= begin <= begin + array.nbytes <= self._owner.nbytes
 
     def copies(self, arrays: Sequence[Array]) -> list[Array]:
         """A copy of each array in row-major order, one after the other in this memory; all are done on return."""
@@ -44,15 +59,22 @@ class HostBuffer:
 
     def release(self) -> None:
         """Let go of the memory."""
-        self._memory = None
+        self._memory = self._owner = None
 
     def _reserve(self, n_bytes: int) -> Array:
         """uint8[n_bytes] at a multiple of 64 bytes: the memory of before, where that is enough."""
         if self._memory is None or len(self._memory) < n_bytes:
-            self._memory = None  # before there is more
-            memory = np.empty(n_bytes + _ALIGN, np.uint8)
-            self._memory = memory[-memory.ctypes.data % _ALIGN :]
+            self._memory = self._owner = None  # before there is more
+            self._owner = np.empty(n_bytes + _ALIGN, np.uint8)
+            begin = -self._owner.ctypes.data % _ALIGN
+            self._memory = self._owner[begin : begin + n_bytes]
+            self._n_alone = _n_references(self._owner)
         return self._memory[:n_bytes]
+
+
+def _n_references(array: Array) -> int:
+    """References to an array, however this interpreter counts; 0: it does not."""
+    return sys.getrefcount(array) if hasattr(sys, "getrefcount") else 0
 
 
 def _copy(targets: Sequence[Array], sources: Sequence[Array]) -> None:

@@ -27,6 +27,10 @@ class Access:
     threads: int | None = None
     backend: str | None = None
 
+    def options_for(self, path: str) -> Mapping[str, Any] | None:
+        """The options, where they mean something: a chain may lead from a URL to a folder of this machine."""
+        return self.options if storage.is_url(path) else None
+
 
 def share_of_cores() -> int:
     """Cores for each of the ranks that a launcher has started on this machine."""
@@ -81,7 +85,7 @@ def _parent(folder: str, stored: StoredFile, access: Access) -> tuple[str, Store
     where = resolved(stored.parent.folder, folder)
     what = f"{folder}/{stored.name}: is coded against {stored.parent.name} of {where}"
     try:
-        index: Index = read(where, access.options)
+        index: Index = read(where, access.options_for(where))
     except MissingFile as error:
         raise MissingParent(
             f"{what}, which is not there: {error} Put that checkpoint back, or load a step that does not need it."
@@ -97,9 +101,10 @@ def _parent(folder: str, stored: StoredFile, access: Access) -> tuple[str, Store
 
 def _open(folder: str, stored: StoredFile, reference: tricomp.File | None, access: Access) -> tricomp.File:
     path = f"{folder.rstrip('/')}/{stored.name}"
-    options = access.options if storage.is_url(path) else None
     try:
-        file = tricomp.open(path, reference, storage_options=options, threads=access.threads, backend=access.backend)
+        file = tricomp.open(
+            path, reference, storage_options=access.options_for(path), threads=access.threads, backend=access.backend
+        )
     except MissingFile:
         raise MissingFile(f"{path}: is gone, though the index names it. Restore it, or load another step.") from None
     if file.content_id != stored.content_id:

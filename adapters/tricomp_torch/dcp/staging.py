@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from tricomp.errors import OutOfDeviceMemory
 from tricomp.host_memory import HostBuffer
 from tricomp.layout import DeviceArray
-from tricomp.tree import join
+from tricomp_torch.dcp.planners import flat_values
 from tricomp_torch.snapshot import snapshot_of
 from tricomp_torch.tensors import from_device_array, to_leaf, to_numpy, view_as_tensor
 from tricomp_torch.trees import Flat
@@ -33,16 +33,20 @@ def stage(state: Any, to_host: bool = False, buffer: HostBuffer | None = None) -
     """
     found: dict[str, Any] = {}
     with torch.no_grad():
-        _map(state, None, lambda tensor, path: found.setdefault(path, _local(tensor)))
+        _map(state, "", lambda node, path: found.setdefault(path, node))
+        flat_values({path: node for path, node in found.items() if not isinstance(node, torch.Tensor)})
+        found = {path: _local(node) for path, node in found.items() if isinstance(node, torch.Tensor)}
         leaves = {path: to_leaf(tensor, path) for path, tensor in found.items()}
         copies = _copied(leaves, to_host, buffer)
 
-        def copy_of(tensor: torch.Tensor, path: str) -> torch.Tensor:
+        def copy_of(node: Any, path: str) -> Any:
+            if not isinstance(node, torch.Tensor):
+                return node.copy() if isinstance(node, np.ndarray | bytearray | set) else node
             leaf = copies[path]
             made = from_device_array(leaf, path) if isinstance(leaf, DeviceArray) else view_as_tensor(leaf, path)
-            return _with_local(tensor, made) if isinstance(tensor, DTensor) else made
+            return _with_local(node, made) if isinstance(node, DTensor) else made
 
-        return _map(state, None, copy_of)
+        return _map(state, "", copy_of)
 
 
 def _copied(leaves: dict[str, Any], to_host: bool, buffer: HostBuffer | None) -> dict[str, Any]:
@@ -68,14 +72,17 @@ def _with_local(tensor: DTensor, local: torch.Tensor) -> DTensor:
     )
 
 
-def _map(node: Any, path: str | None, change: Callable[[torch.Tensor, str], Any]) -> Any:
-    if isinstance(node, torch.Tensor):
-        return change(node, path or "")
+def _map(node: Any, path: str, change: Callable[[Any, str], Any]) -> Any:
+    """The same containers around what change makes of each entry. Paths are torch's: keys joined by dots."""
+
+    def inner(value: Any, key: Any) -> Any:
+        return _map(value, f"{path}.{key}" if path else str(key), change)
+
     if isinstance(node, Mapping):
-        return {key: _map(value, join(path, str(key)), change) for key, value in node.items()}
+        return {key: inner(value, key) for key, value in node.items()}
     if isinstance(node, list):
-        return [_map(value, join(path, i), change) for i, value in enumerate(node)]
+        return [inner(value, i) for i, value in enumerate(node)]
     if isinstance(node, tuple) and not isinstance(node, torch.Size):
-        parts = [_map(value, join(path, i), change) for i, value in enumerate(node)]
+        parts = [inner(value, i) for i, value in enumerate(node)]
         return type(node)(*parts) if hasattr(node, "_fields") else tuple(parts)
-    return node.copy() if isinstance(node, np.ndarray | bytearray | set) else node
+    return change(node, path)

@@ -156,7 +156,7 @@ def _own_group(no_dist: bool) -> dist.ProcessGroup | None:
 
 def _writer(given: TricompWriter | None, options: Mapping[str, Any]) -> TricompWriter:
     if given is None:
-        return TricompWriter(**options)
+        return TricompWriter(**{"reference_in": "store", **options})  # there is no next save
     if options:
         raise InvalidArgument(f"{', '.join(options)}: belong to the storage_writer given. Set them there.")
     return given

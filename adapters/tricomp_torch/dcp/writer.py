@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -24,6 +24,7 @@ from torch.futures import Future
 import tricomp
 from tricomp import codec, storage
 from tricomp.checkpoint import put
+from tricomp.codec.accelerator import host_copy
 from tricomp.content import Content, content_of
 from tricomp.errors import (
     CorruptFile,
@@ -36,34 +37,21 @@ from tricomp.errors import (
     UnsupportedVersion,
     WrongReference,
 )
+from tricomp.host_memory import HostBuffer
+from tricomp.layout import Snapshot
 from tricomp.plan import check_spec
 from tricomp_torch.dcp import index as indices
-from tricomp_torch.dcp.chains import Access, open_chained, share_of_cores
-from tricomp_torch.dcp.index import Chunk, Index, Parent, StoredFile, StoredTensor, keys_of, path_of
+from tricomp_torch.dcp.chains import Access, share_of_cores
+from tricomp_torch.dcp.index import Chunk, Index, StoredFile, StoredTensor, keys_of, path_of
 from tricomp_torch.dcp.planners import TricompSavePlanner, flat_values
+from tricomp_torch.dcp.references import Base, Order, find_base
 from tricomp_torch.dcp.staging import stage
 from tricomp_torch.files import with_notes
 from tricomp_torch.tensors import dtype_name, to_leaf
 
 _log = logging.getLogger("tricomp")
+_MOST_BUFFERS = 3  # the copies of a save, those held from the one before, and what an error may still hold
 _BROKEN = (CorruptFile, CorruptFrame, LimitExceeded, MissingFile, UnsupportedVersion, WrongReference)
-
-
-@dataclass(frozen=True)
-class _Order:
-    """What the coordinator tells a rank with its plan. reference: the folder to code against, and its index's id."""
-
-    name: str
-    reference: str | None = None
-    reference_id: str = ""
-
-
-@dataclass(frozen=True)
-class _Base:
-    """A file to code against, open, and how the index will name it."""
-
-    file: tricomp.File
-    parent: Parent
 
 
 class TricompWriter(StorageWriter, AsyncStager):
@@ -76,7 +64,8 @@ class TricompWriter(StorageWriter, AsyncStager):
     stands alone if None. Later ones are coded against the last that this writer finished, in this process. A shard that
     is there with the same name, place, size and dtype becomes a delta, all others stand alone.
     keyframe: how often a checkpoint stands alone. spec: how to code, see tricomp.Spec. stage_on: where `stage` copies
-    to: "device", where the tensors are, or "host". threads: None: this rank's share of the cores. backend: see
+    to: "device", where the tensors are, or "host". reference_in: keep what was saved last in "host" memory for the next
+    save to be coded against, or decode it from the "store". threads: None: this rank's share of the cores. backend: see
     tricomp.open.
 
     One save at a time. What a checkpoint is coded against is needed to load it: see `chain`.
@@ -95,6 +84,7 @@ class TricompWriter(StorageWriter, AsyncStager):
         keyframe: tricomp.KeyframeEvery = tricomp.KeyframeEvery(10),  # noqa: B008 - it is frozen
         spec: tricomp.Spec | None = None,
         stage_on: Literal["device", "host"] = "device",
+        reference_in: Literal["host", "store"] = "host",
         threads: int | None = None,
         backend: str | None = None,
         storage_options: Mapping[str, Any] | None = None,
@@ -106,13 +96,18 @@ class TricompWriter(StorageWriter, AsyncStager):
             raise InvalidArgument(f"TricompWriter: keyframe: expected a tricomp.KeyframeEvery, got {keyframe!r}.")
         if stage_on not in ("device", "host"):
             raise InvalidArgument(f"TricompWriter: stage_on is 'device' or 'host', not {stage_on!r}.")
+        if reference_in not in ("host", "store"):
+            raise InvalidArgument(f"TricompWriter: reference_in is 'host' or 'store', not {reference_in!r}.")
         self.checkpoint_id = None if path is None else indices.absolute(path)
         self._reference = None if reference is None else indices.absolute(reference)
         self._keyframe, self._spec, self._stage_on = keyframe, spec, stage_on
         self._access = Access(storage_options, threads or share_of_cores(), backend)
+        self._reference_in = reference_in
         self._last: str | None = None
         self._save_id = ""
         self._stage_error: Exception | None = None
+        self._held: Content | None = None
+        self._buffers: list[HostBuffer] = []
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -128,17 +123,31 @@ class TricompWriter(StorageWriter, AsyncStager):
         """The state with copies of all tensors. What fails here is raised when all ranks can be told, by the save."""
         self._stage_error = None
         try:
-            staged: dict[str, Any] = stage(state_dict, self._stage_on == "host")
+            staged: dict[str, Any] = stage(state_dict, self._stage_on == "host", self._free_buffer())
         except Exception as error:
             self._stage_error = error  # the other ranks would wait for this one
-            return state_dict
+            return {}
         return staged
+
+    def _free_buffer(self) -> HostBuffer:
+        """Memory for copies: that of an earlier save, unless somebody still holds some of it."""
+        found = next((buffer for buffer in self._buffers if buffer.is_free), None)
+        if found is None:
+            found = HostBuffer()
+            self._buffers = [*self._buffers, found][-_MOST_BUFFERS:]
+        return found
 
     def synchronize_staging(self) -> None:
         """Nothing: `stage` returns when all is copied."""
 
     def close(self) -> None:
-        """Nothing: a writer holds nothing between saves."""
+        """Free what is held for the next save."""
+        self._held = None
+        self._buffers = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs of a writer, where torch makes one of it for a save and then drops it."""
+        return {**vars(self), "_held": None, "_buffers": [], "_reference_in": "store"}
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Raises InvalidArgument where there is nowhere to save to, and what `stage` met with."""
@@ -160,7 +169,7 @@ class TricompWriter(StorageWriter, AsyncStager):
         self._save_id = os.urandom(16).hex()
         reference, reference_id = self._chosen()
         return [
-            replace(plan, storage_data=_Order(f"rank_{rank:05}-{self._save_id[:8]}.tri", reference, reference_id))
+            replace(plan, storage_data=Order(f"rank_{rank:05}-{self._save_id[:8]}.tri", reference, reference_id))
             for rank, plan in enumerate(plans)
         ]
 
@@ -174,7 +183,7 @@ class TricompWriter(StorageWriter, AsyncStager):
         """Write the index: from now on the checkpoint is there. Then remove files of one that it replaces."""
         assert self.checkpoint_id is not None
         index = _index_of(self._save_id, metadata, results)
-        where = storage.at(self.checkpoint_id, self._options(self.checkpoint_id))
+        where = storage.at(self.checkpoint_id, self._access.options_for(self.checkpoint_id))
         where.put(indices.INDEX_NAME, [indices.pack(index)])
         self._last, self._reference = self.checkpoint_id, None
         try:
@@ -183,9 +192,6 @@ class TricompWriter(StorageWriter, AsyncStager):
                     where.delete(name)
         except StorageError as error:
             _log.warning("%s is saved, but files of an earlier save could not be removed: %s", self._last, error)
-
-    def _options(self, path: str) -> Mapping[str, Any] | None:
-        return self._access.options if storage.is_url(path) else None
 
     def _chosen(self) -> tuple[str | None, str]:
         """The checkpoint to code against, and its id; None, "" for a keyframe."""
@@ -197,7 +203,7 @@ class TricompWriter(StorageWriter, AsyncStager):
                 return None, ""
             raise InvalidArgument(f"{reference}: would replace its own reference. Save to another folder.")
         try:
-            index = indices.read(reference, self._options(reference))
+            index = indices.read(reference, self._access.options_for(reference))
         except TricompError as error:
             if self._reference is not None:
                 raise
@@ -208,63 +214,42 @@ class TricompWriter(StorageWriter, AsyncStager):
     def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
         assert self.checkpoint_id is not None
         order = plan.storage_data
-        assert isinstance(order, _Order)
+        assert isinstance(order, Order)
         content, notes = _content(plan.items, planner)
-        where = storage.at(self.checkpoint_id, self._options(self.checkpoint_id))
-        base = self._base(content, order)
+        where = storage.at(self.checkpoint_id, self._access.options_for(self.checkpoint_id))
+        base = find_base(content, order, self.checkpoint_id, self._access, self._held)
         try:
             written = self._put(where, order.name, content, base, notes)
         except _BROKEN as error:
             if base is None:
                 raise
             _log.warning("%s/%s stands alone: its reference is damaged: %s", self.checkpoint_id, order.name, error)
-            base.file.close()
-            base = None
             written = self._put(where, order.name, content, None, notes)
         finally:
             if base is not None:
                 base.file.close()
         return [WriteResult(item.index, _n_bytes(item), written) for item in plan.items]
 
-    def _put(self, where: Any, name: str, content: Content, base: _Base | None, notes: dict[str, Any]) -> StoredFile:
+    def _put(self, where: Any, name: str, content: Content, base: Base | None, notes: dict[str, Any]) -> StoredFile:
         engine = codec.Engine(self._access.threads, self._access.backend)
-        file, parent = (None, None) if base is None else (base.file, base.parent)
-        since_keyframe = 0 if file is None else file.since_keyframe + 1
-        report = put(where, name, content, file, self._spec, notes, since_keyframe, engine)
+        words, parent, since_keyframe = None, None, 0
+        if base is not None:
+            words, parent, since_keyframe = base.words, base.parent, base.file.since_keyframe + 1
+        report = put(where, name, content, words, self._spec, notes, since_keyframe, engine)
+        self._hold(content, report.content_id)
         return StoredFile(name, report.file_bytes, report.content_id, since_keyframe, parent)
 
-    def _base(self, content: Content, order: _Order) -> _Base | None:
-        """The file of the reference that has most of what is to be written; None if none has any, or it is damaged."""
-        if order.reference is None:
-            return None
-        wanted = {leaf.path: leaf for leaf in content.snapshot.layout.leaves}
-        n_bytes: dict[int, int] = {}
-        file: tricomp.File | None = None
-        try:
-            index = indices.read(order.reference, self._options(order.reference))
-            if index.id != order.reference_id:
-                raise WrongReference(f"{order.reference}: was replaced while it was coded against.")
-            for fqn, tensor in index.tensors.items():
-                for chunk in tensor.chunks:
-                    leaf = wanted.get(path_of(keys_of(fqn, chunk.offsets, chunk.sizes, tensor.size)))
-                    if leaf is not None and (leaf.dtype.name, leaf.shape) == (tensor.dtype, chunk.sizes):
-                        n_bytes[chunk.file] = n_bytes.get(chunk.file, 0) + leaf.n_bytes
-            if any(n_bytes.values()):
-                stored = index.files[max(n_bytes, key=lambda number: n_bytes[number])]
-                file = open_chained(order.reference, stored, self._access)
-        except TricompError as error:
-            _log.warning("%s/%s stands alone: its reference cannot be read: %s", self.checkpoint_id, order.name, error)
-            return None
-        n_all = sum(leaf.n_bytes for leaf in wanted.values())
-        if file is None or max(n_bytes.values()) < n_all:
-            n_found = max(n_bytes.values(), default=0)
-            text = "%s/%s: %d of %d bytes have no counterpart in one file of %s, and stand alone"
-            _log.info(text, self.checkpoint_id, order.name, n_all - n_found, n_all, order.reference)
-        if file is None:
-            return None
-        assert self.checkpoint_id is not None
-        folder = indices.relative(order.reference, self.checkpoint_id)
-        return _Base(file, Parent(folder, stored.name, stored.content_id))
+    def _hold(self, content: Content, content_id: str) -> None:
+        """Keep what was written for the next save to be coded against: staged copies as they are, else copies."""
+        self._held = None
+        if self._reference_in == "store" or (self._spec is not None and self._spec.keep_mantissa_bits):
+            return
+        words = [
+            found if any(buffer.holds(found) for buffer in self._buffers) else host_copy(found)
+            for found in content.snapshot.buffers
+        ]
+        self._held = Content(content.structure, Snapshot(content.snapshot.layout, tuple(words)))
+        vars(self._held)["content_id"] = content_id  # not told again from the words
 
 
 def _content(items: list[WriteItem], planner: SavePlanner) -> tuple[Content, dict[str, Any]]:
