@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,16 +18,19 @@ import torch
 import torch.distributed.checkpoint as torch_checkpoint
 from tricomp_torch import dcp
 from tricomp_torch.dcp import index as indices
+from tricomp_torch.dcp import rebasing
 
 import tricomp
 from tests.dcp_ranks import begin, blank, state_of
 from tests.dcp_scenes import PLAIN, noted, same
+from tricomp.checkpoint import put
 from tricomp.container import check_of
 from tricomp.errors import (
     CorruptFile,
     InvalidArgument,
     MissingFile,
     MissingParent,
+    StorageError,
     TricompError,
     UnsupportedNode,
     UnsupportedVersion,
@@ -236,6 +241,20 @@ def test_memory_of_copies_is_used_again(tmp_path):
     assert len(dcp.chain(tmp_path / "closed")) == 6
 
 
+def test_what_is_rounded_is_coded_against_what_a_reader_sees(tmp_path):
+    writer = dcp.TricompWriter(spec=tricomp.Spec(keep_mantissa_bits={"m.w": 4}))
+    state = {"m": {"w": small()["model"]["a/b"], "v": small()["model"]["a/b"].square()}}
+    for step in range(3):
+        dcp.save(state, checkpoint_id=tmp_path / f"{step}", storage_writer=writer)
+        found = blank(state)
+        dcp.load(found, checkpoint_id=tmp_path / f"{step}")
+        assert bits(found["m"]["v"]) == bits(state["m"]["v"])
+        assert not (found["m"]["w"].view(torch.int32) & ((1 << 19) - 1)).any()
+        assert torch.allclose(found["m"]["w"], state["m"]["w"], rtol=2**-5, atol=0)
+        state["m"]["w"] *= 1.01
+    assert len(dcp.chain(tmp_path / "2")) == 3
+
+
 def test_nothing_is_pickled(tmp_path, monkeypatch):
     """Nor with torch's own planner for saves; the one for loads would unpickle, and is refused."""
 
@@ -375,6 +394,33 @@ def test_a_parent_that_is_gone_or_another_is_told(tmp_path, caplog):
     assert bits(loaded(tmp_path / "a")) == bits(small(6))
 
 
+def test_a_rebased_checkpoint_stands_alone(saved, tmp_path, monkeypatch):
+    """Of four ranks. What is coded against it stays; broken off at any file, it loads, and can be rebased again."""
+    for name in "012":
+        shutil.copytree(saved / "four" / name, tmp_path / name)
+        shutil.copy(f"{saved / 'four' / name}.json", f"{tmp_path / name}.json")
+    n_put = 0
+
+    def put_thrice(*arguments, **options):
+        nonlocal n_put
+        n_put += 1
+        if n_put == 3:
+            raise StorageError("no space left")
+        return put(*arguments, **options)
+
+    monkeypatch.setattr(rebasing, "put", put_thrice)
+    with pytest.raises(StorageError, match="no space left"):
+        dcp.rebase(tmp_path / "1")
+    assert same(load_here(tmp_path / "1"), tmp_path / "1")
+    assert same(load_here(tmp_path / "2"), tmp_path / "2")
+    dcp.rebase(tmp_path / "1")
+    assert dcp.chain(tmp_path / "1") == [str(tmp_path / "1")]
+    shutil.rmtree(tmp_path / "0")
+    assert same(load_here(tmp_path / "1"), tmp_path / "1")
+    assert same(load_here(tmp_path / "2"), tmp_path / "2")
+    assert dcp.chain(tmp_path / "2") == [str(tmp_path / name) for name in "12"]
+
+
 def test_a_bucket(tmp_path):
     pytest.importorskip("fsspec")
     writer = dcp.TricompWriter()
@@ -397,3 +443,13 @@ def test_arguments_are_checked(tmp_path):
         dcp.save(small(), storage_writer=dcp.TricompWriter(tmp_path), spec=None, threads=1)
     with pytest.raises(InvalidArgument, match="use_collectives=False"):
         dcp.TricompWriter(tmp_path).set_up_storage_writer(True, use_collectives=False)
+
+
+def test_the_adapter_does_without():
+    """What needs torch.distributed is imported by name only."""
+    folder = Path(dcp.__file__).parents[1]
+    imports = re.compile(
+        r"^\s*(from|import) (tricomp_torch\.dcp|torch\.distributed)|^from tricomp_torch import dcp", re.M
+    )
+    assert [path.name for path in folder.glob("*.py") if imports.search(path.read_text())] == []
+    assert imports.search((folder / "dcp" / "verbs.py").read_text())

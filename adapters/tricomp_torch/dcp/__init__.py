@@ -13,6 +13,7 @@ Imported by name only: `import tricomp_torch` does without torch.distributed.
 from tricomp_torch.dcp.chains import chain
 from tricomp_torch.dcp.planners import TricompLoadPlanner, TricompSavePlanner
 from tricomp_torch.dcp.reader import TricompReader
+from tricomp_torch.dcp.rebasing import rebase
 from tricomp_torch.dcp.verbs import async_save, load, save
 from tricomp_torch.dcp.writer import TricompWriter
 
@@ -24,5 +25,6 @@ __all__ = [
     "async_save",
     "chain",
     "load",
+    "rebase",
     "save",
 ]

@@ -101,10 +101,16 @@ def _parent(folder: str, stored: StoredFile, access: Access) -> tuple[str, Store
 
 def _open(folder: str, stored: StoredFile, reference: tricomp.File | None, access: Access) -> tricomp.File:
     path = f"{folder.rstrip('/')}/{stored.name}"
+    options: dict[str, Any] = {
+        "storage_options": access.options_for(path),
+        "threads": access.threads,
+        "backend": access.backend,
+    }
     try:
-        file = tricomp.open(
-            path, reference, storage_options=access.options_for(path), threads=access.threads, backend=access.backend
-        )
+        file = tricomp.open(path, **options)
+        if file.parent is not None and reference is not None:  # else it was rebased, and the index was not yet
+            file.close()
+            file = tricomp.open(path, reference, **options)
     except MissingFile:
         raise MissingFile(f"{path}: is gone, though the index names it. Restore it, or load another step.") from None
     if file.content_id != stored.content_id:

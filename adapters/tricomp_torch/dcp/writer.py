@@ -63,12 +63,16 @@ class TricompWriter(StorageWriter, AsyncStager):
     reference: the folder of an earlier checkpoint to code the first save against, such as the one that was loaded; it
     stands alone if None. Later ones are coded against the last that this writer finished, in this process. A shard that
     is there with the same name, place, size and dtype becomes a delta, all others stand alone.
-    keyframe: how often a checkpoint stands alone. spec: how to code, see tricomp.Spec. stage_on: where `stage` copies
+
+    keyframe: how often a checkpoint stands alone. spec: how to code, see tricomp.Spec; leaves go by torch's names, and
+    parts have their ranges behind: "*.exp_avg" and "*.exp_avg/*" are all first moments. stage_on: where `stage` copies
     to: "device", where the tensors are, or "host". reference_in: keep what was saved last in "host" memory for the next
     save to be coded against, or decode it from the "store". threads: None: this rank's share of the cores. backend: see
     tricomp.open.
 
-    One save at a time. What a checkpoint is coded against is needed to load it: see `chain`.
+    One save at a time. What a checkpoint is coded against is needed to load it, and must not be removed or replaced
+    before: `chain` tells what that is, and `rebase` lets a checkpoint stand alone. What a save that failed leaves has
+    no index, and can be removed.
 
     >>> writer = tricomp_torch.dcp.TricompWriter()  # doctest: +SKIP
     >>> tricomp_torch.dcp.save(state, checkpoint_id=f"runs/a/{step}", storage_writer=writer)  # doctest: +SKIP
