@@ -459,19 +459,19 @@ def test_a_save_waits_twice_a_batch_for_plans(waits, has_reference):
 
 
 def test_a_batch_is_planned_later_where_memory_is_short(waits, monkeypatch):
-    begin_ahead, asked = Work.begin_ahead, []
+    plan_ahead, asked = Work.plan_ahead, []
     _, new = two_steps(2)
 
     def refuse(self, shape, dtype):
         raise OutOfDeviceMemory("cuda:0: no memory")
 
-    def begin_in_vain(self, tasks):
+    def plan_in_vain(self, tasks, coded):
         with monkeypatch.context() as patch:
             patch.setattr(Device, "empty", refuse)
-            asked.append(begin_ahead(self, tasks))
+            asked.append(plan_ahead(self, tasks, coded))
         return asked[-1]
 
-    monkeypatch.setattr(Work, "begin_ahead", begin_in_vain)
+    monkeypatch.setattr(Work, "plan_ahead", plan_in_vain)
     assert frames_of(on_device(new), None, SHORT) == frames_of(new, None, SHORT, backend="native")
     assert len(asked) > 3
     assert not any(asked)

@@ -26,6 +26,12 @@ class Later(Protocol[Found]):
     def result(self) -> Found: ...
 
 
+class Coding(Later[Found], Protocol[Found]):
+    """The same of what has bytes. fetch: wait until some are there to cross to the host, and start that."""
+
+    def fetch(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class Tables:
     """Frequency tables of several contexts, one after the other.

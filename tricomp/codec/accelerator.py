@@ -22,7 +22,7 @@ import xxhash
 from tricomp import native
 from tricomp.dtypes import DType, Words
 from tricomp.errors import BackendError, InvalidArgument
-from tricomp.job import Compared, DecodeJob, Encoded, EncodeJob, Later, Room, Summed
+from tricomp.job import Coding, Compared, DecodeJob, Encoded, EncodeJob, Later, Room, Summed
 from tricomp.layout import DeviceArray
 from tricomp.native import digest
 from tricomp.native.side import read_side, side_bytes
@@ -204,7 +204,7 @@ class Accelerator:
         ]
         return Planning(adopted, self.device, threads)
 
-    def encode(self, jobs: Sequence[EncodeJob], room: Callable[[], Room], threads: int) -> Later[list[Encoded]]:
+    def encode(self, jobs: Sequence[EncodeJob], room: Callable[[], Room], threads: int) -> Coding[list[Encoded]]:
         """Launch the encoding of frames; their bytes will be in pinned host memory of their own."""
         from tricomp.kernels.encode import DeviceJob, encode
 
@@ -313,6 +313,10 @@ class _Encoding:
 
     def __init__(self, jobs: Sequence[EncodeJob], pending: Pending, device: Device, threads: int) -> None:
         self._jobs, self._pending, self._device, self._threads = jobs, pending, device, threads
+
+    def fetch(self) -> None:
+        with self._device.running():
+            self._pending.fetch()
 
     def result(self) -> list[Encoded]:
         with self._device.running():

@@ -1,19 +1,20 @@
 """A batch of frames on its way through a backend: what they are coded against, their plans, their bytes, their digests.
 
-The hard thing is a device's time: it idles while the host plans or waits. So each step is launched before the one of
-the batch before is waited for, as far as a stated amount of memory goes; on the host each step is done at once.
+The hard thing is a device's time: it idles while the host plans or waits. So a batch is planned while the bytes of the
+one before cross to the host, as far as a stated amount of memory goes; on the host each step is done at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from tricomp.codec.engine import Engine, FrameToPlan
 from tricomp.dtypes import Words
 from tricomp.errors import OutOfDeviceMemory
-from tricomp.job import Encoded, EncodeJob, Later, Side
+from tricomp.job import Coding, Encoded, EncodeJob, Side
 from tricomp.layout import Leaf, Snapshot
 from tricomp.plan import Frame, Plan, Spec
 from tricomp.reference.digest import digest_end
@@ -72,22 +73,29 @@ class Work:
     spec: Spec
     engine: Engine
 
-    def begin(self, tasks: Sequence[Task]) -> Batch:
-        """Begin to plan a batch."""
-        return Batch(self, tasks)
+    def plan(self, tasks: Sequence[Task]) -> Batch:
+        """Plan a batch."""
+        batch = Batch(self, tasks)
+        batch.plan()
+        return batch
 
-    def begin_ahead(self, tasks: Sequence[Task] | None) -> Batch | None:
-        """The same while another batch is encoded, if there is one, and if the device has the memory."""
+    def plan_ahead(self, tasks: Sequence[Task] | None, coded: Batch) -> Batch | None:
+        """The same while another is coded, if there is one, and if the device has the memory."""
         if tasks is None or n_words(tasks, self.snapshot.layout.leaves) > self.engine.words_ahead:
             return None
-        try:
-            return Batch(self, tasks)
-        except OutOfDeviceMemory:  # it has more when the other is done
-            return None
+        batch = None
+        with suppress(OutOfDeviceMemory):  # it has more when the other is done
+            batch = Batch(self, tasks)
+        coded.fetch()
+        if batch is not None:
+            with suppress(OutOfDeviceMemory):
+                batch.plan()
+                return batch
+        return None
 
 
 class Batch:
-    """Frames to be. Begun when it is made; then encode, and ask for what was encoded, or for frames."""
+    """Frames to be. Begun when it is made; then plan, encode, and ask for what was encoded, or for frames."""
 
     def __init__(self, work: Work, tasks: Sequence[Task]) -> None:
         self._work, self._tasks = work, tasks
@@ -105,8 +113,8 @@ class Batch:
         planned = [frame for frame, task in zip(self._given, tasks, strict=True) if task.sibling is None]
         self._planned = work.engine.begin_plans(planned)
 
-    def encode(self, wants_reference_sums: bool = False) -> None:
-        """Wait for the plans, and begin to encode."""
+    def plan(self) -> None:
+        """Wait for what plans are made of, and make them."""
         work = self._work
         planned = iter(self._planned.result())
         compared = dict(zip(self._pairs, self._compared.result(), strict=True))
@@ -118,10 +126,17 @@ class Batch:
             else _sibling_job(work, frame, task.sibling, frame[1] is not None and compared[task.leaves[0]].is_equal)
             for frame, task in zip(self._given, self._tasks, strict=True)
         ]
+        del self._given, self._pairs, self._planned, self._compared  # and what they hold
+
+    def encode(self, wants_reference_sums: bool = False) -> None:
+        """Begin to encode what is planned."""
         if wants_reference_sums:
             self._jobs = [replace(job, wants_reference_sum=job.reference is not None) for job in self._jobs]
-        del self._given, self._pairs, self._planned, self._compared  # and what they hold
-        self._coding: Later[list[Encoded]] = work.engine.begin_encoding(self._jobs, Spool)
+        self._coding: Coding[list[Encoded]] = self._work.engine.begin_encoding(self._jobs, Spool)
+
+    def fetch(self) -> None:
+        """Let bytes cross to the host, as soon as there are some."""
+        self._coding.fetch()
 
     def encoded(self) -> list[Encoded]:
         """Wait. What came out larger than its words, by more than a raw frame would, is raw after all."""

@@ -80,7 +80,7 @@ def encode(
     without it. spec: see Spec; with keep_mantissa_bits the leaves are rounded first. threads, backend: see Engine.
     Words on a GPU are coded there, on a stream of its own, after what the current stream has been given by now; they
     must not change until all is taken. A batch is encoded, in a thread, while the frames of the one before are taken:
-    close the iterator if not all are taken. On a GPU the next one is surveyed meanwhile, which takes memory for at most
+    close the iterator if not all are taken. On a GPU the next one is planned meanwhile, which takes memory for at most
     64 Mi words that are joined, and as many of the reference. Raises InvalidArgument, OutOfDeviceMemory, BackendError.
     """
     groups = _by_home(snapshot)
@@ -196,15 +196,15 @@ def _frames(
         ready: Batch | None = None
         for tasks, following in zip_longest(planned, planned[1:]):
             try:
-                batch = ready or work.begin(tasks)
+                batch = ready or work.plan(tasks)
                 batch.encode()
-                ready = work.begin_ahead(following)
+                ready = work.plan_ahead(following, batch)
                 frames = batch.frames()
             except BackendError as error:
                 host = work.engine.on_host(error)
                 there = _adopted(work.snapshot, host, numbers)
                 work, ready = Work(there, reference, found, Digests(there, host), spec, host), None
-                batch = work.begin(tasks)
+                batch = work.plan(tasks)
                 batch.encode()
                 frames = batch.frames()
             del batch
@@ -283,7 +283,7 @@ def encode_leaf(snapshot: Snapshot, reference: Words | None, spec: Spec, engine:
     _warn_of_idle(snapshot, spec)
     snapshot = _adopted(bounded(snapshot, spec, engine), engine, [0])
     digests = Digests(snapshot, engine)
-    batch = Work(snapshot, None, {0: reference}, digests, spec, engine).begin([Task((0,))])
+    batch = Work(snapshot, None, {0: reference}, digests, spec, engine).plan([Task((0,))])
     batch.encode(wants_reference_sums=True)
     (coded,) = batch.encoded()
     (digest,) = digests.of([0])

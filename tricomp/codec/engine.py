@@ -24,7 +24,7 @@ from tricomp.bounds import Bytes
 from tricomp.codec import accelerator
 from tricomp.dtypes import DType, Words
 from tricomp.errors import BackendError, InvalidArgument
-from tricomp.job import Compared, DecodeJob, Encoded, EncodeJob, Later, Room, Summed
+from tricomp.job import Coding, Compared, DecodeJob, Encoded, EncodeJob, Later, Room, Summed
 from tricomp.plan import Spec
 from tricomp.reference.bits import is_equal, round_mantissa
 from tricomp.reference.digest import digest_end, digest_sum
@@ -60,7 +60,7 @@ class Backend:
 
     name: str
     plan_frames: Callable[..., Later[list[EncodeJob]]]
-    encode: Callable[..., Later[list[Encoded]]]
+    encode: Callable[..., Coding[list[Encoded]]]
     decode: Callable[..., list[Summed]]
     digest_sums: Callable[..., list[int]]
     seal: Callable[..., bytes]
@@ -75,9 +75,11 @@ class Backend:
 
 @dataclass(frozen=True)
 class _Now(Generic[Found]):
-    """A Later that is there."""
+    """A Later, or a Coding, that is there."""
 
     found: Found
+
+    def fetch(self) -> None: ...
 
     def result(self) -> Found:
         return self.found
@@ -269,7 +271,7 @@ class Engine:
         """A plan for each frame."""
         return self.begin_plans(frames).result()
 
-    def begin_encoding(self, jobs: Sequence[EncodeJob], room: Callable[[], Room]) -> Later[list[Encoded]]:
+    def begin_encoding(self, jobs: Sequence[EncodeJob], room: Callable[[], Room]) -> Coding[list[Encoded]]:
         """Begin to encode frames. room: makes the place where the payloads of one frame wait."""
         return self.coder.encode(jobs, room, threads=self.n_threads)
 

@@ -114,6 +114,7 @@ class Pending:
         upload.send()
         self._rounds = _rounds(list(self._frames.items()), round_bytes)
         self._launched: deque[_Round] = deque()
+        self._going: _Round | None = None  # whose bytes are on their way
         for _ in range(_ROUNDS_AT_A_TIME):
             self._launch()
 
@@ -123,24 +124,23 @@ class Pending:
         if members is not None:
             self._launched.append(_Round(self._frames, members, self._device))
 
+    def fetch(self) -> None:
+        """Wait until the first round is coded, and start copying its bytes."""
+        if self._going is None and self._launched:
+            self._going = self._launched.popleft()
+            self._going.fetch()
+
     def result(self) -> list[Coded]:
         """Wait, and take the bytes over: one frame a job; frames without chunks are empty."""
         parts: dict[int, list[_Part]] = {}
-        going = self._next()
-        while going is not None:
-            for number, part in going.result(self._jobs):
+        self.fetch()
+        while self._going is not None:
+            for number, part in self._going.result(self._jobs):
                 parts.setdefault(number, []).append(part)
-            going = self._next()
+            self._going = None
+            self.fetch()
             self._launch()  # now that there is room, and the bytes of another round are on their way
         return [_coded(job.plan, parts.get(number, [])) for number, job in enumerate(self._jobs)]
-
-    def _next(self) -> _Round | None:
-        """The next round, its bytes on their way to the host."""
-        if not self._launched:
-            return None
-        one = self._launched.popleft()
-        one.fetch()
-        return one
 
 
 class _Part(NamedTuple):
