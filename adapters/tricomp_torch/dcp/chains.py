@@ -15,8 +15,8 @@ from typing import Any
 import tricomp
 from tricomp import storage
 from tricomp.codec.engine import cores
-from tricomp.errors import CorruptFile, MissingFile, MissingParent
-from tricomp_torch.dcp.index import Index, StoredFile, absolute, read, resolved
+from tricomp.errors import CorruptFile, MissingFile, MissingParent, WrongReference
+from tricomp_torch.dcp.index import Files, StoredFile, absolute, read_files, resolved
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,9 @@ def chain(checkpoint_id: str | os.PathLike[str], *, storage_options: Mapping[str
     """
     access = Access(storage_options)
     found: list[str] = []
-    waiting = [(absolute(checkpoint_id), stored) for stored in read(absolute(checkpoint_id), storage_options).files]
+    waiting = [
+        (absolute(checkpoint_id), stored) for stored in read_files(absolute(checkpoint_id), storage_options).files
+    ]
     found.append(absolute(checkpoint_id))
     while waiting:
         folder, stored = waiting.pop()
@@ -85,7 +87,7 @@ def _parent(folder: str, stored: StoredFile, access: Access) -> tuple[str, Store
     where = resolved(stored.parent.folder, folder)
     what = f"{folder}/{stored.name}: is coded against {stored.parent.name} of {where}"
     try:
-        index: Index = read(where, access.options_for(where))
+        index: Files = read_files(where, access.options_for(where))
     except MissingFile as error:
         raise MissingParent(
             f"{what}, which is not there: {error} Put that checkpoint back, or load a step that does not need it."
@@ -107,10 +109,13 @@ def _open(folder: str, stored: StoredFile, reference: tricomp.File | None, acces
         "backend": access.backend,
     }
     try:
-        file = tricomp.open(path, **options)
-        if file.parent is not None and reference is not None:  # else it was rebased, and the index was not yet
-            file.close()
+        try:
             file = tricomp.open(path, reference, **options)
+        except WrongReference:
+            file = tricomp.open(path, **options)
+            if file.parent is not None:  # else it was rebased, and the index was not yet
+                file.close()
+                raise
     except MissingFile:
         raise MissingFile(f"{path}: is gone, though the index names it. Restore it, or load another step.") from None
     if file.content_id != stored.content_id:

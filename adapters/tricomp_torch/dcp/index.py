@@ -69,23 +69,30 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
-class Index:
-    """All of a checkpoint but the data. values: the files of what is no tensor. paths: keys and numbers of containers
-    that lead to each entry of the state. since_keyframe: the most of any file."""
+class Files:
+    """The files of a checkpoint: what a chain needs of its index, which of many ranks is long."""
 
     id: str
     files: tuple[StoredFile, ...]
-    tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
-    values: Mapping[str, int] = field(default_factory=dict)
-    paths: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
 
     @property
     def since_keyframe(self) -> int:
+        """The most of any file."""
         return max((file.since_keyframe for file in self.files), default=0)
 
     def file(self, name: str) -> StoredFile | None:
         """The file of that name, or None."""
         return next((file for file in self.files if file.name == name), None)
+
+
+@dataclass(frozen=True)
+class Index(Files):
+    """All of a checkpoint but the data. values: the files of what is no tensor. paths: keys and numbers of containers
+    that lead to each entry of the state."""
+
+    tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
+    values: Mapping[str, int] = field(default_factory=dict)
+    paths: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
 
 
 def keys_of(fqn: str, offsets: Iterable[int], sizes: Iterable[int], size: Iterable[int]) -> tuple[str, ...]:
@@ -143,6 +150,50 @@ def _packed(table: Any) -> Any:
 
 def unpack(data: bytes, what: str) -> Index:
     """The Index in the bytes of a file. Raises CorruptFile, UnsupportedVersion, LimitExceeded."""
+    outer = _checked(data, what)
+    try:
+        known = _files(outer, what)
+        n_files = len(known.files)
+        tensors = {_text(fqn): _tensor(entry, n_files) for fqn, entry in _table(outer, "tensors", what).items()}
+        values = {_text(fqn): _below(number, n_files) for fqn, number in _table(outer, "values", what).items()}
+        paths = {_text(fqn): _path(entry) for fqn, entry in _table(outer, "paths", what).items()}
+        return Index(known.id, known.files, tensors, values, paths)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _foreign(what, error) from None
+
+
+def read(folder: str, options: Mapping[str, Any] | None = None) -> Index:
+    """The index of the checkpoint in a folder, or at a URL. Raises MissingFile, CorruptFile, StorageError."""
+    return unpack(*_read(folder, options))
+
+
+def read_files(folder: str, options: Mapping[str, Any] | None = None) -> Files:
+    """The part of it that tells of the files. Raises what read raises."""
+    data, what = _read(folder, options)
+    outer = _checked(data, what)
+    try:
+        return _files(outer, what)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _foreign(what, error) from None
+
+
+def _read(folder: str, options: Mapping[str, Any] | None) -> tuple[bytes, str]:
+    """The bytes of a folder's index, and what it is called."""
+    try:
+        source = storage.at(folder, options).get(INDEX_NAME)
+    except MissingFile:
+        raise MissingFile(
+            f"{folder}: is no complete checkpoint: it has no {INDEX_NAME}, which is written last. "
+            "Check the path, or load an earlier step."
+        ) from None
+    try:
+        return bytes(source.read(0, source.n_bytes)), source.name
+    finally:
+        source.close()
+
+
+def _checked(data: bytes, what: str) -> Any:
+    """The map in the bytes of a file, its tables still packed. Raises CorruptFile, UnsupportedVersion."""
     body, check = data[:-9], data[-9:]
     if len(data) < 20 or data[1:5] != _START:
         raise CorruptFile(f"{what}: {len(data)} bytes that are no index of a checkpoint. Load another step.")
@@ -154,34 +205,19 @@ def unpack(data: bytes, what: str) -> Index:
             f"{what}: checksum {stored:016x} stored, {check_of(body):016x} computed: it is cut or damaged. "
             "Restore it from another copy, or load another step."
         )
-    outer = bounds.unpack(body, what)
-    try:
-        tables = {
-            name: bounds.unpack(bounds.unpack_table(outer[name], bounds.DEFAULTS, what), what)
-            for name in ("files", "tensors", "values", "paths")
-        }
-        files = tuple(_file(entry) for entry in tables["files"])
-        tensors = {_text(fqn): _tensor(entry, len(files)) for fqn, entry in tables["tensors"].items()}
-        values = {_text(fqn): _below(number, len(files)) for fqn, number in tables["values"].items()}
-        paths = {_text(fqn): _path(entry) for fqn, entry in tables["paths"].items()}
-        return Index(_matching(_HEX, outer["id"]), files, tensors, values, paths)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CorruptFile(f"{what}: its tables are not those of an index ({error}). Load another step.") from None
+    return bounds.unpack(body, what)
 
 
-def read(folder: str, options: Mapping[str, Any] | None = None) -> Index:
-    """The index of the checkpoint in a folder, or at a URL. Raises MissingFile, CorruptFile, StorageError."""
-    try:
-        source = storage.at(folder, options).get(INDEX_NAME)
-    except MissingFile:
-        raise MissingFile(
-            f"{folder}: is no complete checkpoint: it has no {INDEX_NAME}, which is written last. "
-            "Check the path, or load an earlier step."
-        ) from None
-    try:
-        return unpack(bytes(source.read(0, source.n_bytes)), source.name)
-    finally:
-        source.close()
+def _foreign(what: str, error: Exception) -> CorruptFile:
+    return CorruptFile(f"{what}: its tables are not those of an index ({error}). Load another step.")
+
+
+def _table(outer: Any, name: str, what: str) -> Any:
+    return bounds.unpack(bounds.unpack_table(outer[name], bounds.DEFAULTS, what), what)
+
+
+def _files(outer: Any, what: str) -> Files:
+    return Files(_matching(_HEX, outer["id"]), tuple(_file(entry) for entry in _table(outer, "files", what)))
 
 
 def absolute(folder: str | os.PathLike[str]) -> str:
@@ -218,21 +254,22 @@ def _file(entry: Any) -> StoredFile:
 
 def _tensor(entry: Any, n_files: int) -> StoredTensor:
     dtype, size, chunks = entry
-    if dtype not in dtypes.NAMES:
-        raise ValueError(f"dtype {dtype!r}")
     whole = _sizes(size)
+    if dtype not in dtypes.NAMES or not is_shape(whole):
+        raise ValueError(f"a tensor of {dtype!r}{list(whole)}")
     made = tuple(Chunk(_sizes(begin), _sizes(sizes), _below(number, n_files)) for begin, sizes, number in chunks)
     for chunk in made:
-        ends = [begin + length for begin, length in zip(chunk.offsets, chunk.sizes, strict=True)]
-        if any(end > most for end, most in zip(ends, whole, strict=True)):
-            raise ValueError(f"a shard that ends at {ends} of {list(whole)}")
+        for begin, length, most in zip(chunk.offsets, chunk.sizes, whole, strict=True):
+            if begin + length > most:
+                raise ValueError(f"a shard at {list(chunk.offsets)} of {list(chunk.sizes)} in {list(whole)}")
     return StoredTensor(dtype, whole, made)
 
 
 def _sizes(entry: Any) -> Sizes:
-    sizes = tuple(_count(size) for size in entry)
-    if not is_shape(sizes):
-        raise ValueError(f"sizes {list(sizes)}")
+    sizes = tuple(entry)
+    for size in sizes:
+        if type(size) is not int or size < 0:
+            raise ValueError(f"sizes {list(sizes)}")
     return sizes
 
 

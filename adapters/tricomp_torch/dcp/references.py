@@ -15,7 +15,7 @@ from tricomp.content import Content
 from tricomp.errors import TricompError, WrongReference
 from tricomp.layout import Leaf
 from tricomp_torch.dcp.chains import Access, open_chained
-from tricomp_torch.dcp.index import Index, Parent, StoredFile, keys_of, path_of, read, relative
+from tricomp_torch.dcp.index import Index, Parent, StoredFile, keys_of, path_of, read, read_files, relative
 
 _log = logging.getLogger("tricomp")
 
@@ -51,19 +51,30 @@ def find_base(content: Content, order: Order, folder: str, access: Access, held:
 
     held: what this rank wrote last. Close the file of what comes.
     """
-    if order.reference is None:
-        return None
     wanted = {leaf.path: leaf for leaf in content.snapshot.layout.leaves}
+    n_all = sum(leaf.n_bytes for leaf in wanted.values())
+    if order.reference is None or not n_all:
+        return None
+    file: tricomp.File | None = None
     try:
-        index = read(order.reference, access.options_for(order.reference))
-        if index.id != order.reference_id:
+        known = read_files(order.reference, access.options_for(order.reference))
+        if known.id != order.reference_id:
             raise WrongReference(f"{order.reference}: was replaced while it was coded against.")
-        stored, n_found = _fullest(index, wanted)
+        stored = next((file for file in known.files if _rank(file.name) == _rank(order.name)), None)
         file = None if stored is None else open_chained(order.reference, stored, access)
+        n_found = 0 if file is None else _found_in(file, wanted)
+        if n_found < n_all:  # it was another number of ranks, or another sharding: then all of the index is looked at
+            other, n_there = _fullest(read(order.reference, access.options_for(order.reference)), wanted)
+            if n_there > n_found or not n_found:
+                if file is not None:
+                    file.close()
+                stored, n_found, file = other, n_there, None
+                file = None if stored is None else open_chained(order.reference, stored, access)
     except TricompError as error:
         _log.warning("%s/%s stands alone: its reference cannot be read: %s", folder, order.name, error)
+        if file is not None:
+            file.close()
         return None
-    n_all = sum(leaf.n_bytes for leaf in wanted.values())
     if n_found < n_all:
         text = "%s/%s: %d of %d bytes have no counterpart in one file of %s, and stand alone"
         _log.info(text, folder, order.name, n_all - n_found, n_all, order.reference)
@@ -72,6 +83,15 @@ def find_base(content: Content, order: Order, folder: str, access: Access, held:
     is_held = held is not None and held.content_id == stored.content_id
     parent = Parent(relative(order.reference, folder), stored.name, stored.content_id)
     return Base(file, held if is_held else None, parent)
+
+
+def _rank(name: str) -> str:
+    return name.partition("-")[0]
+
+
+def _found_in(file: tricomp.File, wanted: Mapping[str, Leaf]) -> int:
+    """Bytes of leaves that a file has with the same path, dtype and shape."""
+    return sum(leaf.n_bytes for path, leaf in wanted.items() if path in file and file.leaf(path) == leaf)
 
 
 def _fullest(index: Index, wanted: Mapping[str, Leaf]) -> tuple[StoredFile | None, int]:

@@ -207,7 +207,7 @@ class TricompWriter(StorageWriter, AsyncStager):
                 return None, ""
             raise InvalidArgument(f"{reference}: would replace its own reference. Save to another folder.")
         try:
-            index = indices.read(reference, self._access.options_for(reference))
+            index = indices.read_files(reference, self._access.options_for(reference))
         except TricompError as error:
             if self._reference is not None:
                 raise
