@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-SECONDS = 60.0  # that a group may take
+SECONDS = 240.0  # that a group may take
 
 
 class Net(torch.nn.Module):

@@ -60,7 +60,7 @@ def check_load(run, folder):
 
 
 def save_behind(state, **options):
-    return dcp.async_save(state, **options).result(30)
+    return dcp.async_save(state, **options).result(120)
 
 
 def save_chain(rank, n, folder, first=None, keyframe=3):
@@ -84,7 +84,7 @@ def save_chain(rank, n, folder, first=None, keyframe=3):
     put = writer.put
 
     def wait_and_put(*arguments, **options):
-        assert is_trained.wait(30)
+        assert is_trained.wait(120)
         return put(*arguments, **options)
 
     writer.put = wait_and_put
@@ -93,7 +93,7 @@ def save_chain(rank, n, folder, first=None, keyframe=3):
     train(run, 2, 9)
     assert not same(state_of(run), f"{folder}/behind")
     is_trained.set()
-    saving.result(30)
+    saving.result(120)
     writer.put = put
     state = blank(state_of(run, plain=dict.fromkeys([*PLAIN, "list"])))
     dcp.load(state, checkpoint_id=f"{folder}/behind")
@@ -118,11 +118,11 @@ def behind_in_a_process(rank, n, folder):
         reference = f"{folder}/{step - 1}" if step else None
         saving = dcp.async_save(state, checkpoint_id=f"{folder}/{step}", reference=reference, **options)
         train(run, 1, step)
-        saving.result(60)
+        saving.result(120)
     check_load(run, f"{folder}/1")
     assert dcp.chain(f"{folder}/1") == [f"{folder}/0", f"{folder}/1"]
     with pytest.raises(UnsupportedNode, match="rank 1: node 'lock'"):
-        dcp.async_save({"lock": threading.Lock() if rank else 1}, checkpoint_id=f"{folder}/bad", **options).result(60)
+        dcp.async_save({"lock": threading.Lock() if rank else 1}, checkpoint_id=f"{folder}/bad", **options).result(120)
 
 
 def load_onto(rank, n, folder, other):

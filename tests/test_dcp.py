@@ -203,7 +203,7 @@ def test_one_process_needs_no_group(tmp_path):
     for step in range(3):
         dcp.save(small(step), checkpoint_id=tmp_path / f"{step}", storage_writer=writer)
     state = small(9)
-    dcp.async_save(state, checkpoint_id=tmp_path / "9", reference=tmp_path / "2").result(30)
+    dcp.async_save(state, checkpoint_id=tmp_path / "9", reference=tmp_path / "2").result(120)
     for step in (0, 1, 2, 9):
         assert bits(loaded(tmp_path / f"{step}")) == bits(small(step))
     assert dcp.chain(tmp_path / "9") == [str(tmp_path / name) for name in "0129"]
@@ -223,7 +223,7 @@ def test_memory_of_copies_is_used_again(tmp_path):
         truth = bits(large)
         for name, writer in (("held", held), ("decoded", decoded)):
             saving = dcp.async_save(large, checkpoint_id=tmp_path / f"{name}{step}", storage_writer=writer)
-            saving.result(30)
+            saving.result(120)
         large["w"] *= 1.001
         large["w"][step] += 1
         for name in ("held", "decoded"):
@@ -294,7 +294,7 @@ def test_nothing_is_pickled(tmp_path, monkeypatch):
     ids=["object", "generator", "tuple", "sparse", "set"],
 )
 def test_what_cannot_be_saved_is_named(tmp_path, entry, text):
-    for save in (dcp.save, lambda *a, **o: dcp.async_save(*a, **o).result(30)):
+    for save in (dcp.save, lambda *a, **o: dcp.async_save(*a, **o).result(120)):
         with pytest.raises(UnsupportedNode, match=text):
             save({"ok": torch.ones(3), "x": {"y": entry}}, checkpoint_id=tmp_path / "a")
     assert not (tmp_path / "a" / indices.INDEX_NAME).exists()
