@@ -76,9 +76,9 @@ class CheckpointHook:
     a call beyond them waits. Each holds one copy of the state in memory, which is kept for the next one.
 
     A call returns when the state is copied; training may then change or donate it. What fails behind is logged when it
-    happens, and raised once: by the next call (which then does nothing else), wait() or close(). Steps that were saved
-    before stay, and later calls save again. close() the hook, or use it with `with`; what was begun when the
-    interpreter ends, by its last line or an exception, is brought to its end. Several threads may call.
+    happens, and raised once: by the Future, the next call (which then does nothing else), wait() or close(). Steps that
+    were saved before stay, and later calls save again. close() the hook, or use it with `with`; what was begun when
+    the interpreter ends, by its last line or an exception, is brought to its end. Several threads may call.
 
     In a run of several jax processes all make a hook for the same folder or URL, and all call it at the same steps:
     each saves the parts of arrays that are its own to a folder of its own there, and process 0 what is in no parts. A
