@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -47,6 +49,12 @@ class HostBuffer:
 
     def copies(self, arrays: Sequence[Array]) -> list[Array]:
         """A copy of each array in row-major order, one after the other in this memory; all are done on return."""
+        made, finish = self.begin(arrays)
+        finish()
+        return made
+
+    def begin(self, arrays: Sequence[Array]) -> tuple[list[Array], Callable[[], None]]:
+        """What copies gives, while other threads may still copy, and what makes sure that all is done."""
         begins = [0]
         for array in arrays:
             begins.append(begins[-1] + -(-array.nbytes // _ALIGN) * _ALIGN)
@@ -54,8 +62,7 @@ class HostBuffer:
         made = []
         for array, begin in zip(arrays, begins[:-1], strict=True):
             made.append(memory[begin : begin + array.nbytes].view(array.dtype).reshape(array.shape))
-        _copy(made, arrays)
-        return made
+        return made, _begin(made, arrays)
 
     def release(self) -> None:
         """Let go of the memory."""
@@ -77,22 +84,29 @@ def _n_references(array: Array) -> int:
     return sys.getrefcount(array) if hasattr(sys, "getrefcount") else 0
 
 
-def _copy(targets: Sequence[Array], sources: Sequence[Array]) -> None:
-    """Copy each source to its target, in several threads where there is much."""
-    batches = list(_batches(targets, sources))
-    if len(batches) < 2 or _n_threads() < 2:
-        for batch in batches:
+def _begin(targets: Sequence[Array], sources: Sequence[Array]) -> Callable[[], None]:
+    """Copy each source to its target, in several threads where there is much. Returns what helps, and waits."""
+    batches = deque(_batches(targets, sources))
+
+    def work() -> None:
+        while batches:
+            try:
+                batch = batches.popleft()
+            except IndexError:  # another thread was faster
+                return
             _copy_batch(batch)
-        return
+
     waiting = []
-    try:
-        for batch in batches:
-            waiting.append(_threads().submit(_copy_batch, batch))
-    except RuntimeError:  # the interpreter ends, and no thread can be started
-        for batch in batches[len(waiting) :]:
-            _copy_batch(batch)
-    for one in waiting:
-        one.result()
+    with suppress(RuntimeError):  # the interpreter ends, and no thread can be started
+        for _ in range(min(_n_threads(), len(batches)) - 1):
+            waiting.append(_threads().submit(work))
+
+    def finish() -> None:
+        work()
+        for one in waiting:
+            one.result()
+
+    return finish
 
 
 def _batches(targets: Sequence[Array], sources: Sequence[Array]) -> Iterator[list[tuple[Array, Array]]]:

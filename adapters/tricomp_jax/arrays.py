@@ -40,7 +40,12 @@ _NOT_IN_DLPACK = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64"}
 
 def is_key(value: Any) -> bool:
     """Whether something with a dtype holds typed random keys (jax.random.key)."""
-    return bool(jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key))
+    return _is_of_keys(value.dtype)
+
+
+@cache
+def _is_of_keys(dtype: Any) -> bool:
+    return bool(jax.numpy.issubdtype(dtype, jax.dtypes.prng_key))
 
 
 def key_implementation(keys: jax.Array) -> str:
@@ -79,11 +84,12 @@ def to_leaf(value: jax.Array, path: str) -> Leaf:
 
     Raises UnsupportedNode, naming the path, for arrays without readable data here; UnsupportedDtype.
     """
-    require_readable(value, path)
+    require_data(value, path)
     name = name_of(value.dtype)
     if name not in dtypes.NAMES and name not in NARROW:
         raise UnsupportedDtype(f"leaf {path!r}: the dtype {name!r} cannot be stored. Convert it, or leave it out.")
-    if not value.is_fully_addressable:  # a whole copy is here
+    if not value.is_fully_addressable:
+        require_readable(value, path)  # a whole copy is here
         value = value.addressable_data(0)
     if is_on_gpu(value):
         try:

@@ -289,7 +289,7 @@ def await_arrays(state: Any) -> None:
         return
     leaves = [leaf for leaf in leaves if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)]
     there = [leaf for leaf in leaves if not leaf.is_deleted()]
-    for leaf in there:
+    for leaf in there if jax.default_backend() != "cpu" else ():
         if not is_key(leaf) and not is_on_gpu(leaf) and any(device.platform != "cpu" for device in leaf.devices()):
             leaf.copy_to_host_async()
     _jax.block_until_ready(there)

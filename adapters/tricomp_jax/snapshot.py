@@ -40,8 +40,11 @@ def snapshot(flat: Flat, buffer: HostBuffer | None = None) -> Flat:
             done[i] = leaf
         else:
             live.append(i)
-    done |= zip(live, (buffer or HostBuffer()).copies([leaves[i] for i in live]), strict=True)
-    return Flat(plain_trees.unflatten(structure, [done[i] for i in range(len(leaves))]), flat.notes)
+    copies, finish = (buffer or HostBuffer()).begin([leaves[i] for i in live])
+    done |= zip(live, copies, strict=True)
+    tree = plain_trees.unflatten(structure, [done[i] for i in range(len(leaves))])
+    finish()
+    return Flat(tree, flat.notes)
 
 
 def _device_copies(paths: Sequence[str], leaves: Sequence[Any]) -> dict[int, Any]:
