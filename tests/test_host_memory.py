@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tests.cases import of_dtype
-from tricomp import dtypes
+from tricomp import dtypes, host_memory
 from tricomp.host_memory import HostBuffer
 
 
@@ -27,8 +27,10 @@ def test_every_array_is_copied_bit_for_bit():
             assert not np.shares_memory(copy, source)
 
 
+@pytest.mark.parametrize("n_threads", [1, 3])
 @pytest.mark.parametrize("dtype", ["u1", ml_dtypes.bfloat16, "f4", "c16"])
-def test_large_arrays_are_cut_and_small_ones_share_a_thread(dtype):
+def test_large_arrays_are_cut_and_small_ones_share_a_thread(dtype, n_threads, monkeypatch):
+    monkeypatch.setattr(host_memory, "_n_threads", lambda: n_threads)
     n_elements = (13 << 20) // np.dtype(dtype).itemsize + 1
     large = np.random.default_rng(0).integers(0, 256, n_elements * np.dtype(dtype).itemsize, np.uint8).view(dtype)
     sources = [large, *(large[i : i + 100] for i in range(500)), large[: n_elements // 2], large[::2]]

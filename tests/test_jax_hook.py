@@ -138,8 +138,12 @@ def of_all_kinds():
     }
 
 
-def test_snapshots_are_equal_and_have_memory_of_their_own():
+@pytest.mark.parametrize("is_mapped", [False, True])
+def test_snapshots_are_equal_and_have_memory_of_their_own(tmp_path, is_mapped):
     tree = of_all_kinds()
+    if is_mapped:
+        np.save(tmp_path / "mapped.npy", np.arange(1001.0))
+        tree["numpy"]["mapped"] = np.load(tmp_path / "mapped.npy", mmap_mode="r+")
     tree["numpy"]["locked"].flags.writeable = False  # its owner may unlock it
     buffer = HostBuffer()
     flat = flatten(tree)

@@ -145,7 +145,7 @@ def _copy_batch(batch: Sequence[tuple[Array, Array]]) -> None:
 @cache
 def _n_threads() -> int:
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(n_cores, _MOST_THREADS)
+    return max(min(n_cores // 2, _MOST_THREADS), 1)  # of two cores, one alone was measured to fill the memory's bus
 
 
 @cache

@@ -6,7 +6,7 @@ an array that jax has put together for the host is nobody else's, but one that a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -42,9 +42,26 @@ def snapshot(flat: Flat, buffer: HostBuffer | None = None) -> Flat:
             live.append(i)
     copies, finish = (buffer or HostBuffer()).begin([leaves[i] for i in live])
     done |= zip(live, copies, strict=True)
-    tree = plain_trees.unflatten(structure, [done[i] for i in range(len(leaves))])
+    waiting = {id(leaf): done[i] for i, leaf in enumerate(leaves)}
+    seen: set[int] = set()
+    tree = _replaced(flat.tree, waiting, seen)
+    if len(seen) < len(waiting):  # a leaf was another object in the tree, or is in a node of another type
+        tree = plain_trees.unflatten(structure, [done[i] for i in range(len(leaves))])
     finish()
     return Flat(tree, flat.notes)
+
+
+def _replaced(node: Any, copies: Mapping[int, Any], seen: set[int]) -> Any:
+    """A flattened tree with other leaves, by the identities of its own; seen: gets those that it has."""
+    if id(node) in copies:
+        seen.add(id(node))
+        return copies[id(node)]
+    kind = type(node)
+    if isinstance(node, dict):
+        return kind((key, _replaced(value, copies, seen)) for key, value in node.items())
+    if isinstance(node, tuple) and hasattr(kind, "_fields"):
+        return kind(*(_replaced(value, copies, seen) for value in node))
+    return kind(_replaced(value, copies, seen) for value in node) if isinstance(node, list | tuple) else node
 
 
 def _device_copies(paths: Sequence[str], leaves: Sequence[Any]) -> dict[int, Any]:
