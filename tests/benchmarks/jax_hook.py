@@ -233,8 +233,8 @@ Data: a Flax GPT of {data["n_parameters"] / 1e6:.1f} M parameters after {results
 
 One copy of the state in memory, medians: {1e3 * copy["kept"]:.1f} ms to kept memory (np.copyto of every leaf),
 {1e3 * copy["fresh"]:.1f} ms to fresh memory (np.copy of every leaf), {1e3 * copy["as the hook"]:.1f} ms to kept
-memory as CheckpointHook does it. The loop is to be held for at most 1.3 copies: it is for {held / copy["fresh"]:.2f} copies to
-fresh memory, and for {held / copy["kept"]:.2f} to kept memory.
+memory as CheckpointHook does it. The loop is to be held for at most 1.3 copies: it is for
+{held / copy["fresh"]:.2f} copies to fresh memory, and for {held / copy["kept"]:.2f} to kept memory.
 
 Medians are of all rounds but the first, in which CheckpointHook also gets its memory from the system. Everybody saved
 the same states, in turns, from arrays that were donated to another computation as soon as the call returned; every
