@@ -1,4 +1,4 @@
-"""What runs of the whole suite need: the interpreted tests of kernels go on beside all others, and come last."""
+"""What runs of the whole suite need: the longest tests go on beside all others, and are asked for last."""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ from importlib.util import find_spec
 
 import pytest
 
-from tests import interpreted
+from tests import behind
 
+_LATE = ("tests/test_kernels_compile.py", "tests/test_kernels.py")
 _MANY = 500  # tests: a run of the whole suite
 
 
-def _is_interpreted(item: pytest.Item) -> bool:
-    return item.name.startswith("test_kernels_interpreted[")
+def _is_late(item: pytest.Item) -> bool:
+    return item.nodeid.startswith(_LATE)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Ask for the interpreted tests at the end."""
-    items.sort(key=_is_interpreted)
+    """Ask for what is made behind at the end."""
+    items.sort(key=_is_late)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Begin with them, in a run of many tests."""
+    """Begin with it, in a run of many tests on more than one core."""
     is_run = not session.config.option.collectonly and os.environ.get("TRITON_INTERPRET") != "1"
-    n_interpreted = sum(map(_is_interpreted, session.items))
-    if is_run and find_spec("triton") and n_interpreted == len(interpreted.MODULES) and len(session.items) > _MANY:
-        interpreted.begin()
+    is_whole = len(session.items) > _MANY and sum(map(_is_late, session.items)) > len(behind.MODULES)
+    if is_run and is_whole and find_spec("triton") and (os.cpu_count() or 1) > 1:
+        behind.begin()
 
 
 def pytest_sessionfinish() -> None:
     """Leave nothing behind that runs."""
-    interpreted.end()
+    behind.end()

@@ -7,13 +7,13 @@ from importlib.util import find_spec
 
 import pytest
 
-from tests import interpreted
+from tests import behind
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process runs them itself")
-@pytest.mark.parametrize("module", interpreted.MODULES)
+@pytest.mark.parametrize("module", behind.MODULES)
 def test_kernels_interpreted(module):
-    code, output = interpreted.outcome(module)
+    code, output = behind.interpreted(module)
     assert code == 0, output[-6000:]
     assert "skipped" not in output
