@@ -1,4 +1,7 @@
-"""What runs of the whole suite need: the longest tests go on beside all others, and are asked for last."""
+"""What runs of the whole suite need: the longest tests go on beside all others, and are asked for last.
+
+Those of JAX come before them: after JAX has computed something, a process should not fork, as some tests do.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import pytest
 from tests import behind
 
 _LATE = ("tests/test_kernels_compile.py", "tests/test_kernels.py")
+_JAX = ("tests/test_jax", "tests/test_demo_jax", "tests/test_cross_framework", "tests/test_cli_export_jax")
 _MANY = 500  # tests: a run of the whole suite
 
 
@@ -19,7 +23,7 @@ def _is_late(item: pytest.Item) -> bool:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Ask for what is made behind at the end."""
-    items.sort(key=_is_late)
+    items.sort(key=lambda item: 2 if _is_late(item) else item.nodeid.startswith(_JAX))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

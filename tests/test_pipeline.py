@@ -27,7 +27,7 @@ def small_batches(monkeypatch):
 
 
 def working():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("tricomp")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("tricomp-ahead")]
 
 
 def test_batches_change_no_byte(tmp_path, monkeypatch):
