@@ -599,3 +599,17 @@ def test_wrappers_of_modules_have_the_keys_of_what_they_wrap(tmp_path):
         fresh: Any = torch.compile(Net())
         ckpt.restore(model=fresh)
         assert state(fresh._orig_mod) == state(model)
+
+
+def test_bfloat16_weights_beside_their_masters_cost_next_to_nothing(tmp_path):
+    masters = {name: tensor.clone() for name, tensor in torch.nn.Linear(400, 300).state_dict().items()}
+    model = torch.nn.Linear(400, 300).bfloat16()
+    model.load_state_dict(masters)  # which rounds
+    with Checkpointer(tmp_path) as ckpt:
+        report = ckpt.save(1, model=model, extra={"masters": masters}).result()
+        mine = [leaf for leaf in report.leaves if leaf.path.startswith("model/")]
+        assert sum(leaf.coded_bytes for leaf in mine) < 0.01 * sum(leaf.raw_bytes for leaf in mine)
+        again = torch.nn.Linear(400, 300).bfloat16()
+        restored = ckpt.restore(model=again)
+    assert state(again) == state(model)
+    assert bits(restored.extra["masters"]) == bits(masters)
