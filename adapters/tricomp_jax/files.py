@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 import tricomp
+from tricomp import notes
 from tricomp.errors import BackendError, InvalidArgument
 from tricomp.tree import values_of
 from tricomp_jax.arrays import CONFIG, Leaf
@@ -86,13 +87,13 @@ def load(
 
 def load_from(file: tricomp.File, target: Any = None, strict: bool = True, leaves: Sequence[str] | None = None) -> Any:
     """What load gives, of an open file."""
-    notes = notes_of(file.metadata)
+    own = notes_of(file.metadata)
     if target is not None:
         return restore(target, Opened(file), strict)
     if leaves is not None:
-        known = Notes(notes)
+        known = Notes(own)
         return {path: known.made(array, path) for path, array in _read(file, leaves, _default_gpu()).items()}
-    return unflatten(Flat(_read(file, None, _default_gpu()), notes))
+    return unflatten(Flat(_read(file, None, _default_gpu()), own))
 
 
 class Opened:
@@ -150,20 +151,14 @@ def _read(file: tricomp.File, leaves: Sequence[str] | None, gpu: str | None) -> 
         return file.load(leaves)
 
 
-def with_notes(metadata: Mapping[str, Any] | None, notes: Mapping[str, Any]) -> dict[str, Any]:
-    """The user's metadata with the notes beside it. Raises InvalidArgument if it uses the notes' key."""
-    if metadata is not None and not isinstance(metadata, Mapping):
-        raise InvalidArgument(f"metadata: expected a dict of plain values, got {type(metadata).__name__}.")
-    metadata = dict(metadata or {})
-    if NOTES_KEY in metadata:
-        raise InvalidArgument(f"metadata: the key {NOTES_KEY!r} is kept for tricomp's own notes. Use another key.")
-    return {**metadata, NOTES_KEY: dict(notes)} if notes else metadata
+def with_notes(metadata: Mapping[str, Any] | None, own: Mapping[str, Any]) -> dict[str, Any]:
+    """The user's metadata with our notes beside it. Raises InvalidArgument if it uses the notes' key."""
+    return notes.with_notes(metadata, own, NOTES_KEY)
 
 
 def notes_of(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The notes in a file's metadata, empty for files that another program wrote."""
-    notes = (metadata or {}).get(NOTES_KEY, {})
-    return dict(notes) if isinstance(notes, Mapping) else {}
+    """Our notes in a file's metadata, empty for files that another program wrote."""
+    return notes.notes_of(metadata, NOTES_KEY)
 
 
 def plain_reference(reference: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import tricomp
+from tricomp import notes
 from tricomp.errors import BackendError, InvalidArgument
 from tricomp_torch.snapshot import Snapshot
 from tricomp_torch.tensors import device_of
@@ -77,11 +78,11 @@ def load(
     """
     device = device_of(map_location)
     with tricomp.open(os.fspath(path), reference=plain_reference(reference), threads=threads, backend=backend) as file:
-        notes = notes_of(file.metadata)
+        own = notes_of(file.metadata)
         found = load_leaves(file, leaves, device)
         if leaves is None:
-            return unflatten(Flat(found, notes), device)
-        return unflatten_leaves(found, notes, device)
+            return unflatten(Flat(found, own), device)
+        return unflatten_leaves(found, own, device)
 
 
 def load_leaves(file: tricomp.File, leaves: Sequence[str] | None, device: torch.device | None) -> Any:
@@ -95,20 +96,14 @@ def load_leaves(file: tricomp.File, leaves: Sequence[str] | None, device: torch.
         return file.load(leaves)
 
 
-def with_notes(metadata: Mapping[str, Any] | None, notes: Mapping[str, Any]) -> dict[str, Any]:
-    """The user's metadata with the notes beside it. Raises InvalidArgument if it uses the notes' key."""
-    if metadata is not None and not isinstance(metadata, Mapping):
-        raise InvalidArgument(f"metadata: expected a dict of plain values, got {type(metadata).__name__}.")
-    metadata = dict(metadata or {})
-    if NOTES_KEY in metadata:
-        raise InvalidArgument(f"metadata: the key {NOTES_KEY!r} is kept for tricomp's own notes. Use another key.")
-    return {**metadata, NOTES_KEY: dict(notes)} if notes else metadata
+def with_notes(metadata: Mapping[str, Any] | None, own: Mapping[str, Any]) -> dict[str, Any]:
+    """The user's metadata with our notes beside it. Raises InvalidArgument if it uses the notes' key."""
+    return notes.with_notes(metadata, own, NOTES_KEY)
 
 
 def notes_of(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The notes in a file's metadata, empty for files that another program wrote."""
-    notes = (metadata or {}).get(NOTES_KEY, {})
-    return dict(notes) if isinstance(notes, Mapping) else {}
+    """Our notes in a file's metadata, empty for files that another program wrote."""
+    return notes.notes_of(metadata, NOTES_KEY)
 
 
 def plain_reference(reference: Any) -> Any:
