@@ -25,3 +25,8 @@ def notes_of(metadata: Mapping[str, Any] | None, key: str) -> dict[str, Any]:
     """The notes in a file's metadata, empty for files that another program wrote."""
     notes = (metadata or {}).get(key, {})
     return dict(notes) if isinstance(notes, Mapping) else {}
+
+
+def without_notes(metadata: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The caller's part of a file's metadata."""
+    return {name: value for name, value in metadata.items() if name != key}

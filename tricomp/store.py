@@ -132,11 +132,10 @@ class Store:
         """
         step = step_number(step)
         self._write_lock()
-        exists = step in self.steps()
         if not overwrite:
             self.require_new(step)
         content = content_of(tree)
-        if exists:
+        if overwrite and step in self.steps():
             self._rebase_children([step])
         links = {link.step: link for link in self._steps.links() if link.step != step}
         lower = max((other for other in links if other < step), default=None)
@@ -417,3 +416,10 @@ def step_number(step: Any) -> int:
     if isinstance(step, bool) or not 0 <= number < 10**18:
         raise InvalidArgument(f"step: expected an integer from 0 to 10^18 - 1, got {step!r}.")
     return number
+
+
+def count_of(value: Any, what: str) -> int:
+    """A number from 1 on, of whatever integer type it is. Raises InvalidArgument that begins with what."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < 1:
+        raise InvalidArgument(f"{what}, 1 or more, got {value!r}.")
+    return operator.index(value)

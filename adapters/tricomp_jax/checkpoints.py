@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import tricomp
 from tricomp.errors import InvalidArgument
+from tricomp.notes import without_notes
 from tricomp.steps import number_of
 from tricomp_jax.files import load_from, with_notes
 from tricomp_jax.trees import NOTES_KEY, Flat, flatten
@@ -79,7 +80,7 @@ class InStore:
                 state = load_from(file, target, strict)
             except InvalidArgument as error:
                 raise InvalidArgument(f"step {number} of {self.store.url}: {error}") from None
-            metadata = {key: value for key, value in file.metadata.items() if key != NOTES_KEY}
+            metadata = without_notes(file.metadata, NOTES_KEY)
         self.store.continue_from(number)
         return Restored(number, state, metadata)
 

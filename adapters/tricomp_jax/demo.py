@@ -7,6 +7,8 @@ leaf of the final state is compared. It does not show that XLA repeats elsewhere
 
 from __future__ import annotations
 
+from functools import partial
+
 import flax
 import jax
 import optax
@@ -24,17 +26,5 @@ JAX = Framework(
     "  program repeats on this machine, and all that it depends on was restored.",
 )
 
-
-def main(
-    *,
-    steps: int | None = None,
-    every: int | None = None,
-    directory: str | None = None,
-    as_json: bool = False,
-    is_quick: bool = False,
-) -> int:
-    """Run the demo and print what it found. Returns 0 only if the resumed run equals the uninterrupted one bit for bit.
-
-    directory: kept afterwards, must be empty or new; None: a temporary one. Raises InvalidArgument.
-    """
-    return tell(JAX, steps=steps, every=every, directory=directory, as_json=as_json, is_quick=is_quick)
+main = partial(tell, JAX)
+"""What `tricomp demo` calls: see tell."""

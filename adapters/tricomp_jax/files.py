@@ -87,9 +87,9 @@ def load(
 
 def load_from(file: tricomp.File, target: Any = None, strict: bool = True, leaves: Sequence[str] | None = None) -> Any:
     """What load gives, of an open file."""
-    own = notes_of(file.metadata)
     if target is not None:
         return restore(target, Opened(file), strict)
+    own = notes_of(file.metadata)
     if leaves is not None:
         known = Notes(own)
         return {path: known.made(array, path) for path, array in _read(file, leaves, _default_gpu()).items()}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -23,7 +22,7 @@ import tricomp
 from tricomp.background import Background, Saving
 from tricomp.errors import InvalidArgument, OutOfDeviceMemory
 from tricomp.host_memory import HostBuffer
-from tricomp.store import step_number
+from tricomp.store import count_of, step_number
 from tricomp_jax.arrays import is_key, is_on_gpu
 from tricomp_jax.checkpoints import Checkpoints, InStore, Restored, store_of
 from tricomp_jax.exit import before_exit
@@ -270,13 +269,6 @@ def save_from_callback(hook: CheckpointHook, step: int, flat: Flat, overwrite: b
             error.add_note(f"This is what became of step {step}, which was to be saved from inside jit.")
             _log.error("step %d could not be saved: %s: %s", step, type(error).__name__, error)
             hook._untold.append(error)
-
-
-def count_of(value: Any, what: str) -> int:
-    """A number from 1 on. Raises InvalidArgument that begins with what."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < 1:
-        raise InvalidArgument(f"{what}, 1 or more, got {value!r}.")
-    return operator.index(value)
 
 
 def await_arrays(state: Any) -> None:

@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 import tricomp
 from tricomp.chain import Keep
 from tricomp.errors import InvalidArgument, MissingStep, StorageError, StoreLocked, TricompError, UnsupportedNode
+from tricomp.notes import without_notes
 from tricomp_jax import arrays
 from tricomp_jax.checkpoints import Restored
 from tricomp_jax.files import with_notes
@@ -126,7 +127,7 @@ class InProcesses:
                 state = unflatten(joined.flat()) if target is None else restore(target, joined, strict)
             except InvalidArgument as error:
                 raise InvalidArgument(f"step {number} of {self.url}: {error}") from None
-            metadata = {key: value for key, value in joined.metadata.items() if key != NOTES_KEY}
+            metadata = without_notes(joined.metadata, NOTES_KEY)
         return Restored(number, state, metadata)
 
     def steps(self) -> list[int]:

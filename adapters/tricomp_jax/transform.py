@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tricomp.errors import InvalidArgument
+from tricomp.store import count_of
 from tricomp_jax.arrays import is_key, key_implementation, narrowed
-from tricomp_jax.hook import CheckpointHook, count_of, save_from_callback
+from tricomp_jax.hook import CheckpointHook, save_from_callback
 from tricomp_jax.targets import leaves_of
 from tricomp_jax.trees import Flat, flatten
 

@@ -19,7 +19,8 @@ import tricomp
 from tricomp.background import Background, Saving
 from tricomp.errors import CorruptFile, InvalidArgument
 from tricomp.host_memory import HostBuffer
-from tricomp.store import step_number
+from tricomp.notes import without_notes
+from tricomp.store import count_of, step_number
 from tricomp.tree import plain
 from tricomp_torch import rng as generators
 from tricomp_torch.checks import missing_and_unexpected, problems
@@ -85,9 +86,8 @@ class Checkpointer:
         threads: int | None = None,
         backend: str | None = None,
     ) -> None:
-        if every is not None:
-            _require_count("every: expected a number of steps", every)
-        _require_count("in_flight: expected a number of saves", in_flight)
+        self._every = None if every is None else count_of(every, "every: expected a number of steps")
+        n_buffers = count_of(in_flight, "in_flight: expected a number of saves")
         options: dict[str, Any] = {
             "spec": spec,
             "keyframe": keyframe,
@@ -103,9 +103,9 @@ class Checkpointer:
             self.store = store
         else:
             self.store = tricomp.Store(os.fspath(store), **given)
-        self._every, self._budget_bytes = every, budget_bytes
-        self._behind: Background[tricomp.Report] = Background(in_flight)
-        self._buffers = [HostBuffer() for _ in range(in_flight)]
+        self._budget_bytes = budget_bytes
+        self._behind: Background[tricomp.Report] = Background(n_buffers)
+        self._buffers = [HostBuffer() for _ in range(n_buffers)]
         self._free: SimpleQueue[HostBuffer] = SimpleQueue()
         for buffer in self._buffers:
             self._free.put(buffer)
@@ -246,7 +246,7 @@ class Checkpointer:
         return Restored(
             step,
             put_in(dict(extra or {}), saved.tree.get("extra", {})),
-            {key: value for key, value in metadata.items() if key != NOTES_KEY},
+            without_notes(metadata, NOTES_KEY),
             tuple(key for missing, _ in keys for key in missing),
             tuple(key for _, unexpected in keys for key in unexpected),
         )
@@ -257,11 +257,6 @@ class Checkpointer:
             return states_of(unflatten(Flat(tree, notes)), notes)
         except (InvalidArgument, CorruptFile) as error:
             raise type(error)(f"step {step} of {self.store.url}: {error}") from error
-
-
-def _require_count(what: str, value: Any) -> None:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
-        raise InvalidArgument(f"{what}, 1 or more, got {value!r}")
 
 
 def _values(model: Any, optimizer: Any, scheduler: Any, extra: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from tricomp.demos.story import Framework, tell
@@ -15,17 +17,5 @@ PYTORCH = Framework(
     rest="step counts, random state, scheduler",
 )
 
-
-def main(
-    *,
-    steps: int | None = None,
-    every: int | None = None,
-    directory: str | None = None,
-    as_json: bool = False,
-    is_quick: bool = False,
-) -> int:
-    """Run the demo and print what it found. Returns 0 only if the resumed run equals the uninterrupted one bit for bit.
-
-    directory: kept afterwards, must be empty or new; None: a temporary one. Raises InvalidArgument.
-    """
-    return tell(PYTORCH, steps=steps, every=every, directory=directory, as_json=as_json, is_quick=is_quick)
+main = partial(tell, PYTORCH)
+"""What `tricomp demo` calls: see tell."""
