@@ -29,6 +29,10 @@ class UnsupportedFormat(InvalidArgument):
     """A file is of no format that tensors are read from, or a format of that name is not known."""
 
 
+class BudgetError(TricompError, ValueError):
+    """No conversion to integers keeps the outputs within the budget that was asked for."""
+
+
 class MissingLeaf(TricompError, KeyError):
     """A leaf was asked for that is not there."""
 
