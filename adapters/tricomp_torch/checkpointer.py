@@ -133,6 +133,10 @@ class Checkpointer:
             if kind is None:  # else it is logged, and what ends the block is what matters
                 raise
 
+    def is_due(self, step: int, force: bool = False) -> bool:
+        """Whether `save` would save this step: it is a multiple of `every`, or force. Raises InvalidArgument."""
+        return force or self._every is None or step_number(step) % self._every == 0
+
     def save(
         self,
         step: int,
@@ -160,7 +164,7 @@ class Checkpointer:
         UnsupportedNode naming the path; StoreLocked; OutOfDeviceMemory; what an earlier save failed with.
         """
         step = step_number(step)
-        if self._every is not None and step % self._every != 0 and not force:
+        if not self.is_due(step, force):
             return None
         values = _values(model, optimizer, scheduler, extra)
         if not values:

@@ -1,0 +1,44 @@
+"""Groups of forked ranks for tests: a process that imports a module of scenes once, and plays them when asked.
+
+tests/dcp_ranks.py tells the protocol. What a scene needs is in its module's SCENES.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Groups:
+    """Starts groups of ranks, one at a time. scenes: a module with SCENES."""
+
+    def __init__(self, scenes: str) -> None:
+        code = f"from tests.dcp_ranks import serve; from {scenes} import SCENES; serve(SCENES)"
+        environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environ,
+        )
+
+    def ask(self, n: int, scene: str, folder: Path, codes: list[int] | None = None, **options: object) -> None:
+        """Play a scene on n ranks. codes: what each is to end with."""
+        asked = {"n": n, "scene": scene, "folder": str(folder), "options": options}
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(asked) + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline())
+        assert answer["codes"] == (codes or [0] * n), "\n".join(answer["texts"])[-4000:]
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
