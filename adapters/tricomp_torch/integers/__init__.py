@@ -1,10 +1,13 @@
 """Integer deployment: chosen nodes of a finished model become integers. Imported by name, not by `tricomp_torch`.
 
->>> plan = tricomp_torch.integers.plan(model, examples, budget=Budget(top1=0.995))  # doctest: +SKIP
+>>> plan = integers.plan(model, examples, budget=integers.Budget(top1=0.995))  # doctest: +SKIP
 >>> print(plan)  # doctest: +SKIP
 """
 
 from tricomp.errors import BudgetError
+from tricomp_torch.integers.forms import prepare
 from tricomp_torch.integers.nodes import Budget, Effect, Fold, NodePlan, Plan
+from tricomp_torch.integers.planning import plan
+from tricomp_torch.integers.report import report
 
-__all__ = ["Budget", "BudgetError", "Effect", "Fold", "NodePlan", "Plan"]
+__all__ = ["Budget", "BudgetError", "Effect", "Fold", "NodePlan", "Plan", "plan", "prepare", "report"]

@@ -1,4 +1,4 @@
-"""What a plan says: which nodes of a model become integers, how, and at what cost. Imports the core's errors only.
+"""What a plan says: which nodes of a model become integers, how, and at what cost. Imports no torch.
 
 A plan holds names and numbers, no tensors: it can be stored, read by a human, and applied to the same model again. The
 hard thing: names are those of the prepared model, the float model in the preset form that `prepare` makes, whose state
@@ -8,12 +8,13 @@ dict differs from the original's where batch norms were folded or weights turned
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, Self
 
 import msgpack
 
 from tricomp.errors import InvalidArgument
+from tricomp_torch.integers.report import table
 
 Kind = Literal[
     "linear",
@@ -149,7 +150,7 @@ class Plan:
     budget: Budget | None = None
     measured: Effect | None = None
     other_bytes: int = 0
-    shapes: Mapping[str, tuple[int, ...]] | None = None
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> NodePlan:
         """The node of that name. Raises InvalidArgument if there is none."""
@@ -157,6 +158,9 @@ class Plan:
             if node.name == name:
                 return node
         raise InvalidArgument(f"no node {name!r} in this plan; it has {', '.join(node.name for node in self.nodes)}")
+
+    def __str__(self) -> str:
+        return table(self)
 
     @property
     def integer_nodes(self) -> tuple[NodePlan, ...]:
@@ -189,8 +193,7 @@ class Plan:
             state["turns"] = tuple(state["turns"])
             state["budget"] = None if state["budget"] is None else _made(Budget, state["budget"])
             state["measured"] = None if state["measured"] is None else _made(Effect, state["measured"])
-            if state["shapes"] is not None:
-                state["shapes"] = {name: tuple(shape) for name, shape in state["shapes"].items()}
+            state["shapes"] = {name: tuple(shape) for name, shape in state["shapes"].items()}
             return cls(**state)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise InvalidArgument(f"this is no plan: {error}. A dict made by Plan.to_dict was expected.") from error
@@ -219,7 +222,7 @@ def _plain(value: Any) -> Any:
 
 def _made(kind: Any, state: Mapping[str, Any]) -> Any:
     """A dataclass of a dict; lists become tuples."""
-    known = {field.name for field in fields(kind)}
+    known = {each.name for each in fields(kind)}
     if not set(state) <= known:
         raise InvalidArgument(f"{kind.__name__} has no {sorted(set(state) - known)}")
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in state.items()})

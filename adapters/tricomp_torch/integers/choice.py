@@ -1,0 +1,112 @@
+"""Which form each node gets, so that all of them together keep the outputs within a budget. Imports no torch.
+
+Each node has a ladder of forms, smallest first, float last. The search starts with every node on its smallest and lets
+nodes climb, those first whose step wins most accuracy for the bytes it costs. The hard thing: errors of nodes do not
+add up exactly, so it is always the whole choice that is measured, and nodes that climbed for nothing are put down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tricomp_torch.integers.effect import usage
+from tricomp_torch.integers.nodes import Budget, Effect, NodePlan
+
+Measure = Callable[[Sequence[NodePlan]], Effect]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Nodes that share weights, which go together. rungs: their forms, smallest first; the last is float."""
+
+    rungs: tuple[tuple[NodePlan, ...], ...]
+
+    def n_bytes(self, rung: int) -> int:
+        """Bytes of the unit on a rung."""
+        return sum(node.integer_bytes for node in self.rungs[rung])
+
+    def loss(self, rung: int) -> float:
+        """What the unit alone costs on a rung: 1 - cosine of the outputs, which adds up over units, about."""
+        return max((1.0 - node.cosine for node in self.rungs[rung] if node.cosine is not None), default=0.0)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A rung for each unit, and what all together do to the outputs."""
+
+    rungs: tuple[int, ...]
+    effect: Effect
+
+    def nodes(self, units: Sequence[Unit]) -> list[NodePlan]:
+        """The nodes on their rungs."""
+        return nodes_on(units, self.rungs)
+
+
+def nodes_on(units: Sequence[Unit], rungs: Sequence[int]) -> list[NodePlan]:
+    """The nodes of units on given rungs."""
+    return [node for unit, rung in zip(units, rungs, strict=True) for node in unit.rungs[rung]]
+
+
+def choose(units: Sequence[Unit], budget: Budget, measure: Measure) -> Choice:
+    """The smallest choice found that keeps the budget; all in float keeps any, but for how the preset form rounds.
+
+    Calls measure about log2 of all steps times, and once more for each unit that was left off its smallest form.
+    """
+
+    def measured(rungs: tuple[int, ...]) -> Choice:
+        return Choice(rungs, measure(nodes_on(units, rungs)))
+
+    path = _climb(units)
+    found = measured(path[0])
+    if usage(found.effect, budget) <= 1:
+        return found
+    low, high = 0, len(path) - 1  # path[low] breaks the budget; path[high], once measured, keeps it
+    best = measured(path[high])
+    while high - low > 1:
+        middle = (low + high) // 2
+        tried = measured(path[middle])
+        if usage(tried.effect, budget) <= 1:
+            high, best = middle, tried
+        else:
+            low = middle
+    return _put_down(units, budget, best, measured)
+
+
+def _climb(units: Sequence[Unit]) -> list[tuple[int, ...]]:
+    """All choices from everything at its smallest to everything in float, one step of one unit at a time."""
+    rungs = [0] * len(units)
+    path = [tuple(rungs)]
+    while True:
+        steps = [
+            (_worth(unit, rung, above), i, above)
+            for i, (unit, rung) in enumerate(zip(units, rungs, strict=True))
+            for above in range(rung + 1, len(unit.rungs))
+        ]
+        if not steps:
+            return path
+        _, i, above = max(steps, key=lambda step: (step[0], -step[2]))
+        rungs[i] = above
+        path.append(tuple(rungs))
+
+
+def _worth(unit: Unit, rung: int, above: int) -> float:
+    """Accuracy won by a step for each byte that it costs."""
+    return (unit.loss(rung) - unit.loss(above)) / max(1, unit.n_bytes(above) - unit.n_bytes(rung))
+
+
+def _put_down(
+    units: Sequence[Unit], budget: Budget, found: Choice, measured: Callable[[tuple[int, ...]], Choice]
+) -> Choice:
+    """Try each unit that climbed on lower rungs again, those first that save most bytes."""
+    order = sorted(
+        (i for i, rung in enumerate(found.rungs) if rung),
+        key=lambda i: units[i].n_bytes(0) - units[i].n_bytes(found.rungs[i]),
+    )
+    for i in order:
+        for lower in range(found.rungs[i]):
+            tried = measured((*found.rungs[:i], lower, *found.rungs[i + 1 :]))
+            if usage(tried.effect, budget) <= 1:
+                found = tried
+                break
+    return found
