@@ -93,7 +93,8 @@ def candidates(model: nn.Module, graph: Graph, folds: tuple[Fold, ...], turns: t
     nodes = list(_modules(model, graph, folds, turns))
     taken = {graph.first_names.get(name, name) for node in nodes for name in node.tensors}
     nodes += _parameters(model, graph, taken)
-    return _tied(nodes, graph)
+    order = {name: i for i, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
+    return _tied(sorted(nodes, key=lambda node: order[node.tensors[0]]), graph)
 
 
 def _modules(model: nn.Module, graph: Graph, folds: tuple[Fold, ...], turns: tuple[str, ...]) -> Iterator[NodePlan]:

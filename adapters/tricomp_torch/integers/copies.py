@@ -129,9 +129,13 @@ def _check(model: Any) -> None:
 def _resolve(module: nn.Module) -> None:
     """Turn what computes a weight before each forward into the weight it computes in eval mode."""
     if parametrize.is_parametrized(module):
-        for name in list(module.parametrizations):  # type: ignore[arg-type]
-            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-            getattr(module, name).requires_grad_(False)
+        # By hand: torch's remove_parametrizations changes a class that the original module shares.
+        names = list(module.parametrizations)  # type: ignore[arg-type]
+        values = {name: getattr(module, name).detach().clone() for name in names}
+        module.__class__ = parametrize.type_before_parametrizations(module)
+        del module._modules["parametrizations"]
+        for name, value in values.items():
+            module.register_parameter(name, nn.Parameter(value, requires_grad=False))
     for hook in list(module._forward_pre_hooks.values()):
         if isinstance(hook, WeightNorm):
             remove_weight_norm(module, hook.name)

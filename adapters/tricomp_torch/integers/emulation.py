@@ -10,49 +10,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from tricomp.integers import Quantized, dequantize, quantize
 from tricomp_torch.integers.forms import replaced
 from tricomp_torch.integers.nodes import NodePlan
-
-
-@dataclass(frozen=True)
-class Codes:
-    """A weight in integers. codes: int8 [rows, n]. scales: [rows, groups]. shape: of the weight, turned if asked."""
-
-    codes: torch.Tensor
-    scales: torch.Tensor
-    group: int
-    shape: torch.Size
-    dtype: torch.dtype
-
-    def values(self) -> torch.Tensor:
-        """The floats that the codes stand for."""
-        scales = self.scales.float().repeat_interleave(self.group, 1)[:, : self.codes.shape[1]]
-        return (self.codes.float() * scales).to(self.dtype).reshape(self.shape)
-
-
-def quantized(weight: torch.Tensor, bits: int, group: int | None, scale_dtype: str) -> Codes:
-    """The codes of a weight [out, ...]."""
-    rows = weight.detach().float().reshape(weight.shape[0], -1)
-    group = group or max(1, rows.shape[1])
-    n_groups = -(-rows.shape[1] // group)
-    padded = F.pad(rows, (0, n_groups * group - rows.shape[1])).reshape(rows.shape[0], n_groups, group)
-    top = 127 if bits == 8 else 7
-    absmax = padded.abs().amax(2, keepdim=True)
-    best, best_error = torch.zeros_like(absmax), torch.full_like(absmax, torch.inf)
-    for step in range(20):
-        scale = (absmax * (1 - step / 40) / top).to(getattr(torch, scale_dtype)).float()
-        rounded = (padded / scale.where(scale > 0, torch.ones_like(scale))).round().clamp(-top, top) * scale
-        error = (rounded - padded).square().sum(2, keepdim=True)
-        best, best_error = torch.where(error < best_error, scale, best), torch.minimum(error, best_error)
-    codes = (padded / best.where(best > 0, torch.ones_like(best))).round().clamp(-top, top).to(torch.int8)
-    codes = codes.reshape(rows.shape[0], -1)[:, : rows.shape[1]].contiguous()
-    return Codes(codes, best.squeeze(2).to(getattr(torch, scale_dtype)), group, weight.shape, weight.dtype)
+from tricomp_torch.tensors import to_array, to_tensor
 
 
 class Emulation:
@@ -61,7 +26,7 @@ class Emulation:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._weights = dict(model.named_parameters(remove_duplicate=False))
-        self._codes: dict[tuple[int, bool, int, int | None], Codes] = {}
+        self._codes: dict[tuple[int, bool, int, int | None], Quantized] = {}
 
     def rows(self, name: str, node: NodePlan) -> tuple[int, int]:
         """Rows that have a scale of their own, and the weights in each."""
@@ -137,9 +102,9 @@ class Emulation:
         weight, is_turned = self._weights[name], name in node.turned
         key = (id(weight), is_turned, node.bits, node.group)
         if key not in self._codes:
-            taken = weight.detach().t() if is_turned else weight.detach()
-            self._codes[key] = quantized(taken, node.bits, node.group, node.scale_dtype)
-        values = self._codes[key].values()
+            array = to_array((weight.detach().t() if is_turned else weight.detach()).contiguous(), name)
+            self._codes[key] = quantize(array, node.bits, group=node.group, scale_dtype=node.scale_dtype, leaf=name)
+        values = to_tensor(dequantize(self._codes[key]), name, weight.device)
         return values.t().contiguous() if is_turned else values
 
 

@@ -133,7 +133,7 @@ class Fold:
 class Plan:
     """The nodes of a model and what becomes of each, with what brings the model to the preset form.
 
-    nodes: in the order of the model's modules, those left in float too.
+    nodes: in the order of the model's parameters, those left in float too.
     folds: batch norms to fold. turns: modules whose weights are turned to output channel first.
     trace: how the model was read: "export" (torch.export), "symbolic" (torch.fx, without inputs) or "modules" (a walk
     over modules, which shows no use: nothing is folded); note says why not by export.

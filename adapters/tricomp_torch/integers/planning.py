@@ -165,9 +165,11 @@ def _selected(nodes: list[NodePlan], model: nn.Module, select: Select | None) ->
     if callable(select):
         modules = dict(model.named_modules(remove_duplicate=False))
         found = {name for name in names if select(name, modules.get(name))}
-        asked = "select"
     else:
-        patterns = [select] if isinstance(select, str) else list(select)
+        patterns = [select] if isinstance(select, str) else select
+        if not isinstance(patterns, Iterable):
+            raise InvalidArgument(f"select: expected patterns or a function, got {type(select).__name__}")
+        patterns = list(patterns)
         for pattern in patterns:
             if not isinstance(pattern, str):
                 raise InvalidArgument(f"select: expected patterns or a function, got {type(pattern).__name__}")
@@ -175,7 +177,7 @@ def _selected(nodes: list[NodePlan], model: nn.Module, select: Select | None) ->
                 raise InvalidArgument(f"select: {pattern!r} matches no node. There are {_listed(names)}.")
         found = {name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
     if not found:
-        raise InvalidArgument(f"{asked}: it chose no node. There are {_listed(names)}.")
+        raise InvalidArgument(f"select: no node was chosen. There are {_listed(names)}.")
     owners = {node.tied or node.name for node in nodes if found & {node.name, *node.aliases}}
     return [
         node if (node.tied or node.name) in owners or node.reason else replace(node, reason="not selected")
