@@ -3,11 +3,13 @@
     q = quantize(weight, bits=8)             int8 codes, and a scale for each output channel
     q = quantize(weight, bits=4, group=64)   codes of 4 bits, and a scale for every 64 of a row
     dequantize(q)                            the floats that they stand for
+    save_file(path, {"h.0.w": q, ...})       in a `.tri` file, entropy-coded; load_file(path) gives the dict again
 
 A model is chosen by name to become so: nothing here is lossless, and nothing here is done unasked.
 """
 
+from tricomp.integers.files import load_file, save_file
 from tricomp.integers.packing import pack_int4, unpack_int4
 from tricomp.integers.quantized import Quantized, dequantize, quantize
 
-__all__ = ["Quantized", "dequantize", "pack_int4", "quantize", "unpack_int4"]
+__all__ = ["Quantized", "dequantize", "load_file", "pack_int4", "quantize", "save_file", "unpack_int4"]

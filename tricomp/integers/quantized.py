@@ -16,12 +16,9 @@ from tricomp import codec, dtypes
 from tricomp.codec import quantizing
 from tricomp.dtypes import DType
 from tricomp.errors import InvalidArgument, UnsupportedDtype
+from tricomp.integers.form import FLOATS, SCALE_DTYPES, Form
 
 Array = np.ndarray[Any, Any]
-BITS = tuple(quantizing.LARGEST_CODE)
-FLOATS = ("float32", "bfloat16", "float16", "float64")
-SCALES = ("float32", "bfloat16")
-GROUP_STEP = 16  # a group is a multiple of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +37,7 @@ class Quantized:
     dtype: str
 
     def __post_init__(self) -> None:
-        check_options(self.bits, self.group, str(self.scales.dtype.name), "Quantized")
-        if self.dtype not in FLOATS:
-            raise InvalidArgument(f"Quantized: dtype {self.dtype!r}: expected one of {', '.join(FLOATS)}.")
+        check_options(self.bits, self.group, self.dtype, str(self.scales.dtype.name), "Quantized")
         if self.codes.dtype != np.int8 or self.codes.ndim == 0:
             raise InvalidArgument(
                 f"Quantized: expected int8 codes [out, ...], got {self.codes.dtype.name}{list(self.codes.shape)}."
@@ -62,7 +57,7 @@ class Quantized:
     @property
     def nbytes(self) -> int:
         """Bytes of the codes, two a byte at 4 bits, and of the scales."""
-        n_codes = self.codes.size if self.bits == 8 else -(-self.codes.size // 2)
+        n_codes = self.codes.size if self.bits > 4 else -(-self.codes.size // 2)
         return int(n_codes + self.scales.nbytes)
 
 
@@ -79,22 +74,23 @@ def quantize(
 ) -> Quantized:
     """The nearest integers of an array [out, ...] of floats, symmetric about 0, and the scales that bring them back.
 
-    array: float32, bfloat16, float16 or float64 (rounded to float32 first), seen as [out, n]. bits: 8 or 4. group: None
-    for one scale a row, or a multiple of 16: so many elements of a row that share one (the last of a row may be fewer).
-    scale_dtype: "float32" or "bfloat16". clip: search the scale with the least squared error, among stated ones; False:
-    the largest magnitude of a group gets the largest code. threads, backend: as for tricomp.open; the codes are the
-    same whatever they are. leaf: the array's name, for errors.
+    array: float32, bfloat16, float16 or float64 (rounded to float32 first), seen as [out, n]. bits: 8 or 4, which
+    machines compute with; 5 to 7 run as 8 do, and take less in a file. group: None for one scale a row, or a multiple
+    of 16: so many elements of a row that share one (the last of a row may be fewer). scale_dtype: "float32" or
+    "bfloat16". clip: search the scale with the least squared error, among stated ones; False: the largest magnitude of
+    a group gets the largest code. threads, backend: as for tricomp.open; the codes are the same whatever they are.
+    leaf: the array's name, for errors.
     Raises InvalidArgument for other arguments, and for elements that are infinite, NaN, or too large for float32;
     UnsupportedDtype for other dtypes.
     """
-    check_options(bits, group, scale_dtype, f"leaf {leaf!r}")
     dtype = float_dtype(array, leaf)
+    check_options(bits, group, dtype.name, scale_dtype, f"leaf {leaf!r}")
     engine = codec.Engine(threads, backend)
     rows = dtypes.to_words(array, leaf).reshape(rows_shape(array.shape))
-    require_finite(rows, dtype, leaf, engine)
     each = max(rows.shape[1], 1) if group is None else group
     kind = dtypes.by_name(scale_dtype)
-    codes, scales = quantizing.quantize(rows, dtype, bits, each, kind, clip, engine)
+    codes, scales, counts = quantizing.quantize(rows, dtype, bits, each, kind, clip, engine)
+    require_finite(counts, rows.size, dtype, leaf)
     return Quantized(
         codes.reshape(array.shape),
         scales.view(kind.numpy).reshape(scales_shape(array.shape, group)),
@@ -142,28 +138,27 @@ def float_dtype(array: Any, leaf: str) -> DType:
     return dtype
 
 
-def check_options(bits: Any, group: Any, scale_dtype: Any, what: str) -> None:
-    """Raise InvalidArgument unless these are bits, a group and a dtype of scales that there are."""
-    if isinstance(bits, bool) or bits not in BITS:
-        raise InvalidArgument(f"{what}: expected bits of 8 or 4, got {bits!r}.")
-    is_whole = isinstance(group, int) and not isinstance(group, bool)
-    if group is not None and not (is_whole and 0 < group < 1 << 48 and group % GROUP_STEP == 0):
-        raise InvalidArgument(
-            f"{what}: expected a group of a multiple of {GROUP_STEP} elements, or None for one scale a row, got "
-            f"{group!r}."
-        )
-    if scale_dtype not in SCALES:
-        raise InvalidArgument(f"{what}: expected scales of {' or '.join(SCALES)}, got {scale_dtype!r}.")
+def check_options(bits: Any, group: Any, dtype: str, scale_dtype: Any, what: str) -> None:
+    """Raise InvalidArgument unless these are bits, a group and dtypes that there are."""
+    try:
+        Form(bits, group, dtype)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{what}: {error}") from None
+    if scale_dtype not in SCALE_DTYPES:
+        raise InvalidArgument(f"{what}: expected scales of {' or '.join(SCALE_DTYPES)}, got {scale_dtype!r}.")
 
 
-def require_finite(rows: Any, dtype: DType, leaf: str, engine: codec.Engine) -> None:
-    """Raise InvalidArgument, naming the leaf, the first row and how many, if elements are no finite float32."""
-    counts = quantizing.count_non_finite(rows, dtype, engine)
-    if counts.any():
-        n, bad = int(counts.sum()), np.flatnonzero(counts)
-        what = "is infinite or NaN" if dtype.name != "float64" else "is infinite, NaN or too large for float32"
-        raise InvalidArgument(
-            f"leaf {leaf!r}: {n} of its {rows.size} elements {what if n == 1 else what.replace('is', 'are', 1)}, in "
-            f"{len(bad)} of {len(rows)} rows, the first in row {bad[0]}: integers cannot say that. Leave this leaf in "
-            f"floats, or repair it."
-        )
+def require_finite(counts: Array, n: int, dtype: DType, leaf: str) -> None:
+    """Raise InvalidArgument, naming the leaf, how many and the first row, if elements are no finite float32.
+
+    counts: of them in each row. n: elements in all.
+    """
+    if not counts.any():
+        return
+    n_bad, rows = int(counts.sum()), np.flatnonzero(counts)
+    what = "infinite or NaN" if dtype.name != "float64" else "infinite, NaN or too large for float32"
+    raise InvalidArgument(
+        f"leaf {leaf!r}: {n_bad} of its {n} elements {'is' if n_bad == 1 else 'are'} {what}, in {len(rows)} of "
+        f"{len(counts)} rows, the first in row {rows[0]}: integers cannot say that. Leave this leaf in floats, or "
+        f"repair it."
+    )

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "chunk.h"
+#include "quantize_kernels.h"
 #include "stats_kernels.h"
 
 namespace tricomp {
@@ -22,6 +23,7 @@ struct Kernels {
                           size_t n_rows);
     PriceTables* price_tables;
     Majority* majority;
+    QuantizeKernels quantizing;
     Stats stats[4];  // of words of 8, 16, 32 and 64 bits
 };
 

@@ -12,39 +12,34 @@ from typing import Any
 
 import numpy as np
 
-from tricomp.dtypes import DType, Words, by_name
+from tricomp.dtypes import DType, Words
 
 Array = np.ndarray[Any, Any]
 
-LARGEST_CODE = {8: 127, 4: 7}
-# What the largest magnitude of a group is multiplied by, in 64ths, from no clipping downwards. Clipping to less than
-# the half cannot pay at 8 bits in rows of up to 64,000 elements; at 4 bits a single outlier makes it pay.
-CANDIDATES = {
-    8: (64, 63, 62, 61, 60, 58, 56, 54, 52, 48, 40, 32),
-    4: (64, 60, 56, 52, 48, 44, 41, 38, 35, 32, 29, 26, 23, 20, 18, 16),
-}
+LARGEST_CODE = {bits: (1 << bits - 1) - 1 for bits in (4, 5, 6, 7, 8)}
+# What the largest magnitude of a group is multiplied by, in 64ths, from no clipping downwards. With many codes,
+# clipping to less than the half cannot pay in rows of up to 64,000 elements; with few, a single outlier makes it pay.
+_WIDE = (64, 63, 62, 61, 60, 59, 58, 56, 54, 52, 50, 48, 44, 40, 36, 32)
+_NARROW = (64, 60, 56, 52, 48, 44, 41, 38, 35, 32, 29, 26, 23, 20, 18, 16)
+CANDIDATES = {bits: _WIDE if bits >= 6 else _NARROW for bits in LARGEST_CODE}
 ERROR_PARTS = 64  # of a code, in which errors are counted
 LEAST_SCALE = np.float32(2.0**-112)  # far above what is subnormal, so that the latter round to code 0
 _SLICE_ELEMENTS = 1 << 18  # worked on at a time
 
 
-def count_non_finite(rows: Words, dtype: DType) -> Array:
-    """How many elements of each row are infinite, NaN, or too large for float32. rows: uint[out, n]. int64[out]."""
-    found = np.zeros(len(rows), np.int64)
-    for some, first, last in _slices(len(rows), rows.shape[1], 1):
-        found[some] += np.count_nonzero(~np.isfinite(_floats(rows[some, first:last], dtype)), axis=1)
-    return found
-
-
 def quantize(
     rows: Words, dtype: DType, bits: int, group: int, scale_dtype: DType, is_clipped: bool
-) -> tuple[Array, Array]:
-    """Codes and scales of finite floats.
+) -> tuple[Array, Array, Array]:
+    """Codes and scales of floats.
 
-    rows: uint[out, n], words of dtype. bits: 8 or 4. group: elements of a row that share a scale, from 1. Returns codes
-    int8[out, n], and the scales as words: uint32 or uint16, [out, max(ceil(n / group), 1)].
+    rows: uint[out, n], words of dtype. bits: 4 to 8. group: elements of a row that share a scale, from 1. Returns codes
+    int8[out, n]; the scales as words, uint32 or uint16 [out, max(ceil(n / group), 1)]; how many elements of each row
+    are infinite, NaN or too large for float32, int64[out]. Where there are any, codes and scales mean nothing.
     """
     n_rows, n = rows.shape
+    counts = _count_non_finite(rows, dtype)
+    if counts.any():
+        rows = np.zeros_like(rows)
     group = min(group, max(n, 1))
     n_groups = max(-(-n // group), 1)
     codes = np.zeros((n_rows, n), np.int8)
@@ -56,7 +51,7 @@ def quantize(
         found, scale = _quantized(padded.reshape(-1, group), bits, scale_dtype, is_clipped)
         codes[some, first * group : last * group] = found.reshape(len(part), -1)[:, : part.shape[1]]
         scales[some, first:last] = _scale_words(scale, scale_dtype).reshape(len(part), -1)
-    return codes, scales
+    return codes, scales, counts
 
 
 def dequantize(codes: Array, scales: Words, group: int, scale_dtype: DType, dtype: DType) -> Words:
@@ -84,6 +79,13 @@ def largest_float32(dtype: DType) -> np.float32:
     if dtype.name == "float64":
         return np.finfo(np.float32).max
     return np.float32(np.array([word], dtype.word_dtype).view(dtype.numpy)[0])
+
+
+def _count_non_finite(rows: Words, dtype: DType) -> Array:
+    found = np.zeros(len(rows), np.int64)
+    for some, first, last in _slices(len(rows), rows.shape[1], 1):
+        found[some] += np.count_nonzero(~np.isfinite(_floats(rows[some, first:last], dtype)), axis=1)
+    return found
 
 
 def _slices(n_rows: int, n_groups: int, group: int) -> Iterator[tuple[slice, int, int]]:
@@ -151,7 +153,3 @@ def _scale_values(words: Words, scale_dtype: DType) -> Array:
     if scale_dtype.name == "float32":
         return words.view(np.float32)
     return (words.astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
-SCALE_DTYPES = {name: by_name(name) for name in ("float32", "bfloat16")}
-FLOAT_DTYPES = {name: by_name(name) for name in ("float32", "bfloat16", "float16", "float64")}
