@@ -149,7 +149,7 @@ def test_flushing_subnormals_changes_nothing(core):
 
 def test_buffers_of_other_sizes_are_refused(core):
     request = backend._request((3, 40), 16, dtypes.by_name("float32"), dtypes.by_name("bfloat16"))
-    right = [np.zeros(120, F), np.zeros(120, np.int8), np.zeros(9, np.uint16), np.zeros(3, np.int64)]
+    right: list[Any] = [np.zeros(120, F), np.zeros(120, np.int8), np.zeros(9, np.uint16), np.zeros(3, np.int64)]
     assert core.quantize(request, *right, 1) is True
     for i, what in enumerate(("words", "codes", "scales", "counts")):
         wrong = [array[:-1] if i == j else array for j, array in enumerate(right)]
