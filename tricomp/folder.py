@@ -178,6 +178,22 @@ class Folder:
             with self._refusal(target, n_bytes):
                 _sync_folder(self._path)
 
+    def link(self, name: str, path: str) -> None:
+        """Give a file of the folder a second name as well, a path, which from one instant on names it durably.
+
+        What had that name loses it. Raises StorageError, with errno, also where the file system knows no hard links.
+        """
+        temporary = os.path.join(self._path, f".{os.urandom(4).hex()}.tmp")  # of nobody, so that lock removes it
+        with self._refusal(path):
+            try:
+                os.link(os.path.join(self._path, name), temporary)
+                os.replace(temporary, path)
+            except BaseException:
+                with suppress(OSError):
+                    os.unlink(temporary)
+                raise
+            _sync_folder(os.path.dirname(os.path.abspath(path)))
+
     def get(self, name: str) -> LocalFile:
         """Open a file of the folder, mapped. Raises MissingFile, StorageError."""
         return LocalFile(os.path.join(self._path, name), os.path.join(self.url, name))

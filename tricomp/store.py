@@ -287,6 +287,10 @@ class Store:
     def close(self) -> None:
         """Let the next writer in, and free the copy of the last saved words. The Store can be used again."""
         self._held = None
+        self.unlock()
+
+    def unlock(self) -> None:
+        """Let the next writer in, and keep the copy of the last saved words for a save that comes after it."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
