@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 
 from tricomp.bounds import Bytes
 from tricomp.errors import InvalidArgument
-from tricomp.folder import LocalFile
 from tricomp.formats import header
+from tricomp.storage import Source
 
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 METADATA = "__metadata__"
@@ -36,12 +36,12 @@ class Tensor:
     stop: int
 
 
-def refuse(source: LocalFile, what: str, advice: str = _ADVICE) -> NoReturn:
+def refuse(source: Source, what: str, advice: str = _ADVICE) -> NoReturn:
     """Raise InvalidArgument about a file."""
     raise InvalidArgument(f"{source.name}: {what}. {advice}")
 
 
-def parse(source: LocalFile) -> tuple[list[Tensor], dict[str, str] | None, int]:
+def parse(source: Source) -> tuple[list[Tensor], dict[str, str] | None, int]:
     """Tensors in the order of their data, metadata, and where data begins. Raises InvalidArgument."""
     if source.n_bytes < 8:
         refuse(source, f"expected the 8 bytes of a safetensors header's length, got {source.n_bytes} bytes")
@@ -70,7 +70,7 @@ def parse(source: LocalFile) -> tuple[list[Tensor], dict[str, str] | None, int]:
     return tensors, metadata, 8 + n_bytes
 
 
-def _n_bytes(source: LocalFile, tensor: Tensor) -> int | None:
+def _n_bytes(source: Source, tensor: Tensor) -> int | None:
     """Bytes that a tensor must have; None for a dtype of a later version of the format."""
     bits = header.BITS.get(tensor.dtype)
     n_bits = 1
@@ -85,7 +85,7 @@ def _n_bytes(source: LocalFile, tensor: Tensor) -> int | None:
     return n_bits // 8
 
 
-def json_of(source: LocalFile, data: Bytes, what: str) -> Any:
+def json_of(source: Source, data: Bytes, what: str) -> Any:
     """JSON as the library takes it, objects as pairs. Raises InvalidArgument, naming what."""
 
     def number(digits: str) -> int | float:
@@ -117,7 +117,7 @@ def json_of(source: LocalFile, data: Bytes, what: str) -> Any:
         refuse(source, f"expected the {what} as JSON, got {error}")
 
 
-def _entries(source: LocalFile, found: Any) -> tuple[list[Tensor], dict[str, str] | None]:
+def _entries(source: Source, found: Any) -> tuple[list[Tensor], dict[str, str] | None]:
     if not isinstance(found, Object):
         refuse(source, f"expected a map of tensors as header, got {type(found).__name__}")
     tensors: dict[str, Tensor] = {}
@@ -135,7 +135,7 @@ def _entries(source: LocalFile, found: Any) -> tuple[list[Tensor], dict[str, str
     return list(tensors.values()), metadata
 
 
-def _texts(source: LocalFile, value: Any) -> dict[str, str] | None:
+def _texts(source: Source, value: Any) -> dict[str, str] | None:
     if value is None:
         return None
     if not isinstance(value, Object) or not all(isinstance(each, str) for _, each in value):
@@ -146,14 +146,14 @@ def _texts(source: LocalFile, value: Any) -> dict[str, str] | None:
     return dict(value)
 
 
-def _check_text(source: LocalFile, value: str) -> None:
+def _check_text(source: Source, value: str) -> None:
     try:
         value.encode()
     except UnicodeEncodeError:
         refuse(source, f"expected Unicode in the header, got {value!r}")
 
 
-def _tensor(source: LocalFile, name: str, value: Any) -> Tensor:
+def _tensor(source: Source, name: str, value: Any) -> Tensor:
     """An entry; the library also takes one that is given as a list, and an unknown field."""
     keys = ("dtype", "shape", "data_offsets")
     given: list[Any] = list(value) if isinstance(value, list) else []
