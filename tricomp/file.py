@@ -15,7 +15,7 @@ import numpy as np
 from tricomp import bounds, codec, container, tree
 from tricomp.bounds import Limits
 from tricomp.content import Content
-from tricomp.dtypes import Words, from_words, to_words
+from tricomp.dtypes import Words, from_words, of, to_words
 from tricomp.errors import CorruptFrame, InvalidArgument, MissingLeaf, WrongReference
 from tricomp.frames import Frames
 from tricomp.layout import DeviceArray, Leaf, snapshot_of
@@ -155,15 +155,19 @@ class File(Mapping[str, Array]):
         """A Reference to the same leaves, whose words are decoded to a torch device. Raises BackendError."""
         return self._frames.at(device)
 
+    def select(self, leaves: Iterable[str]) -> list[str]:
+        """The paths that are given or match patterns as in fnmatch, in the file's order. Raises MissingLeaf."""
+        return [self._contents.leaves[n].path for n in sorted(self._index[path] for path in matching(self, leaves))]
+
     def load(self, leaves: Iterable[str] | None = None) -> Any:
         """The whole tree; or, given paths or patterns as in fnmatch, a dict of path to array. Raises MissingLeaf."""
         if leaves is None:
             words = self._frames.decode_all(range(len(self)))
-            arrays = [self._frames.array(number, words[number]) for number in range(len(self))]
+            arrays = [self._frames.array(number, words.pop(number)) for number in range(len(self))]
             return tree.unflatten(self.structure, arrays, self._limits, f"{self.name}: tree")
         numbers = sorted(self._index[path] for path in matching(self, leaves))
         words = self._frames.decode_all(numbers)
-        return {self._contents.leaves[number].path: self._frames.array(number, words[number]) for number in numbers}
+        return {self._contents.leaves[n].path: self._frames.array(n, words.pop(n)) for n in numbers}
 
     def load_to(self, device: Any, leaves: Iterable[str] | None = None) -> Any:
         """What load gives, decoded on a torch device, or one of that name: leaves are DeviceArrays of their own there.
@@ -180,32 +184,53 @@ class File(Mapping[str, Array]):
         words = frames.decode_all(numbers)
         return {self._contents.leaves[n].path: frames.device_array(n, words.pop(n)) for n in numbers}
 
-    def load_into(self, targets: Mapping[str, DeviceArray]) -> None:
-        """Decode leaves into memory that is there: kernels write straight to it. targets: by path, contiguous words.
+    def load_into(self, targets: Mapping[str, DeviceArray | Array]) -> None:
+        """Decode leaves into memory that is there, batch by batch: little more is taken. targets: by path.
 
-        A target may be part of a larger tensor. Raises MissingLeaf; InvalidArgument, naming the leaf, before anything
-        is written, if a target has another dtype or shape; and what load_to raises: then targets may hold anything.
+        A target is a C-contiguous numpy array, or a DeviceArray, to whose words kernels write; it may be part of a
+        larger one. Raises MissingLeaf; InvalidArgument, naming the leaf, before anything is written, if a target has
+        another dtype or shape; and what load and load_to raise: then targets may hold anything.
         """
-        homes: dict[Any, dict[int, DeviceArray]] = {}
+        homes: dict[Any, dict[int, Any]] = {}
         for path, target in targets.items():
             leaf = self.leaf(path)
-            if (target.dtype, target.shape, len(target.words)) != (leaf.dtype, leaf.shape, leaf.n_words):
+            words = target.words if isinstance(target, DeviceArray) else _writable_words(target, path)
+            dtype = target.dtype if isinstance(target, DeviceArray) else of(target, path)
+            if (dtype, target.shape, len(words)) != (leaf.dtype, leaf.shape, leaf.n_words):
                 raise InvalidArgument(
                     f"leaf {path!r}: expected a target of {leaf.dtype.name}{list(leaf.shape)}, got one of "
-                    f"{target.dtype.name}{list(target.shape)} with {len(target.words)} words."
+                    f"{dtype.name}{list(target.shape)} with {len(words)} words."
                 )
-            homes.setdefault(target.words.device, {})[self._index[path]] = target
+            homes.setdefault(codec.home_of(words), {})[self._index[path]] = words
+        mine: dict[int, Any]
         for device, mine in homes.items():
-            frames = self._frames.at(device, {number: target.words for number, target in mine.items()})
-            words: dict[int, Any] = frames.decode_all(sorted(mine))
-            for number, target in mine.items():
-                if words[number].data_ptr() != target.words.data_ptr():  # of a frame that leaves share
-                    target.words.copy_(words[number])
+            frames = self._frames.into(mine) if device is None else self._frames.at(device, mine)
+            for found in frames.stream(mine):
+                for number in list(found):
+                    decoded: Any = found.pop(number)
+                    if decoded is mine[number]:
+                        continue
+                    if device is None:  # of a frame that leaves share
+                        mine[number][...] = decoded
+                    elif decoded.data_ptr() != mine[number].data_ptr():
+                        mine[number].copy_(decoded)
+
+    def stream(self, paths: Iterable[str]) -> Iterator[tuple[str, Array]]:
+        """Path and array of each leaf, once, in no promised order: of any number of leaves, in little memory.
+
+        An array is to be looked at or copied, not written to, and dropped before the next is asked for: its memory is
+        not its own. Raises MissingLeaf, and what decoding raises.
+        """
+        numbers = [self._number(path) for path in paths]
+        for found in self._frames.stream(numbers, Reuse()):
+            for number in list(found):
+                leaf = self._contents.leaves[number]
+                yield leaf.path, from_words(found.pop(number), leaf.dtype, leaf.shape)
 
     def content(self) -> Content:
         """All leaves, decoded, in memory of their own, and the structure; needs no registered type."""
         words = self._frames.decode_all(range(len(self)))
-        arrays = [self._frames.array(number, words[number]) for number in range(len(self))]
+        arrays = [self._frames.array(number, words.pop(number)) for number in range(len(self))]
         return Content(self.structure, snapshot_of(list(self), arrays))
 
     def elements(self, path: str, start: int, stop: int, parent: Array | None = None) -> Array:
@@ -305,6 +330,13 @@ class File(Mapping[str, Array]):
             else:
                 container.read_frame(self._source, entry, paths[0])
 
+    def chain(self) -> Iterator[File]:
+        """This file, and those that it was coded against, as far as they were opened for it."""
+        above: File | Content | None = self
+        while isinstance(above, File):
+            yield above
+            above = above._reference
+
     def close(self) -> None:
         """Let go of the file, and of the references that open opened for it."""
         self._source.close()
@@ -356,6 +388,14 @@ class File(Mapping[str, Array]):
             return self._index[path]
         except KeyError:
             raise MissingLeaf(f"{self.name}: no leaf {path!r} among its {len(self)} leaves. See keys().") from None
+
+
+def _writable_words(array: Array, path: str) -> Words:
+    """The words of an array that can be written to, in its own memory. Raises InvalidArgument, naming the leaf."""
+    words = to_words(array, path)
+    if not array.flags.carray or (array.size and not np.shares_memory(words, array)):
+        raise InvalidArgument(f"leaf {path!r}: expected a writable, aligned, C-contiguous array as its target.")
+    return words
 
 
 def matching(file: File, patterns: Iterable[str]) -> set[str]:

@@ -8,7 +8,7 @@ of a leaf of many GB, some chunks alone: those that are asked for, at every leve
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -22,7 +22,7 @@ from tricomp.content import Content
 from tricomp.dtypes import Words, from_words
 from tricomp.errors import CorruptFile, CorruptFrame, LimitExceeded, WrongReference
 from tricomp.layout import DeviceArray, Leaf
-from tricomp.plan import Plan
+from tricomp.plan import MAX_CHUNK_LOG2, Plan
 from tricomp.reuse import Reuse
 from tricomp.storage import Source
 
@@ -30,6 +30,7 @@ Array = np.ndarray[Any, Any]
 _BATCH_WORDS = 8 << 20  # decoded together, so that the codec has enough to do at a time
 _THREAD_WORDS = 1 << 20  # words of a batch that keep one thread busy: batches are larger for many threads
 _ROW_BITS = 8 * 512  # of a row of the digest: parts of a leaf that has no chunks begin at rows
+_LARGE_BYTES = 4 << 20  # a backend may take as much more, to have words begin at a large page
 _CACHED_FRAMES = 128  # of several small leaves each, so at most 128 x 65,536 words
 
 
@@ -83,7 +84,7 @@ class Frames:
         """An array in memory of its own: no file, cache, reference or other leaf is reached through it."""
         leaf, entry = self.contents.leaves[number], self.frame_of[number]
         assert isinstance(words, np.ndarray)
-        is_own = len(entry.leaves) == 1 and words.flags.owndata and words.flags.writeable
+        is_own = len(entry.leaves) == 1 and words.flags.writeable and _is_alone(words)
         return from_words(words if is_own else words.copy(), leaf.dtype, leaf.shape)
 
     def device_array(self, number: int, words: Any) -> DeviceArray:
@@ -91,31 +92,99 @@ class Frames:
         leaf, entry = self.contents.leaves[number], self.frame_of[number]
         return DeviceArray(leaf.dtype, leaf.shape, words if len(entry.leaves) == 1 else words.clone())
 
+    def into(self, targets: Mapping[int, Words]) -> Frames:
+        """The same frames, whose leaves are decoded to words that are there. targets: as of at, on the host."""
+        there = copy(self)
+        there.targets = targets
+        return there
+
     def decode_all(self, numbers: Iterable[int], room: Reuse | None = None) -> dict[int, Words]:
-        """Words of leaves by number, each frame decoded once; those that are siblings of others first.
+        """Words of leaves by number, each frame decoded once.
 
         room: for leaves that have a frame of their own.
         """
         wanted = set(numbers)
         n_bytes = sum(self.contents.leaves[number].n_bytes for number in wanted)
         self.limits.check("max_decoded_bytes", n_bytes, f"{self.name}: leaves to load")
-        frames = {self.frame_of[number].leaves[0]: self.frame_of[number] for number in sorted(wanted)}
-        ordered = sorted(frames.values(), key=lambda entry: self.plan(entry).reference == "sibling")
+        done: dict[int, Words] = {}
+        for words in self.stream(wanted, room):
+            done.update(words)
+        return done
+
+    def stream(self, numbers: Iterable[int], room: Reuse | None = None) -> Iterator[dict[int, Words]]:
+        """Words of leaves by number, batch by batch, each frame decoded once; what repeats a sibling comes after it.
+
+        All plans are read before the first batch. While batches come, nobody may write to the words. room: as above.
+        """
+        wanted = set(numbers)
+        groups = self._groups({self.frame_of[n].leaves[0]: self.frame_of[n] for n in sorted(wanted)})
         most_words = max(_BATCH_WORDS, _THREAD_WORDS * self.engine.n_threads)
         if self.engine.device is not None:
             most_words = self.engine.batch_words
-        done: dict[int, Words] = {}
         below = Reuse()
         batch: list[int] = []
         n_words = 0
-        for entry in ordered:
-            batch += entry.leaves
-            n_words += self.plan(entry).n_words
-            if n_words >= most_words or entry is ordered[-1]:
-                words = self.decode(batch, done, room, below)
-                done.update((number, words[number]) for number in batch if number in wanted)
+        for group in groups:
+            first: dict[int, Words] = {}  # kept until those are decoded that repeat it
+            for entry in group:
+                is_last = entry is group[-1]
+                large = self._is_in_pieces(entry, most_words)
+                if not large:
+                    batch += entry.leaves
+                    n_words += self.plan(entry).n_words
+                    if n_words < most_words and not (is_last and group is groups[-1]):
+                        continue
+                words = self.decode(batch, first, room, below) if batch else {}
+                if large:
+                    batch += entry.leaves
+                    words[entry.leaves[0]] = self._in_pieces(entry, most_words, room)
+                first = {} if is_last else {number: words[number] for number in group[0].leaves}
+                found = {number: words[number] for number in batch if number in wanted}
                 batch, n_words = [], 0
-        return done
+                del words
+                yield found
+                del found
+
+    def _is_in_pieces(self, entry: Entry, most_words: int) -> bool:
+        """Whether a frame is so large that its parent's words should not be in memory as a whole."""
+        plan = self.plan(entry)
+        is_delta = plan.reference == "parent" and isinstance(self.reference, Frames)
+        is_large = plan.n_words > most_words and len(entry.leaves) == 1 and self.engine.device is None
+        return is_delta and is_large and (not plan.n_chunks or codec.head_bytes(plan) <= entry.n_bytes)
+
+    def _in_pieces(self, entry: Entry, n_words: int, room: Reuse | None) -> Words:
+        """The words of a frame of one leaf, decoded along the chain so many at a time."""
+        (number,) = entry.leaves
+        leaf = self.contents.leaves[number]
+        words: Words | None = self.targets.get(number)
+        if words is None:
+            dtype = leaf.dtype.word_dtype
+            words = np.empty(leaf.n_words, dtype) if room is None else room.array(leaf.n_words, dtype)
+        total = 0
+        size = -(-n_words >> MAX_CHUNK_LOG2) << MAX_CHUNK_LOG2
+        for start in range(0, leaf.n_words, size):
+            target = words[start : start + size]
+            found, added = self.summed(number, range(start, start + len(target)), into=target)
+            if found is not target:
+                target[...] = found
+            total += added
+        self.compare(number, codec.digest_end(total, leaf.n_bytes))
+        return words
+
+    def _groups(self, frames: Mapping[int, Entry]) -> list[list[Entry]]:
+        """Frames, by first leaf, in order; after each those that were coded against it."""
+        groups: dict[int, list[Entry]] = {}
+        followers: list[tuple[int, Entry]] = []
+        for first, entry in frames.items():
+            if self.plan(entry).reference == "sibling":
+                other = self.frame_of[self._sibling(entry)].leaves[0]
+                if other in frames:
+                    followers.append((other, entry))
+                    continue
+            groups[first] = [entry]
+        for other, entry in followers:
+            groups[other].append(entry)
+        return list(groups.values())
 
     def decode(
         self,
@@ -389,3 +458,10 @@ class Frames:
                 f"{'no such leaf' if found is None else f'{found.dtype.name}{list(found.shape)} there'}, "
                 f"expected {leaf.dtype.name}{list(leaf.shape)}."
             )
+
+
+def _is_alone(words: Words) -> bool:
+    """Whether little else than the words is in their memory: it is kept as long as they are."""
+    return words.base is None or (
+        type(words.base) is np.ndarray and words.base.flags.owndata and words.base.nbytes <= words.nbytes + _LARGE_BYTES
+    )

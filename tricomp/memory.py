@@ -54,7 +54,7 @@ class Memory:
 
     def __init__(self, url: str = "memory") -> None:
         self.url = url
-        self._files: dict[str, tuple[int, bytes]] = {}
+        self._files: dict[str, tuple[int, memoryview]] = {}
         self._n_written = 0
         self._writer: HeldLock | None = None
 
@@ -65,9 +65,11 @@ class Memory:
 
     def put(self, name: str, pieces: Iterable[Bytes]) -> None:
         """Take a file's bytes; whatever pieces raises passes through, and nothing has changed then."""
-        data = b"".join(pieces)
+        data = bytearray()  # which grows where it is, mostly: pieces that are joined are there twice
+        for piece in pieces:
+            data += piece
         self._n_written += 1
-        self._files[name] = self._n_written, data
+        self._files[name] = self._n_written, memoryview(data).toreadonly()
 
     def get(self, name: str) -> HeldFile:
         """A Source over a file. Raises MissingFile."""

@@ -11,7 +11,7 @@ import operator
 import os
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from tricomp import codec, storage
 from tricomp.bucket import Bucket
@@ -33,10 +33,13 @@ from tricomp.errors import (
 from tricomp.file import File
 from tricomp.lease import LEASE_SECONDS
 from tricomp.plan import Spec, check_spec
-from tricomp.report import BrokenStep, Report, VerifyReport
+from tricomp.progress import OnBytes
+from tricomp.report import Report, VerifyReport
 from tricomp.steps import STEP_NAME, Steps, file_name, number_of
+from tricomp.verification import verify_steps
 
 _log = logging.getLogger("tricomp")
+Result = TypeVar("Result")
 
 
 class Store:
@@ -159,11 +162,21 @@ class Store:
 
         Raises MissingStep, MissingParent, CorruptFile, CorruptFrame: naming the nearest step that can be loaded.
         """
+        return self.read(step, lambda file: file.load(leaves))
+
+    def read(self, step: int | None, action: Callable[[File], Result], is_checked: bool = False) -> Result:
+        """What action makes of the File of a step (None: the latest): the next save then continues from that step.
+
+        is_checked: if all is in a local folder, the checksums of the whole chain are compared before; files of a bucket
+        would come twice. Raises what load raises, and what action raises.
+        """
         with self.open(step) as file:
             number = number_of(file)
-            tree = self._advised(number, lambda: file.load(leaves))
+            if is_checked and self._bucket is None:
+                self._advised(number, lambda: check_all(file))
+            result: Result = self._advised(number, lambda: action(file))
         self._previous = number
-        return tree
+        return result
 
     def open(self, step: int | None = None) -> File:
         """The checkpoint of a step (None: the latest) as a File that decodes leaves when asked. Raises as load does."""
@@ -198,33 +211,12 @@ class Store:
             raise MissingStep(f"step {step} is not in {self.url}, so no save can continue from it. See steps().")
         self._previous = step
 
-    def verify(self) -> VerifyReport:
-        """Decode every leaf of every step and compare checksums and digests. Damage is reported, never raised."""
-        found = chains(self._steps.links())
-        children: dict[int, list[int]] = {}
-        for step, chain in found.items():
-            children.setdefault(chain[-2].step if len(chain) > 1 else -1, []).append(step)
-        reasons: dict[int, str] = {}
-        pending: list[tuple[int, Content | None]] = [(step, None) for step in children.get(-1, [])]
-        while pending:  # depth first, so that few decoded parents are held at a time
-            step, base = pending.pop()
-            try:
-                with self._steps.open_alone(step, base) as file:
-                    decoded = file.content()
-                    file.check({path for path in file if file.leaf(path).n_bytes})
-                pending += [(child, decoded) for child in children.get(step, [])]
-            except (TricompError, OSError) as error:
-                reasons[step] = str(error)
-                lost = list(children.get(step, []))
-                while lost:
-                    child = lost.pop()
-                    reasons[child] = f"needs step {step}, which is broken."
-                    lost += children.get(child, [])
-        for step in self._steps.files():
-            if step not in found:
-                reasons[step] = str(self._steps.fault(step))
-        intact = tuple(step for step in sorted(found) if step not in reasons)
-        return VerifyReport(intact, tuple(BrokenStep(step, reasons[step]) for step in sorted(reasons)))
+    def verify(self, on_progress: OnBytes | None = None) -> VerifyReport:
+        """Decode every leaf of every step and compare checksums and digests. Damage is reported, never raised.
+
+        A few pieces are in memory at a time. on_progress: told the bytes of each. Raises LimitExceeded, StorageError.
+        """
+        return verify_steps(self._steps, on_progress)
 
     def prune(self) -> tuple[int, ...]:
         """Remove the steps that no policy wants and nothing kept needs, and return them; without policies, none.
@@ -321,7 +313,11 @@ class Store:
             while (other := nearest(rest, step)) is not None and not self._is_sound(other):
                 rest.remove(other)
             advice = "No other step can be loaded." if other is None else f"Load step {other}, the nearest intact one."
-            raise type(error)(f"step {step}: {error} {advice}") from error
+            told = str(error) if str(error).startswith(f"step {step} of ") else f"step {step}: {error}"
+            advised = type(error)(f"{told} {advice}")
+            for note in getattr(error, "__notes__", ()):
+                advised.add_note(note)
+            raise advised from error
 
     def _is_sound(self, step: int) -> bool:
         """Whether all checksums along the chain of a step hold."""
@@ -409,6 +405,12 @@ class Store:
     def _lossless(self) -> Spec | None:
         """The spec without its rounding: a rebased step decodes to what it was."""
         return None if self._spec is None else Spec(tier=self._spec.tier, chunk_log2=self._spec.chunk_log2)
+
+
+def check_all(file: File) -> None:
+    """Compare the checksums of a file, and of those it was coded against. Raises CorruptFrame."""
+    for one in file.chain():
+        one.check()
 
 
 def step_number(step: Any) -> int:

@@ -6,7 +6,7 @@ piece is decoded once, and handed on to those that were made against it. And one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ from tricomp.errors import CorruptFile, CorruptFrame, TricompError, WrongReferen
 from tricomp.file import Array, File
 from tricomp.progress import OnBytes
 from tricomp.report import BrokenStep, VerifyReport
-from tricomp.store import Store
+from tricomp.steps import Steps
 
 
 @dataclass(frozen=True)
@@ -44,42 +44,54 @@ def verify(file: File, on_progress: OnBytes | None = None) -> Verified:
     return _verify_together([file], [None], on_progress)[0]
 
 
-def verify_store(store: Store, on_progress: OnBytes | None = None) -> VerifyReport:
-    """Verify every step of a store, as Store.verify does, in little memory. Raises LimitExceeded, StorageError."""
-    links: list[Link] = []
+def verify_steps(steps: Steps, on_progress: OnBytes | None = None) -> VerifyReport:
+    """Verify every step of a store, chain by chain, in little memory. Raises LimitExceeded, StorageError."""
+    found = chains(steps.links())
     reasons: dict[int, str] = {}
-    for step in store.steps():
-        try:
-            with store.open_alone(step) as file:
-                parent = bytes.fromhex(file.parent) if file.parent else None
-                links.append(Link(step, bytes.fromhex(file.content_id), parent, file.since_keyframe))
-        except TricompError as error:
-            reasons[step] = str(error)
-    found = chains(links)
     together: dict[int, list[int]] = {}
     for step, chain in sorted(found.items(), key=lambda item: len(item[1])):
         together.setdefault(chain[0].step, []).append(step)
-    for steps in together.values():
-        with ExitStack() as stack:
-            files: dict[int, File] = {}
-            parents = [found[step][-2].step if len(found[step]) > 1 else None for step in steps]
-            for step, above in zip(steps, parents):
-                reference = None if above is None else files[above]
-                files[step] = stack.enter_context(store.open_alone(step, reference))
-            numbers = [None if above is None else steps.index(above) for above in parents]
-            verified = _verify_together([files[step] for step in steps], numbers, on_progress)
-        for step, above, one in zip(steps, parents, verified):
+    for members in together.values():
+        _verify_chain(steps, members, {step: _above(found[step]) for step in members}, reasons, on_progress)
+    for step in steps.files():
+        if step not in found:
+            reasons[step] = str(steps.fault(step))
+    intact = tuple(step for step in sorted(found) if step not in reasons)
+    return VerifyReport(intact, tuple(BrokenStep(step, reasons[step]) for step in sorted(reasons)))
+
+
+def _above(chain: Sequence[Link]) -> int | None:
+    """The step against which the last one of a chain was coded."""
+    return chain[-2].step if len(chain) > 1 else None
+
+
+def _verify_chain(
+    steps: Steps,
+    members: Sequence[int],
+    parents: Mapping[int, int | None],
+    reasons: dict[int, str],
+    on_progress: OnBytes | None,
+) -> None:
+    """Verify the steps behind one keyframe, parents first, and add to reasons why some are broken."""
+    with ExitStack() as stack:
+        files: dict[int, File] = {}
+        for step in members:
+            above = parents[step]
+            try:
+                if above is None or above in files:
+                    reference = None if above is None else files[above]
+                    files[step] = stack.enter_context(steps.open_alone(step, reference))
+            except (TricompError, OSError) as error:
+                reasons[step] = str(error)
+        there = list(files)
+        numbers = [None if (above := parents[step]) is None else there.index(above) for step in there]
+        for step, one in zip(there, _verify_together(list(files.values()), numbers, on_progress)):
             if one.faults:
                 more = f" ({len(one.faults) - 1} more leaves are damaged)" if len(one.faults) > 1 else ""
                 reasons[step] = one.faults[0] + more
-            elif above in reasons:
-                reasons[step] = f"needs step {above}, which is broken."
-    for link in links:
-        if link.step not in found:
-            missing = link.parent.hex() if link.parent else "none"
-            reasons[link.step] = f"needs a parent with content id {missing}, which is not there or cannot be loaded."
-    intact = tuple(step for step in sorted(found) if step not in reasons)
-    return VerifyReport(intact, tuple(BrokenStep(step, reasons[step]) for step in sorted(reasons)))
+        for step in members:
+            if step not in reasons and parents[step] in reasons:
+                reasons[step] = f"needs step {parents[step]}, which is broken."
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """Checkpointer: a training run's state in and out of a Store, behind training. The only module here that knows Stores.
 
 A save returns when the state is copied; a thread encodes and writes the copy. The hard thing: a restore either fits as
-a whole or changes nothing, so it reads everything, judges everything, and only then gives it to the objects.
+a whole or changes nothing, and holds no second state in memory. So the file's header is judged against the objects, and
+only then are leaves decoded, straight into the tensors that the objects hold.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from tricomp.tree import plain
 from tricomp_torch import rng as generators
 from tricomp_torch.checks import missing_and_unexpected, problems
 from tricomp_torch.files import notes_of, with_notes
+from tricomp_torch.filling import Filling, fill
 from tricomp_torch.objects import States, give, holds_object, pair_up, parameter_names, put_in, states_of, take
+from tricomp_torch.places import targets_of
 from tricomp_torch.snapshot import Snapshot, snapshot_of
-from tricomp_torch.trees import NOTES_KEY, Flat, flatten, unflatten
+from tricomp_torch.trees import NOTES_KEY, flatten
 
 _SLOTS = ("model", "optimizer", "scheduler", "extra")
 
@@ -218,49 +221,72 @@ class Checkpointer:
         what is asked for must have been saved. strict: missing and unexpected keys, other classes, other dtypes and
         parameters in another order are errors too; wrong shapes always are. rng: also set the random generators.
 
+        In memory for a few batches of leaves, whatever the size of the state: they are decoded into the tensors of
+        models and optimizers, and into new ones only where there is none of that dtype and shape.
+
         Raises InvalidArgument listing all that does not fit, before anything is changed; MissingStep; CorruptFile and
-        the like if the file is damaged.
+        the like if the file is damaged: of a local folder, whose checksums are compared first, before anything is
+        changed too; of a bucket, the objects may hold parts of the step, and a note on the error says so.
         """
         self._behind.wait()
         if step is None:
             step = self.store.latest()
             if step is None:
                 return None
-        with self.store.open(step) as file:
-            metadata = file.metadata
-        notes = notes_of(metadata)
-        saved = self._states(step, notes)
         values = _values(model, optimizer, scheduler, extra)
-        pairs = list(pair_up(values, saved.tree))
         names = parameter_names(model)
-        found = [text for pair in pairs for text in problems(pair, saved, names, strict)]
-        has_rng = rng and (strict or "rng" in saved.tree)
-        if has_rng:
-            found += generators.problems(saved.tree.get("rng"), strict)
-        if found:
-            lines = "\n  ".join(found)
-            advice = "Restore into what was saved" + (", or pass strict=False to take what fits." if strict else ".")
-            raise InvalidArgument(f"step {step} does not fit; nothing was changed.\n  {lines}\n{advice}")
-        keys = [missing_and_unexpected(pair) for pair in pairs]
-        for pair in pairs:
-            if pair.state is not None:
-                give(pair, strict)
-        if has_rng:
-            generators.set_state(saved.tree["rng"])
-        return Restored(
-            step,
-            put_in(dict(extra or {}), saved.tree.get("extra", {})),
-            without_notes(metadata, NOTES_KEY),
-            tuple(key for missing, _ in keys for key in missing),
-            tuple(key for _, unexpected in keys for key in unexpected),
-        )
 
-    def _states(self, step: int, notes: dict[str, Any]) -> States:
-        tree = self.store.load(step)  # load, not open: the store's next save then continues from this step
-        try:
-            return states_of(unflatten(Flat(tree, notes)), notes)
-        except (InvalidArgument, CorruptFile) as error:
-            raise type(error)(f"step {step} of {self.store.url}: {error}") from error
+        def restored(file: tricomp.File) -> Restored:
+            return _restored(file, step, values, names, strict, rng)
+
+        return self.store.read(step, restored, is_checked=True)
+
+
+def _restored(
+    file: tricomp.File, step: int, values: dict[str, Any], names: Mapping[int, str], strict: bool, has_rng: bool
+) -> Restored:
+    """Restore what an open file holds into the objects in values."""
+    notes = notes_of(file.metadata)
+    try:
+        filling, outline = _outlined(file, notes)
+    except (InvalidArgument, CorruptFile) as error:
+        raise type(error)(f"step {step} of {os.path.dirname(file.name)}: {error}") from error
+    pairs = list(pair_up(values, outline.tree))
+    found = [text for pair in pairs for text in problems(pair, outline, names, strict)]
+    has_rng = has_rng and (strict or "rng" in outline.tree)
+    if has_rng:
+        found += generators.problems(outline.tree.get("rng"), strict)
+    if found:
+        lines = "\n  ".join(found)
+        advice = "Restore into what was saved" + (", or pass strict=False to take what fits." if strict else ".")
+        raise InvalidArgument(f"step {step} does not fit; nothing was changed.\n  {lines}\n{advice}")
+    keys = [missing_and_unexpected(pair) for pair in pairs]
+    targets = targets_of(filling, pairs, ("extra", "rng") if has_rng else ("extra",))
+    try:
+        fill(file, targets)
+    except Exception as error:
+        error.add_note(f"What was given may hold parts of step {step} now: restore another step into it.")
+        raise
+    tree = filling.tree(targets)
+    for pair in pair_up(values, tree):
+        if pair.state is not None:
+            give(pair, strict)
+    if has_rng:
+        generators.set_state(tree["rng"])
+    return Restored(
+        step,
+        put_in(dict(values.get("extra", {})), tree.get("extra", {})),
+        without_notes(file.metadata, NOTES_KEY),
+        tuple(key for missing, _ in keys for key in missing),
+        tuple(key for _, unexpected in keys for key in unexpected),
+    )
+
+
+def _outlined(file: tricomp.File, notes: dict[str, Any]) -> tuple[Filling, States]:
+    """The states that a file holds, of tensors without data; random states are decoded, as they are to be judged."""
+    filling = Filling(file, notes)
+    known = [path for path in file if path.startswith("rng/")]
+    return filling, states_of(filling.outline(file.load(known) if known else {}), notes, filling.facts)
 
 
 def _values(model: Any, optimizer: Any, scheduler: Any, extra: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def problems(pair: Pair, saved: States, names: Mapping[int, str], strict: bool) 
             yield f"{pair.path}: the checkpoint holds no state for this {here}"
         return
     if isinstance(target, torch.nn.Module):
-        yield from _module_problems(pair, strict)
+        yield from _module_problems(pair, saved, strict)
         return
     stored = saved.classes.get(pair.path, here)
     if strict and stored != here:  # modules are judged by their keys: wrappers rename their classes
@@ -52,7 +52,7 @@ def missing_and_unexpected(pair: Pair) -> tuple[list[str], list[str]]:
     return [key for key in live if key not in pair.state], [key for key in pair.state if key not in live]
 
 
-def _module_problems(pair: Pair, strict: bool) -> Iterator[str]:
+def _module_problems(pair: Pair, saved: States, strict: bool) -> Iterator[str]:
     if not isinstance(pair.state, Mapping):
         yield f"{pair.path}: the checkpoint holds a {type(pair.state).__name__}, expected a module's state"
         return
@@ -84,16 +84,21 @@ def _module_problems(pair: Pair, strict: bool) -> Iterator[str]:
             what = "{} of other parts" if kinds[0] == kinds[1] else "{}"
             yield f"{where}: the checkpoint holds a {kinds[0]}, the module a {what.format(kinds[1])}; they do not fit"
         else:
-            for (path, leaf), (_, taken) in zip(plain_leaves(held, key), plain_leaves(stored, key), strict=True):
+            for (path, leaf), (_, taken) in zip(plain_leaves(held, where), plain_leaves(stored, where), strict=True):
                 ties.add(path, leaf)
                 leaves[path] = taken
     if strict:
-        for key, first in ties.ties.items():
-            if not is_same(to_array(leaves[key], key), to_array(leaves[first], first)):
-                yield (
-                    f"{join(pair.path, key)}: one tensor with {first!r} in the module, "
-                    "but the two differ in the checkpoint"
-                )
+        for path, first in ties.ties.items():
+            if not _is_same(saved, leaves, path, first):
+                other = first.removeprefix(f"{pair.path}/")
+                yield f"{path}: one tensor with {other!r} in the module, but the two differ in the checkpoint"
+
+
+def _is_same(saved: States, leaves: Mapping[str, torch.Tensor], path: str, first: str) -> bool:
+    """Whether two leaves hold the same in the checkpoint."""
+    if saved.facts is not None:
+        return saved.facts(path) == saved.facts(first)
+    return is_same(to_array(leaves[path], path), to_array(leaves[first], first))
 
 
 def _optimizer_problems(

@@ -13,6 +13,7 @@ import torch
 import tricomp
 from tricomp import notes
 from tricomp.errors import BackendError, InvalidArgument
+from tricomp_torch.filling import Filling
 from tricomp_torch.snapshot import Snapshot
 from tricomp_torch.tensors import device_of
 from tricomp_torch.trees import NOTES_KEY, Flat, flatten, unflatten, unflatten_leaves
@@ -79,6 +80,8 @@ def load(
     device = device_of(map_location)
     with tricomp.open(os.fspath(path), reference=plain_reference(reference), threads=threads, backend=backend) as file:
         own = notes_of(file.metadata)
+        if device is None or device.type == "cpu":
+            return Filling(file, own).load(None if leaves is None else file.select(leaves))
         found = load_leaves(file, leaves, device)
         if leaves is None:
             return unflatten(Flat(found, own), device)

@@ -6,7 +6,7 @@ load_state_dict casts its state to the parameter's dtype, which loses bits, so t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,15 +21,22 @@ _PARALLEL = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
 
 @dataclass(frozen=True)
 class States:
-    """States of objects as one tree; by path, the objects' class names, and [name, shape] of optimizers' parameters."""
+    """States of objects as one tree; by path, the objects' class names, and [name, shape] of optimizers' parameters.
+
+    facts: of a leaf, by path, what is equal of two that hold the same; None: the tree's tensors tell.
+    """
 
     tree: dict[str, Any]
     classes: dict[str, str] = field(default_factory=dict)
     parameters: dict[str, list[list[Any]]] = field(default_factory=dict)
+    facts: Callable[[str], Hashable] | None = None
 
 
-def states_of(tree: Any, notes: Mapping[str, Any]) -> States:
-    """The States that a file holds. Raises InvalidArgument if a Checkpointer did not write it, CorruptFile."""
+def states_of(tree: Any, notes: Mapping[str, Any], facts: Callable[[str], Hashable] | None = None) -> States:
+    """The States that a file holds. facts: see States.
+
+    Raises InvalidArgument if a Checkpointer did not write it, CorruptFile.
+    """
     if not isinstance(tree, dict) or "classes" not in notes:
         raise InvalidArgument("it was not saved by a Checkpointer. Load it with tricomp_torch.load or tricomp.load.")
     classes, parameters = notes["classes"], notes.get("parameters", {})
@@ -37,7 +44,7 @@ def states_of(tree: Any, notes: Mapping[str, Any]) -> States:
     is_table = isinstance(classes, dict) and all(isinstance(name, str) for name in classes.values())
     if not is_table or not all(isinstance(e, list) and len(e) == 2 and isinstance(e[1], list) for e in entries):
         raise CorruptFile("its notes on classes and parameters are damaged. Load it with tricomp_torch.load.")
-    return States(tree, classes, parameters)
+    return States(tree, classes, parameters, facts)
 
 
 @dataclass(frozen=True)

@@ -142,10 +142,10 @@ def unflatten(flat: Flat, device: torch.device | None = None, make: MakeTensor |
     make: how a leaf's tensor is made of path, array and device, if otherwise. Raises CorruptFile if the notes do not
     fit the tree, UnsupportedDtype if torch lacks a leaf's dtype, UnsupportedNode for tensor subclasses not known here.
     """
-    kinds, modules = _table(flat.notes, "kinds"), _table(flat.notes, "modules")
+    kinds, modules = table(flat.notes, "kinds"), table(flat.notes, "modules")
     make = make or maker_of(flat.notes).tensor
-    gradients = _table(flat.notes, "gradients")
-    parts = _table(flat.notes, "subclasses")
+    gradients = table(flat.notes, "gradients")
+    parts = table(flat.notes, "subclasses")
     subclasses.require_notes(parts)
     _require_maps(modules)
 
@@ -203,11 +203,16 @@ def _taking_part(tensor: torch.Tensor, note: str | None, path: str) -> torch.Ten
         raise CorruptFile(f"{path!r} is noted as {note}, but is a {tensor.dtype}. Use tricomp.load.") from None
 
 
-def unflatten_leaves(leaves: Mapping[str, Leaf], notes: Mapping[str, Any], device: torch.device | None) -> Any:
+def unflatten_leaves(
+    leaves: Mapping[str, Leaf],
+    notes: Mapping[str, Any],
+    device: torch.device | None,
+    maker: TieMaker | None = None,
+) -> Any:
     """Tensors of some leaves of a tree, by path. Ties among them are kept; inner tensors of a tensor subclass stand by
-    themselves, at paths of their own."""
-    kinds = _table(notes, "kinds")
-    maker = maker_of(notes)
+    themselves, at paths of their own. maker: as make of unflatten."""
+    kinds = table(notes, "kinds")
+    maker = maker or maker_of(notes)
     made: dict[str, Any] = {}
     for path, array in leaves.items():
         if kinds.get(path) in ("ndarray", "generic"):
@@ -219,7 +224,7 @@ def unflatten_leaves(leaves: Mapping[str, Leaf], notes: Mapping[str, Any], devic
 
 def maker_of(notes: Mapping[str, Any], kind: Callable[..., TieMaker] = TieMaker) -> TieMaker:
     """What makes the tensors of leaves. Raises CorruptFile if the notes on ties and strides are damaged."""
-    return kind(_table(notes, "ties"), _table(notes, "strides"))
+    return kind(table(notes, "ties"), table(notes, "strides"))
 
 
 def plain_leaves(tensor: torch.Tensor, path: str) -> Iterator[tuple[str, torch.Tensor]]:
@@ -246,7 +251,8 @@ _IS_ENTRY: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def _table(notes: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def table(notes: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """One of the tables of a file's notes, by path; empty where there is none. Raises CorruptFile if it is damaged."""
     table = notes.get(name, {}) if isinstance(notes, Mapping) else None
     is_entry = _IS_ENTRY.get(name, lambda entry: True)
     if not isinstance(table, Mapping) or not all(is_entry(entry) for entry in table.values()):

@@ -143,12 +143,10 @@ def list_steps(options: argparse.Namespace) -> int:
 
 def verify_store(options: argparse.Namespace, path: str) -> int:
     """Check every step of a store."""
-    from tricomp.verification import verify_store as verified
-
     store = _store(path, options.threads)
     total = sum(step.raw_bytes for step in _steps(store)[0])
     with progress.shown(options, path) as draw:
-        report = verified(store, counter(draw, total))
+        report = store.verify(counter(draw, total))
     if options.json:
         broken = [{"step": one.step, "reason": one.reason} for one in report.broken]
         console.emit({"name": path, "is_clean": report.is_clean, "intact": list(report.intact), "broken": broken})

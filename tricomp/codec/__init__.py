@@ -4,13 +4,14 @@ Imports no framework. encoding, decoding: the two directions. batch: frames on t
 leaves that repeat another. engine: backends and threads. accelerator, planning: the backend on a GPU.
 """
 
-from tricomp.codec.accelerator import from_dlpack
+from tricomp.codec.accelerator import from_dlpack, home_of
 from tricomp.codec.batch import Reference
 from tricomp.codec.decoding import Decoded, StoredFrame, breakdown, decode, decode_many, decode_parts
 from tricomp.codec.encoding import First, bounded, copied, encode, encode_leaf
 from tricomp.codec.engine import Engine, digest, digests, live
 from tricomp.plan import Frame
 from tricomp.reference.digest import digest_end
+from tricomp.reference.frame import head_bytes
 
 __all__ = [
     "Decoded",
@@ -31,5 +32,7 @@ __all__ = [
     "encode",
     "encode_leaf",
     "from_dlpack",
+    "head_bytes",
+    "home_of",
     "live",
 ]
