@@ -56,7 +56,11 @@ def test_what_was_saved_comes_back(arrays, tmp_path):
         assert file.metadata["made by"] == "a test"
         assert file.leaf("h.0.attn.weight/codes").dtype.name == "int8"
         assert file.leaf(tricomp.tree.join(None, "conv/w") + "/scales").dtype.name == "bfloat16"
-        assert file.metadata["integers"]["arrays"]["h.0.mlp.weight"] == {"bits": 4, "group": 64, "dtype": "bfloat16"}
+        assert file.metadata["tricomp_integers"]["arrays"]["h.0.mlp.weight"] == {
+            "bits": 4,
+            "group": 64,
+            "dtype": "bfloat16",
+        }
 
 
 def test_some_entries_are_read_alone(arrays, tmp_path):
@@ -104,8 +108,8 @@ def test_what_is_no_dict_of_arrays(tree, error, text, tmp_path):
 
 
 def test_own_keys_are_kept_for_notes(tmp_path):
-    with pytest.raises(InvalidArgument, match="the key 'integers' is kept for tricomp's own notes"):
-        save_file(tmp_path / "a.tri", {}, {"integers": "x"})
+    with pytest.raises(InvalidArgument, match="the key 'tricomp_integers' is kept for tricomp's own notes"):
+        save_file(tmp_path / "a.tri", {}, {"tricomp_integers": "x"})
 
 
 W: dict[str, Any] = {"codes": np.zeros((4, 20), np.int8), "scales": np.ones((4, 2), F)}
@@ -129,13 +133,13 @@ GOOD = {"bits": 4, "group": 16, "dtype": "float32"}
     ],
 )
 def test_notes_that_lie(note, text, tmp_path):
-    tricomp.save(tmp_path / "a.tri", {"w": W}, metadata={"integers": note})
+    tricomp.save(tmp_path / "a.tri", {"w": W}, metadata={"tricomp_integers": note})
     with pytest.raises(CorruptFile, match=text):
         load_file(tmp_path / "a.tri")
     tricomp.save(
         tmp_path / "a.tri",
         {"w": {**W, "codes": W["codes"].astype(F)}},
-        metadata={"integers": {"version": 1, "arrays": {"w": GOOD}}},
+        metadata={"tricomp_integers": {"version": 1, "arrays": {"w": GOOD}}},
     )
     with pytest.raises(CorruptFile, match="expected int8 codes"):
         load_file(tmp_path / "a.tri")

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from tricomp.errors import CorruptFrame
+from tricomp.errors import CorruptFile, CorruptFrame
 from tricomp.file import File, matching
 from tricomp.groups import group_names
+from tricomp.integers.form import CODES, KEY, SCALES, Form, forms_of
 from tricomp.report import Breakdown, divided
 
 PURPOSES = tuple(field.name for field in fields(Breakdown))
@@ -43,7 +44,8 @@ class _Measured:
 class LeafFacts(_Measured):
     """One leaf. coded_bytes, parts: its share of its frame, and of what that is for. mode: of the plan, for people.
 
-    keep_mantissa_bits: None unless the leaf was rounded when it was saved. n_sharing: leaves in its frame.
+    keep_mantissa_bits: None unless the leaf was rounded when it was saved. n_sharing: leaves in its frame. form: what
+    codes of a quantised array are, for people ("int4 in groups of 64").
     """
 
     path: str
@@ -59,6 +61,7 @@ class LeafFacts(_Measured):
     keep_mantissa_bits: int | None
     n_sharing: int
     parts: Breakdown
+    form: str | None = None
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,23 @@ class OriginFacts:
 
 
 @dataclass(frozen=True)
+class IntegerFacts:
+    """Quantised arrays of one kind, see tricomp.integers. coded_bytes: of codes and scales; n_codes: of elements."""
+
+    bits: int
+    group: int | None
+    form: str
+    n_arrays: int
+    n_codes: int
+    coded_bytes: int
+    scale_bytes: int
+
+
+@dataclass(frozen=True)
 class FileFacts:
     """A whole file. parent: content id, None for one that stands alone. origins: the files that it was made of.
 
-    base: the name of the file that it was compressed against, if it says so. metadata: without origins and base, in
+    base: the name of the file that it was compressed against, if it says so. metadata: without these and integers, in
     JSON's types. n_leaves, raw_bytes: of the whole file, whatever leaves were asked for. other_bytes: what no frame
     holds: header, index and tail.
     """
@@ -113,6 +129,7 @@ class FileFacts:
     other_bytes: int
     groups: tuple[GroupFacts, ...]
     leaves: tuple[LeafFacts, ...]
+    integers: tuple[IntegerFacts, ...] = ()
 
     @property
     def ratio(self) -> float | None:
@@ -129,7 +146,8 @@ class FileFacts:
             return {**found, "ratio": facts.ratio}
 
         nested = {"groups": [plain(group) for group in self.groups], "leaves": [plain(leaf) for leaf in self.leaves]}
-        return {**plain(self), **nested, "origins": [asdict(origin) for origin in self.origins]}
+        listed = {"origins": [asdict(origin) for origin in self.origins], "integers": list(map(asdict, self.integers))}
+        return {**plain(self), **nested, **listed}
 
 
 def inspect(file: File, leaves: Iterable[str] | None = None) -> FileFacts:
@@ -138,12 +156,15 @@ def inspect(file: File, leaves: Iterable[str] | None = None) -> FileFacts:
     Raises MissingLeaf when nothing matches a pattern, CorruptFrame when the head of a frame is damaged.
     """
     asked = set(file) if leaves is None else matching(file, leaves)
-    found = _leaves(file, [path for path in file if path in asked])
+    forms = _forms(file)
+    found = _leaves(file, [path for path in file if path in asked], forms)
     names = group_names([leaf.path for leaf in found], [leaf.raw_bytes for leaf in found])
     members: dict[str, list[LeafFacts]] = {}
     for leaf, name in zip(found, names):
         members.setdefault(name, []).append(leaf)
-    metadata = {key: value for key, value in file.metadata.items() if key not in (_ORIGIN, _BASE)}
+    metadata = {
+        key: value for key, value in file.metadata.items() if key not in (_ORIGIN, _BASE, *([KEY] if forms else []))
+    }
     base = file.metadata.get(_BASE)
     return FileFacts(
         name=file.name,
@@ -163,7 +184,25 @@ def inspect(file: File, leaves: Iterable[str] | None = None) -> FileFacts:
         other_bytes=file.n_bytes - _frames_bytes(file),
         groups=tuple(_group(name, group) for name, group in members.items()),
         leaves=tuple(found),
+        integers=_integers(found, forms),
     )
+
+
+def _integers(leaves: Sequence[LeafFacts], forms: Mapping[str, Form]) -> tuple[IntegerFacts, ...]:
+    """Sums over the quantised arrays among some leaves, a kind each, largest first."""
+    kinds: dict[tuple[int, int | None], list[LeafFacts]] = {}
+    for leaf in leaves:
+        node, _, last = leaf.path.rpartition("/")
+        if node in forms and last in (CODES, SCALES):
+            kinds.setdefault((forms[node].bits, forms[node].group), []).append(leaf)
+    made = []
+    for (bits, group), members in kinds.items():
+        codes = [leaf for leaf in members if leaf.path.endswith(f"/{CODES}")]
+        sizes = [sum(leaf.coded_bytes for leaf in some) for some in (members, codes)]
+        n_codes = sum(leaf.n_elements for leaf in codes)
+        form = Form(bits, group, "float32").describe()
+        made.append(IntegerFacts(bits, group, form, len(codes), n_codes, sizes[0], sizes[0] - sizes[1]))
+    return tuple(sorted(made, key=lambda facts: -facts.n_codes))
 
 
 def to_json(value: Any) -> Any:
@@ -179,7 +218,7 @@ def to_json(value: Any) -> Any:
     return f"<{len(value)} bytes>" if isinstance(value, bytes) else f"<{type(value).__name__}>"
 
 
-def _leaves(file: File, paths: Sequence[str]) -> list[LeafFacts]:
+def _leaves(file: File, paths: Sequence[str], forms: Mapping[str, Form]) -> list[LeafFacts]:
     shares: dict[str, tuple[Breakdown, str, int]] = {}  # of all leaves of the frames seen
     found = []
     for path in paths:
@@ -211,9 +250,18 @@ def _leaves(file: File, paths: Sequence[str]) -> list[LeafFacts]:
                 keep_mantissa_bits=plan.keep_mantissa_bits,
                 n_sharing=n_sharing,
                 parts=share,
+                form=forms[node].describe() if (node := path.removesuffix(f"/{CODES}")) in forms else None,
             )
         )
     return found
+
+
+def _forms(file: File) -> dict[str, Form]:
+    """What the file tells of its integers; nothing if that contradicts itself, and is then shown as metadata."""
+    try:
+        return forms_of(file)
+    except CorruptFile:
+        return {}
 
 
 def _frames_bytes(file: File) -> int:

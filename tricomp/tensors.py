@@ -30,7 +30,7 @@ Tensor = TypeVar("Tensor")
 
 ORIGINAL_KEY = "safetensors"
 """The key of a file's metadata under which the text metadata of a safetensors file stands that it was made of."""
-OWN_KEYS = ("base", "origin", "integers", ORIGINAL_KEY, "tricomp_torch", "tricomp_jax")
+OWN_KEYS = ("base", "origin", ORIGINAL_KEY, "tricomp_integers", "tricomp_torch", "tricomp_jax")
 """Keys of a file's metadata under which tricomp and its adapters keep what they need."""
 _BATCH_WORDS = 8 << 20  # decoded together by arrays_of
 

@@ -59,7 +59,7 @@ def _spelled_out(argv: Sequence[str]) -> list[str]:
 
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command."""
-    from tricomp.cli import completion, compress, demo, inspection, stores
+    from tricomp.cli import completion, compress, demo, inspection, quantize, stores
 
     letters = ", ".join(f"{letter} {name}" for letter, name in _LETTERS.items())
     made = argparse.ArgumentParser(
@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--version", action=_Version, help="show the version and the backends that are live")
     commands = made.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (compress, inspection, stores, completion, demo):
+    for module in (compress, inspection, stores, quantize, completion, demo):
         module.add(commands, [console.common()])
     return made
 

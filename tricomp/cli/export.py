@@ -36,10 +36,16 @@ def add(
         description="Write the leaves of a .tri file as a file of another format (a folder for Orbax), or as a .tri "
         "file that stands alone. "
         "With --leaves, the leaves that match alone, without the keys that all of them share: "
-        "--leaves 'model/*' gives the model of a checkpoint under the names that it has in torch.",
+        "--leaves 'model/*' gives the model of a checkpoint under the names that it has in torch. "
+        "Integers that tricomp quantize made go to safetensors as compressed-tensors has them.",
     )
     console.takes_files(parser.add_argument("file", metavar="FILE", help="a .tri file or STORE@STEP"))
     add_output(parser, "default: FILE with the suffix of the format; - is standard output")
+    parser.add_argument(
+        "--dequantize",
+        action="store_true",
+        help="write floats in the place of the integers that tricomp quantize made (to safetensors)",
+    )
     sources.add_base(parser)
     console.takes_threads(parser)
     parser.set_defaults(run=export, refuse=parser.error)
@@ -60,6 +66,7 @@ def add_output(parser: argparse.ArgumentParser, default: str) -> None:
 def export(options: argparse.Namespace) -> int:
     """Write a `.tri` file as a file of another format."""
     from tricomp.file import File
+    from tricomp.integers.form import forms_of
 
     with sources.opened([options.file], options.bases, options.threads) as (file,):
         if not isinstance(file, File):
@@ -67,6 +74,8 @@ def export(options: argparse.Namespace) -> int:
         stem = (os.path.basename(options.file) if "://" in options.file else options.file).removesuffix(f".{_TRI}")
         if os.path.splitext(stem)[1] in (".safetensors", ".npz", ".npy", *_FORMATS):
             stem = os.path.splitext(stem)[0]
+        if options.dequantize and not forms_of(file):
+            raise InvalidArgument(f"{options.file}: holds no integers that stand for floats. Leave out --dequantize.")
         return write(options, file, stem)
 
 
@@ -76,6 +85,8 @@ def write(options: argparse.Namespace, file: File, stem: str) -> int:
     from tricomp.archive_output import put, put_folder, write_ahead
     from tricomp.codec import Engine
     from tricomp.file import matching
+    from tricomp.integers.exchange import exported
+    from tricomp.integers.form import forms_of
     from tricomp.subset import Subset
 
     if options.output is None and options.to is None:
@@ -94,7 +105,10 @@ def write(options: argparse.Namespace, file: File, stem: str) -> int:
     elif not is_stream:
         archive_names.check_output(out, [file.name], options.force)
     chosen = file
-    if options.leaves is not None:
+    as_integers = to == "safetensors" and bool(forms_of(file))
+    if getattr(options, "dequantize", False) and not as_integers:
+        raise InvalidArgument(f"export: --dequantize writes safetensors, not {to}. Give --to safetensors.")
+    if options.leaves is not None and not as_integers:
         asked = matching(file, options.leaves)
         chosen = Subset(file, [path for path in file if path in asked])
     total = sum(chosen.leaf(path).n_bytes for path in chosen)
@@ -105,7 +119,7 @@ def write(options: argparse.Namespace, file: File, stem: str) -> int:
             if count is not None:
                 count(total)
         elif to != _TRI:
-            pieces = formats.exported(to, chosen)
+            pieces = exported(file, options.leaves, options.dequantize) if as_integers else formats.exported(to, chosen)
             n_bytes = write_ahead(sys.stdout.buffer, pieces, count) if is_stream else put(out, pieces, on_bytes=count)
         elif is_stream:
             raise InvalidArgument("export: a .tri file goes to a file, not to standard output. Give -o OUT.")

@@ -233,6 +233,13 @@ def _described(facts: FileFacts, sort: str, is_listed: bool) -> list[str]:
             rounded[leaf.keep_mantissa_bits] = rounded.get(leaf.keep_mantissa_bits, 0) + 1
     for bits, count in sorted(rounded.items()):
         lines.append(f"  rounded: {_leaves(count)}, {bits} mantissa bits kept")
+    for kind in facts.integers:
+        arrays = f"{kind.n_arrays:,} array" if kind.n_arrays == 1 else f"{kind.n_arrays:,} arrays"
+        lines.append(
+            f"  {arrays} as {kind.form}: {kind.n_codes:,} codes in {console.count_bytes(kind.coded_bytes)}, "
+            f"{console.count_bytes(kind.scale_bytes)} of it scales ({8 * kind.coded_bytes / max(kind.n_codes, 1):.2f} "
+            f"bits each)"
+        )
     groups = _sorted(facts.groups, sort, "name")
     if len(groups) > 1 or not is_listed:
         lines += ["", *_group_table(groups)]
@@ -271,6 +278,7 @@ def _leaf_table(leaves: Sequence[LeafFacts]) -> list[str]:
     for leaf in leaves:
         symbols, remainder, *rest = _part_bits(leaf)
         kept = "" if leaf.keep_mantissa_bits is None else f", {leaf.keep_mantissa_bits} mantissa bits kept"
+        kept += "" if leaf.form is None else f", {leaf.form}"
         shape = f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
         numbers = (_number(leaf.bits), _number(leaf.ratio), _number(symbols), _number(remainder))
         rows.append((leaf.path or "(the tree)", shape, leaf.mode + kept, *numbers, _number(sum(rest))))

@@ -24,7 +24,7 @@ from tricomp.formats.export import named_leaves
 from tricomp.formats.header_reader import MAX_HEADER_BYTES, METADATA, Object, Tensor, json_of, parse, refuse, shown
 from tricomp.formats.origin import Span, TensorFile, is_plain_name
 from tricomp.formats.span import Leaves, decoded, spans_of
-from tricomp.layout import is_shape
+from tricomp.layout import Leaf, is_shape
 
 Array = np.ndarray[Any, Any]
 _INDEX = re.compile(r"\.safetensors\.index(\.[^./]+)?\.json$", re.IGNORECASE)  # "fp16" may stand in it
@@ -49,38 +49,49 @@ class Safetensors:
 
     def pieces(self, file: File) -> Iterator[Bytes]:
         """As the library writes it: by alignment, then by name; with the text metadata the file came with."""
-        leaves = named_leaves(file, "safetensors")
-        for name, leaf in leaves:
-            if leaf.dtype.name not in header.NAMES:
-                raise InvalidArgument(
-                    f"leaf {leaf.path!r}: safetensors has no {leaf.dtype.name}. Leave the leaf out, or convert it."
-                )
-            if name == METADATA:
-                raise InvalidArgument(f"leaf {leaf.path!r}: safetensors keeps that name for itself. Rename the leaf.")
-        order = {code: number for number, code in enumerate(header.BITS)}
-        leaves.sort(key=lambda each: (-order[header.NAMES[each[1].dtype.name]], each[0].encode()))
-        spans = spans_of([leaf for _, leaf in leaves])
-        entries = [header.entry(name, leaf, span.offset) for (name, leaf), span in zip(leaves, spans)]
-        metadata = _texts_of(file.metadata)
-        if metadata:
-            entries.insert(0, header.text(METADATA) + b":" + header.text(metadata))
-        written = b"{" + b",".join(entries) + b"}"
-        written += b" " * (-len(written) % 8)
-        if len(written) > MAX_HEADER_BYTES:
+        named = named_leaves(file, "safetensors")
+        head, named = head_of(named, texts_of(file.metadata), file.name)
+        leaves = [leaf for _, leaf in named]
+        return _written(head, spans_of(leaves), leaves, file)
+
+
+def head_of(
+    named: Sequence[tuple[str, Leaf]], metadata: dict[str, str], where: str
+) -> tuple[bytes, list[tuple[str, Leaf]]]:
+    """The beginning of a file with these tensors, and the tensors in the order in which their data follows.
+
+    where: named in errors. Raises InvalidArgument, naming the leaf, for what the format cannot hold.
+    """
+    for name, leaf in named:
+        if leaf.dtype.name not in header.NAMES:
             raise InvalidArgument(
-                f"{file.name}: the header would take {len(written)} bytes, safetensors allows {MAX_HEADER_BYTES}. "
-                f"Export fewer leaves, or to another format."
+                f"leaf {leaf.path!r}: safetensors has no {leaf.dtype.name}. Leave the leaf out, or convert it."
             )
-        return _written(written, spans, [leaf for _, leaf in leaves], file)
+        if name == METADATA:
+            raise InvalidArgument(f"leaf {leaf.path!r}: safetensors keeps that name for itself. Rename the leaf.")
+    order = {code: number for number, code in enumerate(header.BITS)}
+    placed = sorted(named, key=lambda each: (-order[header.NAMES[each[1].dtype.name]], each[0].encode()))
+    spans = spans_of([leaf for _, leaf in placed])
+    entries = [header.entry(name, leaf, span.offset) for (name, leaf), span in zip(placed, spans)]
+    if metadata:
+        entries.insert(0, header.text(METADATA) + b":" + header.text(metadata))
+    written = b"{" + b",".join(entries) + b"}"
+    written += b" " * (-len(written) % 8)
+    if len(written) > MAX_HEADER_BYTES:
+        raise InvalidArgument(
+            f"{where}: the header would take {len(written)} bytes, safetensors allows {MAX_HEADER_BYTES}. "
+            f"Export fewer leaves, or to another format."
+        )
+    return len(written).to_bytes(8, "little") + written, placed
 
 
 def _written(head: bytes, spans: Sequence[Span], leaves: Sequence[Any], file: File) -> Iterator[Bytes]:
-    yield len(head).to_bytes(8, "little") + head
+    yield head
     for _, found in decoded(spans, Leaves(leaves), file):
         yield from found
 
 
-def _texts_of(metadata: dict[str, Any]) -> dict[str, str]:
+def texts_of(metadata: dict[str, Any]) -> dict[str, str]:
     """Metadata of a `.tri` file that a header can hold: that of the file it came from, else its own texts."""
     own = metadata["safetensors"] if isinstance(metadata.get("safetensors"), dict) else metadata
     return {key: value for key, value in own.items() if isinstance(key, str) and isinstance(value, str)}

@@ -8,8 +8,23 @@
 A model is chosen by name to become so: nothing here is lossless, and nothing here is done unasked.
 """
 
+from tricomp.integers.deployment import quantize_file
+from tricomp.integers.exchange import quantization_config, to_safetensors
+from tricomp.integers.exchange_reader import from_safetensors
 from tricomp.integers.files import load_file, save_file
 from tricomp.integers.packing import pack_int4, unpack_int4
 from tricomp.integers.quantized import Quantized, dequantize, quantize
 
-__all__ = ["Quantized", "dequantize", "load_file", "pack_int4", "quantize", "save_file", "unpack_int4"]
+__all__ = [
+    "Quantized",
+    "dequantize",
+    "from_safetensors",
+    "load_file",
+    "pack_int4",
+    "quantization_config",
+    "quantize",
+    "quantize_file",
+    "save_file",
+    "to_safetensors",
+    "unpack_int4",
+]

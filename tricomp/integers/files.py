@@ -15,8 +15,8 @@ import numpy as np
 from tricomp import checkpoint, tree
 from tricomp.errors import CorruptFile, InvalidArgument, MissingLeaf, UnsupportedNode
 from tricomp.file import File
-from tricomp.integers.form import CODES, KEY, SCALES, Form, forms_of, note_of
-from tricomp.integers.quantized import Quantized
+from tricomp.integers.form import CODES, KEY, SCALE_DTYPES, SCALES, Form, forms_of, note_of
+from tricomp.integers.quantized import Quantized, scales_shape
 from tricomp.notes import with_notes
 from tricomp.plan import Spec
 from tricomp.report import Report
@@ -125,10 +125,30 @@ def chosen(known: Mapping[str, Form | None], patterns: Iterable[str], where: str
 
 def quantized(where: str, name: str, form: Form, codes: Array, scales: Array) -> Quantized:
     """A Quantized of what a file holds. Raises CorruptFile if its parts do not fit each other."""
-    try:
-        return Quantized(codes, scales, form.bits, form.group, form.dtype)
-    except InvalidArgument as error:
-        raise CorruptFile(f"{where}: {name!r}: {error} Fetch the file again.") from None
+    check_parts(where, name, form, codes.dtype.name, codes.shape, scales.dtype.name, scales.shape)
+    return Quantized(codes, scales, form.bits, form.group, form.dtype)
+
+
+def check_parts(
+    where: str,
+    name: str,
+    form: Form,
+    codes_dtype: str,
+    codes: tuple[int, ...],
+    scales_dtype: str,
+    scales: tuple[int, ...],
+) -> None:
+    """Raise CorruptFile if leaves of these dtypes and shapes are no codes and scales of a Form."""
+    if codes_dtype != "int8" or not codes or scales_dtype not in SCALE_DTYPES:
+        raise CorruptFile(
+            f"{where}: {name!r}: expected int8 codes [out, ...] and scales of {' or '.join(SCALE_DTYPES)}, got "
+            f"{codes_dtype}{list(codes)} and {scales_dtype}. Fetch the file again."
+        )
+    if scales != (expected := scales_shape(codes, form.group)):
+        raise CorruptFile(
+            f"{where}: {name!r}: codes {list(codes)}, group {form.group}: expected scales {list(expected)}, got "
+            f"{list(scales)}. Fetch the file again."
+        )
 
 
 def _paths(name: str, form: Form | None) -> list[str]:

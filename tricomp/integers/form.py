@@ -1,8 +1,8 @@
 """What a quantised array is, as a file tells it: bits, group, dtype. Imports errors and numbers only.
 
 A file holds such an array as two leaves beside each other, `<name>/codes` and `<name>/scales`, and here is the note
-that says so, under the key "integers" of its metadata. The hard thing: a note comes from a file, which anybody may have
-written, so that it is checked before it is believed.
+that says so, under the key "tricomp_integers" of its metadata. The hard thing: a note comes from a file, which anybody
+may have written, so that it is checked before it is believed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tricomp.errors import CorruptFile, InvalidArgument
 from tricomp.file import File
 from tricomp.notes import notes_of
 
-KEY = "integers"
+KEY = "tricomp_integers"
 """The key of a file's metadata under which quantised arrays are told: {"version": 1, "arrays": {path: Form}}."""
 CODES, SCALES = "codes", "scales"
 BITS = (8, 7, 6, 5, 4)
