@@ -2,12 +2,14 @@
 
 >>> plan = integers.plan(model, examples, budget=integers.Budget(top1=0.995))  # doctest: +SKIP
 >>> print(plan)  # doctest: +SKIP
+>>> small = integers.convert(model, plan)  # doctest: +SKIP
 """
 
 from tricomp.errors import BudgetError
+from tricomp_torch.integers.convert import convert
 from tricomp_torch.integers.forms import prepare
 from tricomp_torch.integers.nodes import Budget, Effect, Fold, NodePlan, Plan
 from tricomp_torch.integers.planning import plan
 from tricomp_torch.integers.report import report
 
-__all__ = ["Budget", "BudgetError", "Effect", "Fold", "NodePlan", "Plan", "plan", "prepare", "report"]
+__all__ = ["Budget", "BudgetError", "Effect", "Fold", "NodePlan", "Plan", "convert", "plan", "prepare", "report"]
