@@ -5,6 +5,7 @@ Each scene is what one rank does, see tests/dcp_ranks.py.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import stat
@@ -37,12 +38,10 @@ def collate(samples):
     return {"input_ids": tokens, "labels": tokens}
 
 
-def model(width=32, **config):
-    return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            n_layer=1, n_head=2, n_embd=width, vocab_size=256, n_positions=16, bos_token_id=0, eos_token_id=0, **config
-        )
-    )
+def model(**config):
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 32, "vocab_size": 256, "n_positions": 16}
+    tokens = {"bos_token_id": 0, "eos_token_id": 0, "loss_type": "ForCausalLM"}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**sizes, **tokens, **config}))
 
 
 class Stop(transformers.TrainerCallback):
@@ -130,6 +129,7 @@ def killed(rank, n, folder, at):
         sync(descriptor)
 
     os.fsync = dies
+    gc.freeze()
     trainer(folder).train()
 
 
@@ -137,6 +137,7 @@ def ranks(rank, n, folder):
     """Two processes in DistributedDataParallel: cut and resumed, as if never cut."""
     environ = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29511}
     os.environ.update({name: str(value) for name, value in environ.items()})
+    gc.freeze()  # accelerate collects often
     arguments = {"train_sampling_strategy": "group_by_length", "ddp_backend": "gloo"}
     whole = run(f"{folder}/whole", **arguments)
     run(f"{folder}/cut", stop=5, **arguments)

@@ -95,8 +95,8 @@ def load_state(
     what = f"step {step} of {checkpointer.store.url}"
     if models_only:
         return checkpointer.restore(model=_slots(objects).get("model"), step=step, rng=False)
-    metadata = checkpointer.store.metadata(step)
-    _require_same(metadata, _names(objects), what)
+    with checkpointer.store.open(step) as file:
+        _require_same(file.metadata, _names(objects), what)
     restored = checkpointer.restore(**_slots(objects), extra=_extra(accelerator, objects), step=step, rng=False)
     assert restored is not None
     mine = ranks.own(restored.extra["processes"], accelerator.process_index, accelerator.num_processes, what)

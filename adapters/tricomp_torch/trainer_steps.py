@@ -39,8 +39,12 @@ def step_to_resume(store: tricomp.Store, asked: Any) -> int | None:
             else f"Take them away with tricomp.Store({store.url!r}).rewind({place}), or give another store."
         )
         raise InvalidArgument(f"train: {store.url} has checkpoints up to step {latest}, beyond step {place}. {advice}")
-    if step is not None and store.metadata(step).get("saved_by") != SAVED_BY:
-        raise InvalidArgument(f"step {step} of {store.url} was not saved by a {SAVED_BY}: it holds no TrainerState.")
+    if step is not None:
+        with store.open(step) as file:
+            if file.metadata.get("saved_by") != SAVED_BY:
+                raise InvalidArgument(
+                    f"step {step} of {store.url} was not saved by a {SAVED_BY}: it has no TrainerState."
+                )
     return step
 
 

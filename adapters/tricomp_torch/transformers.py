@@ -80,12 +80,13 @@ class TricompTrainerMixin(_Base):  # type: ignore[misc]
             store = Checkpointer(store, **own_policies)
         self.checkpointer: Checkpointer = store
         self._model_files = model_files
-        self._is_saving_step = False
-        self._resumed: int | None = None
-        self._own: dict[str, Any] | None = None  # this process's part of what was restored
-        self._epoch: dict[str, Any] | None = None  # what the order of this epoch's data comes from
-        self._last_saved: int | None = None
-        self.add_callback(_Positions(self))
+        self._progress = _Progress(self)
+        self.add_callback(self._progress)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if Trainer in cls.__mro__ and cls.__mro__.index(Trainer) < cls.__mro__.index(TricompTrainerMixin):
+            raise InvalidArgument(f"class {cls.__name__}: TricompTrainerMixin comes before Trainer, or does nothing.")
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; resume_from_checkpoint: True (the latest step), a step number, or a folder checkpoint-<step>.
@@ -95,30 +96,36 @@ class TricompTrainerMixin(_Base):  # type: ignore[misc]
         """
         if (args and args[0] is not None) or kwargs.get("trial") is not None:
             raise InvalidArgument("train: trials of a search would share one store. Search with a plain Trainer.")
-        self._resumed = step_to_resume(self.checkpointer.store, resume_from_checkpoint)
-        self._own = self._last_saved = None
+        step = step_to_resume(self.checkpointer.store, resume_from_checkpoint)
+        self._progress.begin(step, is_foreign=step is None and bool(resume_from_checkpoint))
         with self.checkpointer:
-            if self._resumed is None:
+            if self.args.save_strategy != "no" and self.is_world_process_zero():
+                self.checkpointer.store.claim()  # else the first save would tell that another run writes there
+            if step is None:
                 return super().train(resume_from_checkpoint or None, *args, **kwargs)
-            with resume_folder(self.checkpointer.store, self._resumed, self.args.output_dir) as folder:
+            with resume_folder(self.checkpointer.store, step, self.args.output_dir) as folder:
                 return super().train(folder, *args, **kwargs)
 
     # Saving: Trainer's own _save_checkpoint makes the folder, writes TrainerState to it and rotates old ones away.
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        step = self.state.global_step
-        if step == self._last_saved and _is_inside_a_step(self.model):
+        step, progress = self.state.global_step, self._progress
+        if step in progress.saved and _is_inside_a_step(self.model):
             return  # asked for by a signal; what was saved at the step's end is exact
-        self._is_saving_step = True
+        limit = self.args.save_total_limit
+        progress.is_saving = True
         try:
+            if progress.is_foreign:  # the one checkpoint there is, until the store has another
+                self.args.save_total_limit = None
             super()._save_checkpoint(*args, **kwargs)
         finally:
-            self._is_saving_step = False
+            progress.is_saving = False
+            self.args.save_total_limit = limit
         self._rotation.best(step_of(self.state.best_model_checkpoint))
         states = ranks.gathered(
             {
                 "rng": generators.get_state(),
-                "epoch": self._epoch,
+                "epoch": progress.epoch,
                 "loss": self._tr_loss.detach().cpu() if hasattr(self, "_tr_loss") else None,
                 "logged_at": self._globalstep_last_logged,
             }
@@ -138,15 +145,18 @@ class TricompTrainerMixin(_Base):  # type: ignore[misc]
                 rng=False,
                 metadata={"saved_by": SAVED_BY, "epoch": self.state.epoch, "transformers": _version},
                 force=True,
-                overwrite=step == self._last_saved,
+                overwrite=step in progress.saved,
             )
-        self._last_saved = step
+        progress.saved.add(step)
+        if progress.is_foreign:
+            self.checkpointer.wait()
+            progress.is_foreign = False
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer's. Within a checkpoint it writes a note of where the weights are, unless model_files."""
-        if not self._is_saving_step or self._model_files:
+        if not self._progress.is_saving or self._model_files:
             super().save_model(output_dir, _internal_call)
-        if self._is_saving_step and self.args.should_save:
+        if self._progress.is_saving and self.args.should_save:
             mark(str(output_dir), self.checkpointer.store, self.state.global_step)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -162,16 +172,17 @@ class TricompTrainerMixin(_Base):  # type: ignore[misc]
     # skipped.
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self._resumed is None:
+        if self._progress.resumed is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self._resumed is None or checkpoint is None:
+        step = self._progress.resumed
+        if step is None or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         try:
             restored = self.checkpointer.restore(
-                model=self.model, **self._optimizer_and_scheduler(), extra=self._scaler(), step=self._resumed, rng=False
+                model=self.model, **self._optimizer_and_scheduler(), extra=self._scaler(), step=step, rng=False
             )
         except InvalidArgument as error:
             error.add_note(
@@ -181,26 +192,27 @@ class TricompTrainerMixin(_Base):  # type: ignore[misc]
             raise
         assert restored is not None
         states = restored.extra["processes"]
-        what = f"step {self._resumed} of {self.checkpointer.store.url}"
-        self._own = ranks.own(states, self.args.process_index, self.args.world_size, what)
+        what = f"step {step} of {self.checkpointer.store.url}"
+        self._progress.own = ranks.own(states, self.args.process_index, self.args.world_size, what)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        if self._resumed is None:
+        if self._progress.resumed is None:
             super()._load_scaler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if self._resumed is None or checkpoint is None:
+        if self._progress.resumed is None or checkpoint is None:
             super()._load_rng_state(checkpoint)
             return
-        if self._own is None:
+        own = self._progress.own
+        if own is None:
             raise InvalidArgument(
                 f"transformers {_version} did not ask for the optimizer's state when it resumed; nothing was trained. "
-                "Use another version, and tell us."
+                "Use another version."
             )
-        if self._own:
-            generators.set_state(self._own["rng"])
-            if not self._skips_data():
-                self._epoch = loaders.get_state(self.callback_handler.train_dataloader)
+        if own:
+            generators.set_state(own["rng"])
+            if not self._progress.skips_data():
+                self._progress.epoch = loaders.get_state(self.callback_handler.train_dataloader)
 
     def _load_best_model(self) -> None:
         self.checkpointer.wait()
@@ -211,10 +223,6 @@ class TricompTrainerMixin(_Base):  # type: ignore[misc]
             super()._load_best_model()
             return
         self.checkpointer.restore(model=self.model, step=step, rng=False)
-
-    def _skips_data(self) -> bool:
-        """Whether the run goes on in the middle of an epoch, with the data that comes then."""
-        return self.state.epoch != int(self.state.epoch) and not self.args.ignore_data_skip
 
     def _optimizer_and_scheduler(self) -> dict[str, Any]:
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # what accelerate wraps
@@ -233,15 +241,29 @@ class TricompTrainer(TricompTrainerMixin, Trainer):
     """
 
 
-class _Positions(TrainerCallback):
-    """Notes where each epoch begins, and puts back what Trainer itself forgets when it resumes."""
+class _Progress(TrainerCallback):
+    """Where a call of train is; notes where each epoch begins, and puts back what Trainer itself forgets."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
+        self.is_saving = False
+        self.epoch: dict[str, Any] | None = None  # what the order of this epoch's data comes from
+        self.begin(None, is_foreign=False)
+
+    def begin(self, resumed: int | None, is_foreign: bool) -> None:
+        """Train from that step of the store; is_foreign: from a checkpoint that is none of the store's."""
+        self.resumed, self.is_foreign = resumed, is_foreign
+        self.own: dict[str, Any] | None = None  # this process's part of what was restored
+        self.saved: set[int] = set()  # auto_find_batch_size begins anew within one call
         self._is_first = False
 
+    def skips_data(self) -> bool:
+        """Whether the run goes on in the middle of an epoch, with the data that comes then."""
+        epoch = self._trainer.state.epoch
+        return bool(epoch != int(epoch)) and not self._trainer.args.ignore_data_skip
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        trainer, own = self._trainer, self._trainer._own
+        trainer, own = self._trainer, self.own
         self._is_first = bool(own)
         if own and own["loss"] is not None and hasattr(trainer, "_tr_loss"):
             trainer._tr_loss = own["loss"].to(args.device)
@@ -249,12 +271,11 @@ class _Positions(TrainerCallback):
             trainer._globalstep_last_logged = own["logged_at"]
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:
-        trainer = self._trainer
-        if self._is_first and trainer._skips_data():
-            trainer._epoch = trainer._own["epoch"]
-            loaders.set_state(train_dataloader, trainer._epoch)
+        if self._is_first and self.own and self.skips_data():
+            self.epoch = self.own["epoch"]
+            loaders.set_state(train_dataloader, self.own["epoch"])
         else:
-            trainer._epoch = loaders.get_state(train_dataloader)
+            self.epoch = loaders.get_state(train_dataloader)
         self._is_first = False
 
 
@@ -264,7 +285,7 @@ def _kind_in_parts(trainer: Any) -> str:
 
 
 def _require_methods(kind: type) -> None:
-    """Raise InvalidArgument if Trainer has no more what is overridden here, and so would do without it."""
+    """Raise InvalidArgument if Trainer no longer has what is overridden here, and so would go on without it."""
     bases = kind.__mro__[kind.__mro__.index(TricompTrainerMixin) + 1 :]
     missing = [name for name in _OVERRIDDEN if not any(name in vars(base) for base in bases)]
     if missing:
