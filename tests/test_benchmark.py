@@ -58,6 +58,43 @@ def test_speeds_are_those_of_everybody_in_every_mode_and_dtype(out: Path) -> Non
     assert all(row["seconds"]["decompress"] > 0 for row in results["files"]["rows"])
 
 
+def test_a_save_is_timed_for_everybody_on_every_disk(out: Path) -> None:
+    for needed in ("safetensors", "xxhash", "zstandard"):
+        pytest.importorskip(needed)
+    whos = ["DCP async_save, zstd", "Checkpointer"]
+    options = [
+        "--small",
+        "--cycles",
+        "1",
+        "--between",
+        "1",
+        "--threads",
+        "1",
+        "--only",
+        *whos,
+        "--state",
+        str(out),
+        "--out",
+        str(out),
+    ]
+    command = [sys.executable, "-m", "tests.benchmarks.stall", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    text, page = (next(out.glob(f"*-stall-small.{suffix}")).read_text() for suffix in ("json", "md"))
+    saves = json.loads(text)["saves"]
+    assert [row["who"] for row in saves["rows"]] == whos
+    for row in saves["rows"]:
+        assert [turn["speed"] for turn in row["turns"][::2]] == [None] * 3
+        assert [turn["speed"] for turn in row["turns"][1::2]] == (saves["speeds"] or [None] * 3)
+        for turn in row["turns"]:
+            assert 0 < turn["held"] <= turn["durable"]
+            assert turn["durable"] >= turn["written"] / (turn["speed"] or 1e12)
+            assert 0 < turn["written"] < 1.05 * saves["state_bytes"]
+        assert f"\n| {row['who']} |" in page
+    zstd, ours = ([turn["written"] for turn in row["turns"]] for row in saves["rows"])
+    assert max(ours[1:]) < ours[0] < min(zstd)
+
+
 def test_a_verdict_is_the_quotient_of_two_speeds() -> None:
     def one(who: str, speed_in: float, speed_out: float, threads: int = 1) -> dict[str, object]:
         return {"who": who, "threads": threads, "in": speed_in, "out": speed_out}

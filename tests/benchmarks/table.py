@@ -1,6 +1,6 @@
 """Results as Markdown, and the README's tables kept equal to them: `python -m tests.benchmarks.table`.
 
-Imports the standard library and cpu_table only.
+Imports the standard library, cpu_table and stall_table only.
 
 The README names the results file in the marker before each table, `<!-- table:ratio FILE -->`, so that a test can
 render that file again and compare.
@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks import cpu_table
+from tests.benchmarks import cpu_table, stall_table
 
 ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = {
@@ -43,7 +43,7 @@ TARGETS = {
     "v, 1 apart": 19.2, "v, 10 apart": 21.2, "v, 100 apart": 22.8,
 }  # fmt: skip
 README_COLUMNS = tuple(column for column in COLUMNS if column != "bound_scales")
-_MARKED = re.compile(r"<!-- table:(ratio|files|cpu) (\S+) -->\n.*?(<!-- /table:\1 -->)", re.DOTALL)
+_MARKED = re.compile(r"<!-- table:(ratio|files|cpu|stall) (\S+) -->\n.*?(<!-- /table:\1 -->)", re.DOTALL)
 
 
 def ratio_table(results: dict[str, Any], names: Sequence[str] = (), columns: Sequence[str] = tuple(COLUMNS)) -> str:
@@ -152,6 +152,8 @@ def _rendered(kind: str, results: dict[str, Any]) -> str:
         return f"{files_table(results)}\n{origin(results)}"
     if kind == "cpu":
         return f"{cpu_table.readme(results)}\n{origin(results)}{cpu_table.how(results)}"
+    if kind == "stall":
+        return f"{stall_table.readme(results)}\n{stall_table.origin(results)}{stall_table.how(results)}"
     return f"{ratio_table(results, README_STREAMS, README_COLUMNS)}\n{origin(results)}"
 
 

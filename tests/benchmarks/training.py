@@ -54,6 +54,7 @@ CNN = Run("cnn", (200, 210), batch=32, learning_rate=2e-3, width=48, warmup_step
 CNN_SGD = Run("cnn-sgd", (200, 210), batch=32, optimizer="sgd", learning_rate=0.05, width=48, warmup_steps=20)
 CNN_SMALL = Run("cnn-small", (30, 40), batch=16, learning_rate=2e-3, width=12, warmup_steps=10)
 CNN_SGD_SMALL = Run("cnn-sgd-small", (30, 40), 16, optimizer="sgd", learning_rate=0.05, width=12, warmup_steps=10)
+STALL = Run("gpt-stall", steps=(100,), batch=4)
 ALL, SMALL = (GPT, CNN, CNN_SGD), (GPT_SMALL, CNN_SMALL, CNN_SGD_SMALL)
 
 
@@ -128,14 +129,18 @@ class Cnn(nn.Module):
         return self.head(self.body(self.characters(pages).permute(0, 3, 1, 2)).mean((2, 3)))
 
 
+def gpt_loss(model: nn.Module, tokens: Tensor, starts: Tensor, context: int) -> Tensor:
+    """Loss of a GPT on pieces of a text, each context tokens long. tokens: int64[n]; starts: int64[batch]."""
+    rows = tokens[starts[:, None] + torch.arange(context + 1)]
+    return F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+
+
 def _gpt_task(run: Run) -> tuple[nn.Module, Callable[[], Tensor]]:
     tokens = torch.from_numpy(tokens_of(b"\n".join(text for _, text in library_sources()), run.vocabulary))
     model = Gpt(run)
 
     def loss() -> Tensor:
-        starts = torch.randint(len(tokens) - run.context - 1, (run.batch,))
-        rows = tokens[starts[:, None] + torch.arange(run.context + 1)]
-        return F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+        return gpt_loss(model, tokens, torch.randint(len(tokens) - run.context - 1, (run.batch,)), run.context)
 
     return model, loss
 
