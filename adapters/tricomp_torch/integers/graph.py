@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_map
 
-from tricomp_torch.integers.examples import Batch, quiet_random
+from tricomp_torch.integers.examples import Batch, leaves_of, quiet_random
 from tricomp_torch.integers.nodes import Trace
 
 # By the part of an operation's name before its overload: aten.linear.default and F.linear are both "linear".
@@ -101,24 +102,31 @@ def trace(model: nn.Module, batch: Batch | None) -> Graph:
 def _exported(
     model: nn.Module, batch: Batch, first_names: Mapping[str, str], paths: Mapping[str, str]
 ) -> Iterator[Call]:
-    auto = torch.export.Dim.AUTO
-
-    def dynamic(value: Any) -> Any:
-        return torch.utils._pytree.tree_map(
-            lambda leaf: {0: auto} if isinstance(leaf, torch.Tensor) and leaf.ndim else None, value
-        )
-
-    inputs = inspect.signature(model.forward).parameters
-    has_rest = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in inputs.values())
-    shapes: Any = None
-    if not has_rest:  # what *args hold has no name to give a dynamic shape to
-        names = list(inputs)
-        shapes = {**dict(zip(names, map(dynamic, batch.args))), **{k: dynamic(v) for k, v in batch.kwargs.items()}}
+    values = (*batch.args, *batch.kwargs.values())
+    shapes = {"values": tuple(map(_dynamic, values))} if values else None
     with _plain_attention(), quiet_random(), torch.no_grad(), _silence():
-        exported = torch.export.export(model, batch.args, dict(batch.kwargs), dynamic_shapes=shapes, strict=False)
+        exported = torch.export.export(_Flat(model, batch), values, dynamic_shapes=shapes, strict=False)
     signature = exported.graph_signature
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    yield from _calls(exported.graph, lambda node: named.get(node.name), first_names, paths, model)
+    yield from _calls(exported.graph, named, first_names, paths, model, "model.")
+
+
+class _Flat(nn.Module):
+    """A model of plain inputs and outputs: torch.export knows few of the classes that models return."""
+
+    def __init__(self, model: nn.Module, batch: Batch) -> None:
+        super().__init__()
+        self.model, self.n_args, self.names = model, len(batch.args), tuple(batch.kwargs)
+
+    def forward(self, *values: Any) -> list[torch.Tensor]:
+        kwargs = dict(zip(self.names, values[self.n_args :], strict=True))
+        return [tensor for _, tensor in leaves_of(self.model(*values[: self.n_args], **kwargs))]
+
+
+def _dynamic(value: Any) -> Any:
+    """A batch dimension of any size for each tensor; what torch finds to be fixed becomes fixed."""
+    auto = torch.export.Dim.AUTO
+    return tree_map(lambda leaf: {0: auto} if isinstance(leaf, torch.Tensor) and leaf.ndim else None, value)
 
 
 def _symbolic(model: nn.Module, first_names: Mapping[str, str], paths: Mapping[str, str]) -> Iterator[Call]:
@@ -129,19 +137,24 @@ def _symbolic(model: nn.Module, first_names: Mapping[str, str], paths: Mapping[s
     }
     with _plain_attention(), torch.no_grad(), _silence():
         graph = fx.Tracer().trace(model, concrete_args=defaults or None)
-    yield from _calls(
-        graph, lambda node: str(node.target) if node.op == "get_attr" else None, first_names, paths, model
-    )
+    named = {node.name: str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    yield from _calls(graph, named, first_names, paths, model)
 
 
 def _calls(
-    graph: fx.Graph, name_of: Any, first_names: Mapping[str, str], paths: Mapping[str, str], model: nn.Module
+    graph: fx.Graph,
+    named: Mapping[str, str],
+    first_names: Mapping[str, str],
+    paths: Mapping[str, str],
+    model: nn.Module,
+    prefix: str = "",
 ) -> Iterator[Call]:
+    """The calls of a graph. named: nodes that are tensors of the model. prefix: of the model in what was traced."""
     views: dict[fx.Node, tuple[str, bool]] = {}
     numbers: dict[fx.Node, int] = {}
     for node in graph.nodes:
-        name = name_of(node)
-        if name is not None and name in first_names:
+        name = named.get(node.name, "").removeprefix(prefix)
+        if name in first_names:
             views[node] = (first_names[name], False)
             continue
         op = _op(node)
@@ -156,7 +169,7 @@ def _calls(
         weight = node.args[at] if at is not None and len(node.args) > at else node.kwargs.get("weight")
         used = views.get(weight) if isinstance(weight, fx.Node) else None
         tensors = [views[other][0] for other in node.all_input_nodes if other in views]
-        module = _module(node)
+        module = f"{_module(node)}.".removeprefix(prefix).removesuffix(".")
         if node.op == "call_module":
             tensors += [
                 first_names[f"{module}.{name}" if module else name]
@@ -245,5 +258,6 @@ def _silence() -> Iterator[None]:
 
 
 def _said(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:_N_NOTE]}"
+    lines = str(error).strip().splitlines() or ["no message"]
+    sentence = lines[0].partition(". ")[0]
+    return f"{type(error).__name__}: {sentence if len(sentence) <= _N_NOTE else sentence[:_N_NOTE] + '...'}"
