@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from tricomp_torch.integers.effect import usage
 from tricomp_torch.integers.nodes import Budget, Effect, NodePlan
 
+_MOST_PUT_DOWN = 32  # measurements
 Measure = Callable[[Sequence[NodePlan]], Effect]
 
 
@@ -51,7 +52,7 @@ def nodes_on(units: Sequence[Unit], rungs: Sequence[int]) -> list[NodePlan]:
 def choose(units: Sequence[Unit], budget: Budget, measure: Measure) -> Choice:
     """The smallest choice found that keeps the budget; all in float keeps any, but for how the preset form rounds.
 
-    Calls measure about log2 of all steps times, and once more for each unit that was left off its smallest form.
+    Calls measure about log2 of all steps times, and then up to 32 times to put nodes down again.
     """
 
     def measured(rungs: tuple[int, ...]) -> Choice:
@@ -103,8 +104,12 @@ def _put_down(
         (i for i, rung in enumerate(found.rungs) if rung),
         key=lambda i: units[i].n_bytes(0) - units[i].n_bytes(found.rungs[i]),
     )
+    n_left = _MOST_PUT_DOWN
     for i in order:
         for lower in range(found.rungs[i]):
+            n_left -= 1
+            if n_left < 0:
+                return found
             tried = measured((*found.rungs[:i], lower, *found.rungs[i + 1 :]))
             if usage(tried.effect, budget) <= 1:
                 found = tried

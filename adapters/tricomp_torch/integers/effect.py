@@ -35,11 +35,11 @@ class Examples:
                 "Use max_error or cosine."
             )
 
-    def effect(self, model: torch.nn.Module) -> Effect:
-        """How far the outputs of another model, in eval mode, are from the float model's."""
+    def effect(self, model: torch.nn.Module, n_batches: int | None = None) -> Effect:
+        """How far the outputs of another model, in eval mode, are from the float model's, on the first batches."""
         comparisons: dict[str, _Comparison] = {}
         n_same = n_all = 0
-        for i, (batch, wanted) in enumerate(zip(self._batches, self._wanted, strict=True)):
+        for i, (batch, wanted) in enumerate(list(zip(self._batches, self._wanted, strict=True))[:n_batches]):
             got = run(model, batch, f"example batch {i}")
             for name, tensor in wanted.items():
                 comparisons.setdefault(name, _Comparison()).add(tensor, got.get(name))
@@ -67,18 +67,19 @@ class _Comparison:
         if got is None or got.shape != wanted.shape:
             self._worst = math.inf
             return
-        a, b = wanted.double(), got.double().to(wanted.device)
-        is_finite = a.isfinite()
-        if (
-            not torch.equal(a[~is_finite].nan_to_num(0.5), b[~is_finite].nan_to_num(0.5))
-            or not b[is_finite].isfinite().all()
-        ):
+        a, b = wanted.double().flatten(), got.double().to(wanted.device).flatten()
+        if not bool(a.isfinite().all()):
+            is_finite = a.isfinite()
+            if not torch.equal(a[~is_finite].nan_to_num(0.5), b[~is_finite].nan_to_num(0.5)):
+                self._worst = math.inf
+            a, b = a[is_finite], b[is_finite]
+        if not bool(b.isfinite().all()):
             self._worst = math.inf
-        a, b = a[is_finite], b[is_finite].nan_to_num()
-        if a.numel() == 0:
+        if a.numel() == 0 or self._worst == math.inf:
             return
-        self._worst = max(self._worst, float((a - b).abs().max()))
-        self._low, self._high = min(self._low, float(a.min())), max(self._high, float(a.max()))
+        low, high = a.aminmax()
+        self._low, self._high = min(self._low, float(low)), max(self._high, float(high))
+        self._worst = max(self._worst, float(torch.dist(a, b, math.inf)))
         self._dot += float(a @ b)
         self._wanted_square += float(a @ a)
         self._got_square += float(b @ b)

@@ -26,6 +26,7 @@ class Emulation:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._weights = dict(model.named_parameters(remove_duplicate=False))
+        self._errors: dict[tuple[str, int | None, int | None], float] = {}
         self._codes: dict[tuple[int, bool, int, int | None], Quantized] = {}
 
     def rows(self, name: str, node: NodePlan) -> tuple[int, int]:
@@ -36,12 +37,15 @@ class Emulation:
 
     def weight_error(self, node: NodePlan) -> float:
         """Relative RMS error of a node's weights: of the root of all squared errors to that of all squares."""
-        error = total = 0.0
-        for name in node.tensors:
-            weight = self._weights[name].detach().double()
-            error += float((self._values(name, node).double() - weight).square().sum())
-            total += float(weight.square().sum())
-        return (error / total) ** 0.5 if total else 0.0
+        key = (node.tied or node.name, node.bits, node.group)
+        if key not in self._errors:
+            error = total = 0.0
+            for name in node.tensors:
+                weight = self._weights[name].detach()
+                error += float(torch.dist(self._values(name, node).double(), weight.double())) ** 2
+                total += float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2
+            self._errors[key] = (error / total) ** 0.5 if total else 0.0
+        return self._errors[key]
 
     @contextmanager
     def applied(self, nodes: Sequence[NodePlan]) -> Iterator[nn.Module]:

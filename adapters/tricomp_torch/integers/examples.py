@@ -84,7 +84,8 @@ def leaves_of(outputs: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]
 @contextmanager
 def quiet_random() -> Iterator[None]:
     """The same random numbers each time, and torch's generators as they were afterwards."""
-    with torch.random.fork_rng():
+    devices = list(range(torch.cuda.device_count()))  # said, for torch warns of all where there are several
+    with torch.random.fork_rng(devices):
         torch.manual_seed(0)
         yield
 

@@ -31,6 +31,7 @@ Select = str | Iterable[str] | Callable[[str, nn.Module | None], bool]
 DEFAULT_GROUP = 64
 GROUP_STEP = 16
 _DYNAMIC_KINDS = ("linear",)  # whose inputs become int8 too
+_ALONE_BATCHES = 4  # first ones, on which nodes are measured alone; all together they are measured on all
 _N_SHOWN = 6
 _SCALE_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -98,14 +99,14 @@ def _measured_choice(
 ) -> tuple[list[Unit], Choice]:
     """Units with the effect of each form that was tried, and a rung for each."""
 
-    def measure(nodes: Sequence[NodePlan]) -> Effect:
+    def measure(nodes: Sequence[NodePlan], n_batches: int | None = None) -> Effect:
         with emulation.applied(nodes) as model:
-            return examples.effect(model)
+            return examples.effect(model, n_batches)
 
     def alone(unit: Unit, rungs: Iterable[int]) -> Unit:
         made = list(unit.rungs)
         for rung in rungs:
-            effect = measure(made[rung])
+            effect = measure(made[rung], _ALONE_BATCHES)
             made[rung] = tuple(
                 replace(node, error=effect.max_error, cosine=effect.cosine, top1=effect.top1) for node in made[rung]
             )
