@@ -65,11 +65,12 @@ def with_integers(model: nn.Module, plan: Plan, make_weight: MakeWeight) -> nn.M
         else:
             layer = model.get_submodule(node.name)
             inside = {name[len(node.name) + 1 :] if node.name else name: weight for name, weight in weights.items()}
-            model = replaced(model, node.name, _swapped(layer, node, inside))
+            model = replaced(model, node.name, swapped(layer, node, inside))
     return model
 
 
-def _swapped(layer: nn.Module, node: NodePlan, weights: dict[str, IntegerWeight]) -> nn.Module:
+def swapped(layer: nn.Module, node: NodePlan, weights: dict[str, IntegerWeight]) -> nn.Module:
+    """The module that runs a node of place "module" on integers. weights: by their names in the float layer."""
     is_dynamic = node.activations == "dynamic"
     if node.kind == "linear":
         return IntegerLinear(weights["weight"], layer.bias, is_dynamic=is_dynamic)  # type: ignore[arg-type]

@@ -19,18 +19,18 @@ from tricomp_torch.integers import candidates as nodes_of
 from tricomp_torch.integers.choice import Choice, Unit, choose, nodes_on
 from tricomp_torch.integers.copies import check_finite, frozen_copy, shapes_of
 from tricomp_torch.integers.effect import Examples, usage
-from tricomp_torch.integers.emulation import Emulation
 from tricomp_torch.integers.examples import batches_of
 from tricomp_torch.integers.forms import in_preset_form
 from tricomp_torch.integers.graph import Graph, trace
 from tricomp_torch.integers.nodes import Activations, Bits, Budget, Effect, Fold, NodePlan, Plan
 from tricomp_torch.integers.report import budget_text, effect_text, type_of
+from tricomp_torch.integers.trials import Trials
 
 _log = logging.getLogger("tricomp")
 Select = str | Iterable[str] | Callable[[str, nn.Module | None], bool]
 DEFAULT_GROUP = 64
 GROUP_STEP = 16
-_DYNAMIC_KINDS = ("linear",)  # whose inputs become int8 too
+_DYNAMIC_KINDS = ("linear", "attention")  # whose inputs become int8 too
 _ALONE_BATCHES = 4  # first ones, on which nodes are measured alone; all together they are measured on all
 _N_SHOWN = 6
 _SCALE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -80,33 +80,37 @@ def plan(
     del copy  # tracing may have left its marks on it
     prepared = in_preset_form(frozen_copy(model), folds, turns)
     nodes = _selected(nodes_of.candidates(prepared, graph, folds, turns), prepared, select)
-    emulation = Emulation(prepared)
-    units = _units(nodes, _options(bits, group or DEFAULT_GROUP, activations, examples is not None), emulation)
+    trials = Trials(prepared)
+    units = _units(nodes, _options(bits, group or DEFAULT_GROUP, activations, examples is not None), trials)
     allowed = [_within(unit, budget) for unit in units]
     if examples is None:
         chosen, measured = nodes_on(allowed, [0] * len(allowed)), None
     else:
-        allowed, choice = _measured_choice(allowed, budget, examples, emulation)
+        allowed, choice = _measured_choice(allowed, budget, examples, trials)
         chosen, measured = choice.nodes(allowed), choice.effect
         units = [known if len(known.rungs) > 1 else unit for known, unit in zip(allowed, units, strict=True)]
     made = _plan(model, prepared, _in_order(nodes, chosen), folds, turns, graph, budget_asked, measured)
-    _require(made, units, budget, examples, emulation)
+    _require(made, units, budget, examples, trials)
     return made
 
 
 def _measured_choice(
-    units: list[Unit], budget: Budget, examples: Examples, emulation: Emulation
+    units: list[Unit], budget: Budget, examples: Examples, trials: Trials
 ) -> tuple[list[Unit], Choice]:
     """Units with the effect of each form that was tried, and a rung for each."""
 
     def measure(nodes: Sequence[NodePlan], n_batches: int | None = None) -> Effect:
-        with emulation.applied(nodes) as model:
+        with trials.applied(nodes) as model:
             return examples.effect(model, n_batches)
 
     def alone(unit: Unit, rungs: Iterable[int]) -> Unit:
         made = list(unit.rungs)
         for rung in rungs:
-            effect = measure(made[rung], _ALONE_BATCHES)
+            try:
+                effect = measure(made[rung], _ALONE_BATCHES)
+            except InvalidArgument:  # the model read the weight of a module itself, which no trace has shown
+                made = [tuple(map(_in_place, nodes)) for nodes in made]
+                effect = measure(made[rung], _ALONE_BATCHES)
             made[rung] = tuple(
                 replace(node, error=effect.max_error, cosine=effect.cosine, top1=effect.top1) for node in made[rung]
             )
@@ -200,20 +204,20 @@ def _options(bits: Any, group: int, activations: str, has_examples: bool) -> lis
 
 
 def _units(
-    nodes: Sequence[NodePlan], options: Sequence[tuple[Bits, int | None, Activations]], emulation: Emulation
+    nodes: Sequence[NodePlan], options: Sequence[tuple[Bits, int | None, Activations]], trials: Trials
 ) -> list[Unit]:
     held: dict[str, list[NodePlan]] = {}
     for node in nodes:
         held.setdefault(node.tied or node.name, []).append(node)
-    return [Unit(tuple(_rungs(group, options, emulation))) for group in held.values()]
+    return [Unit(tuple(_rungs(group, options, trials))) for group in held.values()]
 
 
 def _rungs(
-    nodes: list[NodePlan], options: Sequence[tuple[Bits, int | None, Activations]], emulation: Emulation
+    nodes: list[NodePlan], options: Sequence[tuple[Bits, int | None, Activations]], trials: Trials
 ) -> Iterable[tuple[NodePlan, ...]]:
     seen: set[tuple[NodePlan, ...]] = set()
     for bits, group, activations in options if not any(node.reason for node in nodes) else ():
-        rung = tuple(_in_form(node, bits, group, activations, emulation) for node in nodes)
+        rung = tuple(_in_form(node, bits, group, activations, trials) for node in nodes)
         if rung not in seen and sum(node.integer_bytes for node in rung) < sum(node.float_bytes for node in rung):
             seen.add(rung)
             yield rung
@@ -221,9 +225,9 @@ def _rungs(
     yield tuple(node.in_float(node.reason or reason) for node in nodes)
 
 
-def _in_form(node: NodePlan, bits: Bits, group: int | None, activations: Activations, emulation: Emulation) -> NodePlan:
+def _in_form(node: NodePlan, bits: Bits, group: int | None, activations: Activations, trials: Trials) -> NodePlan:
     scale_dtype = "bfloat16" if bits == 4 else "float32"
-    shapes = [emulation.rows(name, node) for name in node.tensors]
+    shapes = [trials.rows(name, node) for name in node.tensors]
     if group is not None and all(n <= group for _, n in shapes):
         group = None
     n_bytes = sum(
@@ -240,8 +244,16 @@ def _in_form(node: NodePlan, bits: Bits, group: int | None, activations: Activat
         activations="dynamic" if is_dynamic else "float",
         integer_bytes=0 if node.tied else n_bytes,
     )
-    error = emulation.weight_error(made)
+    error = trials.weight_error(made)
     return replace(made, weight_error=error, error=error)
+
+
+def _in_place(node: NodePlan) -> NodePlan:
+    """The node with its module kept, and its weights read on access."""
+    if node.place == "parameter":
+        return node
+    form = "read on access" if node.form == "as it is" else f"{node.form}, read on access"
+    return replace(node, place="parameter", activations="float", form=form)
 
 
 def _within(unit: Unit, budget: Budget) -> Unit:
@@ -276,9 +288,7 @@ def _plan(
     return Plan(nodes, folds, turns, graph.trace, graph.note, budget, measured, other_bytes, shapes_of(model))
 
 
-def _require(
-    made: Plan, units: Sequence[Unit], budget: Budget, examples: Examples | None, emulation: Emulation
-) -> None:
+def _require(made: Plan, units: Sequence[Unit], budget: Budget, examples: Examples | None, trials: Trials) -> None:
     """Raise BudgetError if the plan turns nothing into integers because of the budget, or stays too large."""
     tried = [unit for unit in units if len(unit.rungs) > 1]
     n_float = sum(node.float_bytes for unit in tried for node in unit.rungs[-1])
@@ -295,7 +305,7 @@ def _require(
     if examples is None:
         whole = f"Budget(weight_error={max(node.weight_error for node in smallest):.3g}) would allow all of them"
     else:
-        with emulation.applied([node for unit in tried for node in unit.rungs[0]]) as model:
+        with trials.applied([node for unit in tried for node in unit.rungs[0]]) as model:
             effect = examples.effect(model)
         whole = f"all of them together: {effect_text(effect)}; a budget of that would allow them"
     what = (
