@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import errno
 import os
 import resource
@@ -15,7 +16,8 @@ import time
 from abc import ABC
 from collections import Counter, OrderedDict, namedtuple
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities.parsing import AttributeDict
 from tricomp_torch.lightning import TricompCheckpointIO, export, library, load_from_checkpoint
 from tricomp_torch.lightning.chains import HIDDEN, chain_of
+from tricomp_torch.lightning.removals import Removals
 from tricomp_torch.lightning.states import packed
 
 from tests import lightning_training as training
@@ -248,6 +251,34 @@ def test_what_cannot_be_stored_is_named(keyframe: Any, checkpoint: Any, text: st
     assert names(tmp_path) == ["a.ckpt"]
 
 
+class Config(dict):
+    """As OmegaConf's: hyper-parameters that are no dict of plain values."""
+
+
+@dataclass(frozen=True)
+class Window:
+    size: int
+    kind: str
+
+
+def test_hyper_parameters_of_another_library_are_named(tmp_path: Path) -> None:
+    with pytest.raises(tricomp.UnsupportedNode, match=r"'hyper_parameters'.*Config.*to_container"):
+        TricompCheckpointIO().save_checkpoint({"hyper_parameters": Config(a=1)}, tmp_path / "a.ckpt")
+
+
+def test_registered_types_come_back(tmp_path: Path) -> None:
+    tricomp.register_node(Window, "tests.Window", dataclasses.asdict, lambda fields: Window(**fields))
+    net = Net()
+    checkpoint = {
+        "pytorch-lightning_version": "2.6.6",
+        "state_dict": net.state_dict(),
+        "hyper_parameters": {"width": 61, "path": Window(3, "flat")},
+    }
+    TricompCheckpointIO().save_checkpoint(checkpoint, tmp_path / "a.ckpt")
+    assert equal(TricompCheckpointIO().load_checkpoint(tmp_path / "a.ckpt"), checkpoint)
+    assert load_from_checkpoint(Net, tmp_path / "a.ckpt").hparams["path"] == Window(3, "flat")
+
+
 def test_a_checkpoint_that_holds_itself_is_refused(tmp_path: Path) -> None:
     loop: dict[str, Any] = small(1)
     loop["loop"] = [loop]
@@ -394,6 +425,29 @@ def test_without_hard_links_all_stand_alone(
     assert not list((tmp_path / HIDDEN).glob("*.tri"))
 
 
+def test_a_store_lets_the_next_writer_in_and_keeps_its_words(tmp_path: Path) -> None:
+    """Store.unlock and Folder.link, which the hidden folder is made with."""
+    mine, other = (tricomp.Store(tmp_path / "store", tricomp.KeyframeEvery(9)) for _ in range(2))
+    mine.save(1, {"w": np.arange(3001)})
+    with pytest.raises(tricomp.StoreLocked):
+        other.claim()
+    mine.unlock()
+    mine.unlock()
+    other.save(2, {"w": np.arange(3001) + 1})
+    other.unlock()
+    mine.save(3, {"w": np.arange(3001) + 2})
+    assert all((other.load(step)["w"] == np.arange(3001) + step - 1).all() for step in (1, 2, 3))
+    (tmp_path / "name").write_text("old")
+    Folder(str(tmp_path / "store")).link("step-000000000003.tri", str(tmp_path / "name"))
+    assert os.path.samefile(tmp_path / "name", tmp_path / "store" / "step-000000000003.tri")
+    with pytest.raises(tricomp.StorageError, match="cannot be written"):
+        Folder(str(tmp_path / "store")).link("step-000000000009.tri", str(tmp_path / "name"))
+    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == [
+        ".tricomp.lock",
+        *(f"step-{step:012d}.tri" for step in (1, 2, 3)),
+    ]
+
+
 def test_a_second_writer_stands_alone(rotated: Path, caplog: pytest.LogCaptureFixture) -> None:
     with tricomp.Store(rotated / HIDDEN) as other:
         other.claim()
@@ -429,6 +483,19 @@ def test_a_full_disk_leaves_the_old_file(keyframe: Any, tmp_path: Path) -> None:
     io.save_checkpoint(small(3), path)
     assert equal(io.load_checkpoint(path), small(3))
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_full_disk_behind_training_is_told(tmp_path: Path) -> None:
+    io = AsyncCheckpointIO(TricompCheckpointIO(keyframe=DELTAS))
+    path = tmp_path / "a.ckpt"
+    io.save_checkpoint(small(1), path)
+    wait_for(path.exists)
+    with full_disk(2000), suppress(tricomp.StorageError):  # where it failed at once
+        io.save_checkpoint(small(2) | {"noise": torch.randn(5000)}, path)
+        wait_for(lambda: io._error is not None)
+    with pytest.raises(tricomp.StorageError, match=r"a\.ckpt.*free some space"):
+        io.teardown()
+    assert equal(TricompCheckpointIO().load_checkpoint(path), small(1))
 
 
 @pytest.mark.parametrize("keyframe", [None, DELTAS])
@@ -472,6 +539,83 @@ def test_behind_training_the_last_good_one_stays(
     assert equal(io.load_checkpoint(tmp_path / "4.ckpt"), small(4))
 
 
+def test_removals_wait_for_saves_behind() -> None:
+    """As of AsyncCheckpointIO, whose queue holds the saves of 2 and 3 while 1 is on its way."""
+    removals = Removals()
+    assert not removals.waits("/a/1", False)
+    in_thread(lambda: removals.begin("/a/1"))
+    assert removals.waits("/a/0", True)
+    assert removals.waits("/a/1", False)
+    assert removals.waits("/a/2", False)
+    assert in_thread(lambda: removals.end(True)) == {"/a/0"}
+    assert in_thread(lambda: (removals.begin("/b/1"), removals.end(True))) == (True, set())  # of another folder
+    assert in_thread(lambda: (removals.begin("/a/2"), removals.end(False))) == (True, set())
+    assert in_thread(lambda: (removals.begin("/a/2"), removals.end(True))) == (True, {"/a/1"})
+    assert in_thread(lambda: (removals.begin("/a/3"), removals.end(True))) == (True, {"/a/2"})
+    assert not removals.waits("/a/2", True)
+    assert not removals.waits("/a/2", False)
+    assert removals.waits("/a/3", True)
+    assert in_thread(lambda: (removals.begin("/a/3"), removals.end(True))) == (True, set())  # it is wanted again
+    assert in_thread(lambda: (removals.begin("/a/4"), removals.end(True))) == (True, set())
+
+
+def in_thread(action: Any) -> Any:
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(action()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+@pytest.mark.parametrize("keyframe", [None, tricomp.KeyframeEvery(9)])
+def test_a_signal_may_save_in_the_middle_of_a_save(
+    keyframe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Lightning's handler for SLURM does when a job is to be put back into the queue."""
+    io = TricompCheckpointIO(keyframe=keyframe)
+    io.save_checkpoint(small(0), tmp_path / "0.ckpt")
+    puts = Folder.put
+
+    def put(folder: Folder, name: str, pieces: Any, is_synced: bool = True) -> None:
+        monkeypatch.setattr(Folder, "put", puts)
+        first, *rest = pieces
+        io.save_checkpoint(small(2), tmp_path / "hpc_ckpt_1.ckpt")
+        puts(folder, name, [first, *rest], is_synced)
+
+    monkeypatch.setattr(Folder, "put", put)
+    io.save_checkpoint(small(1), tmp_path / "1.ckpt")
+    io.save_checkpoint(small(3), tmp_path / "3.ckpt")
+    for name, number in (("0", 0), ("1", 1), ("hpc_ckpt_1", 2), ("3", 3)):
+        assert equal(io.load_checkpoint(tmp_path / f"{name}.ckpt"), small(number))
+    assert len(chain_of(str(tmp_path / "3.ckpt"))) == (3 if keyframe else 1)
+
+
+def test_a_chain_that_cannot_be_kept_costs_no_checkpoint(
+    rotated: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The hidden folder refuses, or is damaged: checkpoints stand alone, and nothing is pruned."""
+    io = TricompCheckpointIO(keyframe=tricomp.KeyframeEvery(9))
+    there = sorted((rotated / HIDDEN).glob("*.tri"))
+
+    def refuse(folder: Folder) -> Any:
+        raise tricomp.StorageError(f"{folder.url}: refuses.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Folder, "lock", refuse)
+        io.save_checkpoint(small(5), rotated / "5.ckpt")
+        io.remove_checkpoint(rotated / "3.ckpt")
+    assert "5.ckpt stands alone" in caplog.text
+    assert sorted((rotated / HIDDEN).glob("*.tri")) == there
+    assert equal(io.load_checkpoint(rotated / "5.ckpt"), small(5))
+    assert equal(io.load_checkpoint(rotated / "4.ckpt"), small(4))
+    for path in there:
+        os.truncate(path, 100)  # the names of some too
+    io.save_checkpoint(small(6), rotated / "6.ckpt")
+    assert equal(io.load_checkpoint(rotated / "6.ckpt"), small(6))
+    with pytest.raises(tricomp.CorruptFile, match=r"4\.ckpt.*Load .*6\.ckpt"):
+        io.load_checkpoint(rotated / "4.ckpt")
+
+
 def wait_for(is_so: Any) -> None:
     deadline = time.monotonic() + 20
     while not is_so():
@@ -494,7 +638,7 @@ def test_fabric_saves_and_loads(tmp_path: Path) -> None:
     assert equal(into["optimizer"].state_dict(), optimizer.state_dict())
 
 
-def test_urls(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_urls(tmp_path: Path) -> None:
     pytest.importorskip("fsspec")
     io = TricompCheckpointIO(keyframe=DELTAS)
     for number in range(2):
@@ -505,6 +649,18 @@ def test_urls(monkeypatch: pytest.MonkeyPatch) -> None:
         io.load_checkpoint("memory://lightning/run/0.ckpt")
     TorchCheckpointIO().save_checkpoint(small(2), "memory://lightning/run/2.ckpt")
     assert equal(io.load_checkpoint("memory://lightning/run/2.ckpt"), small(2))
+    TorchCheckpointIO().save_checkpoint({"f": os.getcwd}, "memory://lightning/run/3.ckpt")
+    with pytest.raises(tricomp.InvalidArgument, match="memory://lightning/run/3.ckpt: its pickle"):
+        io.load_checkpoint("memory://lightning/run/3.ckpt")
+    for url in ("memory://lightning/run/4.ckpt", f"file://{tmp_path}/new/4.ckpt"):
+        export("memory://lightning/run/1.ckpt", url)
+        assert equal(io.load_checkpoint(url), small(1))
+    io.save_checkpoint(small(5), f"file://{tmp_path}/new/5.ckpt")
+    io.save_checkpoint(small(6), f"file://{tmp_path}/new/6.ckpt")
+    assert equal(io.load_checkpoint(f"file://{tmp_path}/new/6.ckpt"), small(6))
+    assert len(chain_of(f"{tmp_path}/new/6.ckpt")) == 2
+    io.remove_checkpoint(f"file://{tmp_path}/new/6.ckpt")
+    assert names(tmp_path / "new") == ["4.ckpt", "5.ckpt"]
 
 
 def test_devices_are_named_as_torch_load_does(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """TricompCheckpointIO: where Lightning's Trainer and Fabric hand over a checkpoint and a path, and ask for it again.
 
-The hard thing is order. AsyncCheckpointIO saves in a thread of its own but removes at once, so that the last good
-checkpoint may be asked away while the next is still on its way to the disk: then its removal waits for that.
+The hard thing: it is called from two threads and from signal handlers, and no fault of what saves space (a folder
+without hard links, another writer, a chain that cannot be read) may cost a checkpoint: then it stands alone.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from tricomp.bucket import Bucket
 from tricomp.chain import ReferenceChoice
 from tricomp.checkpoint import put
 from tricomp.content import content_of
-from tricomp.errors import StorageError, StoreLocked, UnsupportedDtype, UnsupportedNode
+from tricomp.errors import InvalidArgument, StorageError, TricompError, UnsupportedDtype, UnsupportedNode
 from tricomp.folder import Folder
 from tricomp_torch.lightning import library
-from tricomp_torch.lightning.chains import HIDDEN, Access, Chained, place_of, remove
+from tricomp_torch.lightning.chains import HIDDEN, Access, place_of
+from tricomp_torch.lightning.hidden import Chained, remove
 from tricomp_torch.lightning.reading import read
+from tricomp_torch.lightning.removals import Removals
 from tricomp_torch.lightning.states import advised, packed
 
 if TYPE_CHECKING:
@@ -44,16 +46,17 @@ class TricompCheckpointIO(CheckpointIO):
     keyframe: None: every checkpoint stands alone, and can be copied anywhere: right unless disk space is short.
     `tricomp.KeyframeEvery(n)`: one in n does, and the others hold what changed since the one before. What they need is
     kept in a folder `.tricomp` beside them until nothing there needs it, so that Lightning may remove, replace and link
-    checkpoints as ever. Copy or move these with their whole folder, or take one out with `export`. Where there are no
-    hard links, and at URLs, every checkpoint stands alone.
+    checkpoints as ever; what others remove or rename is noticed with the next save. Copy or move these with their whole
+    folder, or take one out with `export`. Where there are no hard links, and at URLs, every checkpoint stands alone.
 
     Of keyframe: reference: code against the "previous" one (smallest) or the last "keyframe" (loads faster).
     reference_in: "host" keeps a copy of what was saved last in memory; "store" reads it from the disk each time.
     spec: how to encode, see tricomp.Spec. storage_options: for fsspec. threads, backend: see tricomp.open.
 
-    Only rank zero writes: Lightning's strategies see to it. FSDP and DeepSpeed strategies never ask a CheckpointIO:
-    save with `tricomp_torch.dcp` there. Restoring random generators is nobody's work in Lightning; see
-    `tricomp_torch.lightning.random_state`.
+    Only rank zero writes: Lightning's strategies see to it. Those for FSDP and model parallelism load by themselves,
+    and save sharded checkpoints so: save with `tricomp_torch.dcp` there, and `export` a full one before it is loaded.
+    Inside AsyncCheckpointIO take ModelCheckpoint's save_last=True rather than "link": Lightning makes the link before
+    the file is there. Random generators are in no checkpoint of Lightning's: see RandomState in `random_state`.
     """
 
     def __init__(
@@ -82,11 +85,8 @@ class TricompCheckpointIO(CheckpointIO):
     def _reset(self) -> None:
         self._chained: dict[str, Chained] = {}
         self._without_links: set[str] = set()
-        self._at_work, self._guard = threading.Lock(), threading.Lock()
-        self._saver: int | None = None  # the thread that saves
-        self._active: str | None = None
-        self._newest: str | None = None
-        self._put_off: set[str] = set()
+        self._removals = Removals()
+        self._at_work = threading.RLock()  # a signal handler may save while its own thread is saving
 
     def __getstate__(self) -> dict[str, Any]:
         """What a spawned process needs: nothing of what this one has begun."""
@@ -108,23 +108,20 @@ class TricompCheckpointIO(CheckpointIO):
         where, name = place_of(path, options)
         full = os.path.join(where.url, name)
         with self._at_work:
-            with self._guard:
-                self._saver, self._active = threading.get_ident(), full
-                self._put_off.discard(full)
+            is_first = self._removals.begin(full)
+            due: set[str] = set()
+            is_saved = False
             try:
-                self._write(where, name, *packed(checkpoint))
+                self._write(where, name, *packed(checkpoint), has_deltas=self._has_deltas and is_first)
+                is_saved = True
             except (UnsupportedNode, UnsupportedDtype) as error:
                 raise advised(error, full) from error
             finally:
-                with self._guard:
-                    self._active = None
-            with self._guard:
-                self._newest = full
-                due = self._put_off - {full}
-                self._put_off -= due
+                if is_first:
+                    due = self._removals.end(is_saved)
             for other in due:
                 self._remove(other)
-            if isinstance(where, Folder):
+            if is_first and isinstance(where, Folder):
                 self._prune(where.url)
 
     def load_checkpoint(
@@ -136,7 +133,7 @@ class TricompCheckpointIO(CheckpointIO):
         anything else is loaded. Raises MissingFile, MissingParent, CorruptFile, CorruptFrame, which name another one to
         load; InvalidArgument for a stock checkpoint that needs its pickle run, and for a sharded one.
         """
-        checkpoint: dict[str, Any] = read(os.fspath(path), map_location, self._access)
+        checkpoint: dict[str, Any] = read(path, map_location, self._access)
         where, name = place_of(path, self._access.options_for(path))
         if self._has_deltas and isinstance(where, Folder):
             with self._at_work:
@@ -153,11 +150,8 @@ class TricompCheckpointIO(CheckpointIO):
             where.delete(name)
             return
         full = os.path.join(where.url, name)
-        with self._guard:
-            is_behind = self._saver not in (None, threading.get_ident())
-            if is_behind and full in (self._newest, self._active) and not name.startswith("."):
-                self._put_off.add(full)
-                return
+        if not name.startswith(".") and self._removals.waits(full, os.path.lexists(full)):
+            return
         remove(full)
         if self._at_work.acquire(blocking=False):  # else the save under way prunes at its end
             try:
@@ -171,15 +165,20 @@ class TricompCheckpointIO(CheckpointIO):
             for chained in self._chained.values():
                 chained.store.close()
 
-    def _write(self, where: Folder | Bucket, name: str, tree: Any, metadata: dict[str, Any]) -> None:
-        is_chained = self._has_deltas and isinstance(where, Folder) and where.url not in self._without_links
-        if is_chained and not name.startswith("."):  # hidden ones are Lightning's own, soon to be removed
+    def _write(
+        self, where: Folder | Bucket, name: str, tree: Any, metadata: dict[str, Any], *, has_deltas: bool
+    ) -> None:
+        """Write a checkpoint against the one before, or so that it stands alone: wherever there is a doubt."""
+        has_deltas = has_deltas and not name.startswith(".")  # those are Lightning's own, soon to be removed
+        if has_deltas and isinstance(where, Folder) and where.url not in self._without_links:
             try:
                 if self._chain_of(where.url).save(name, tree, metadata):
                     return
                 self._without_links.add(where.url)
                 _log.warning("%s: no hard links there, so every checkpoint stands alone", where.url)
-            except StoreLocked as error:
+            except InvalidArgument:
+                raise
+            except TricompError as error:
                 _log.warning("%s stands alone: %s", os.path.join(where.url, name), error)
         put(where, name, content_of(tree), spec=self._spec, metadata=metadata, engine=self._engine)
 

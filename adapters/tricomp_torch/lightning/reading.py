@@ -21,7 +21,7 @@ from tricomp.errors import InvalidArgument, TricompError
 from tricomp.folder import Folder
 from tricomp.tail import START
 from tricomp_torch.files import load_leaves, notes_of
-from tricomp_torch.lightning.chains import Access, alternatives, is_local, open_chained, place_of
+from tricomp_torch.lightning.chains import Access, alternatives, is_local, open_chained, place_of, plain_path
 from tricomp_torch.lightning.states import unpacked
 from tricomp_torch.pt import FORMAT as STOCK
 from tricomp_torch.tensors import device_of
@@ -30,13 +30,13 @@ _Module = TypeVar("_Module")
 _PIECE_BYTES = 16 << 20
 
 
-def read(path: str, map_location: Any = None, access: Access | None = None) -> Any:
+def read(path: str | os.PathLike[str], map_location: Any = None, access: Access | None = None) -> Any:
     """The checkpoint at a path or URL, its tensors on one device: the CPU, unless map_location names another.
 
     Raises MissingFile, MissingParent, CorruptFile, CorruptFrame, naming what else there can be loaded; InvalidArgument
     for a stock file that needs a pickle to be run, and for a folder.
     """
-    device, access = _device(map_location), access or Access()
+    path, device, access = plain_path(path), _device(map_location), access or Access()
     try:
         if not _is_tri(path, access):
             return _read_stock(path, device, access)
@@ -49,31 +49,48 @@ def read(path: str, map_location: Any = None, access: Access | None = None) -> A
 
 
 def load_from_checkpoint(
-    kind: type[_Module], path: str | os.PathLike[str], map_location: Any = None, **options: Any
+    kind: type[_Module],
+    path: str | os.PathLike[str],
+    map_location: Any = None,
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> _Module:
     """What kind.load_from_checkpoint(path, ...) gives, kind being a LightningModule or LightningDataModule.
 
-    Lightning itself reads stock files alone there, whatever plugin the Trainer has. map_location: a device. options: as
-    Lightning takes them: strict, hparams_file, and what overrides hyper-parameters. Takes twice the memory of the
-    checkpoint meanwhile. Raises what `TricompCheckpointIO.load_checkpoint` raises.
+    Lightning itself reads stock files alone there, whatever plugin the Trainer has. map_location: a device.
+    storage_options: for fsspec. options: as Lightning takes them: strict, hparams_file, and what overrides
+    hyper-parameters. Takes twice the memory of the checkpoint meanwhile. Raises what
+    `TricompCheckpointIO.load_checkpoint` raises.
 
     >>> model = load_from_checkpoint(MyModule, "runs/a/last.ckpt")  # doctest: +SKIP
     """
-    file = _stock_file(read(os.fspath(path), map_location))
+    file = _stock_file(read(path, map_location, Access(storage_options)))
     with torch.serialization.safe_globals(_classes_in(file)):
         loaded: _Module = kind.load_from_checkpoint(file, map_location=_device(map_location), **options)  # type: ignore[attr-defined]
     return loaded
 
 
-def export(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+def export(
+    path: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+) -> None:
     """Write a checkpoint as stock Lightning does, with torch.save, for who has no tricomp: it needs no other file.
 
-    Raises what `read` raises; InvalidArgument if target is the checkpoint itself; StorageError.
+    path, target: paths or URLs. storage_options: for fsspec. Raises what `read` raises; InvalidArgument if target is
+    the checkpoint itself; StorageError.
     """
-    where, name = place_of(target)
-    if isinstance(where, Folder) and os.path.exists(target) and os.path.samefile(path, target):
+    access = Access(storage_options)
+    where, name = place_of(target, access.options_for(target))
+    if is_local(path) and isinstance(where, Folder) and _is_same(plain_path(path), os.path.join(where.url, name)):
         raise InvalidArgument(f"{os.fspath(path)}: would replace itself. Export it to another path.")
-    where.put(name, [_stock_file(read(os.fspath(path))).getbuffer()])
+    where.put(name, [_stock_file(read(path, access=access)).getbuffer()])
+
+
+def _is_same(path: str, target: str) -> bool:
+    return os.path.exists(path) and os.path.exists(target) and os.path.samefile(path, target)
 
 
 def _device(map_location: Any) -> torch.device | None:
@@ -123,7 +140,10 @@ def _read_stock(path: str, device: torch.device | None, access: Access) -> Any:
                     copy.write(source.read(start, min(_PIECE_BYTES, source.n_bytes - start)))
         finally:
             source.close()
-        return _read_stock(name, device, access)
+        try:
+            return _read_stock(name, device, access)
+        except InvalidArgument as error:
+            raise type(error)(str(error).replace(name, path)) from error
 
 
 def _stock_file(checkpoint: Any) -> io.BytesIO:

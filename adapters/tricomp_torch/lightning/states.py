@@ -25,7 +25,8 @@ from tricomp_torch.trees import Flat, flatten, unflatten
 _NOTE = "lightning"  # among the adapter's notes
 _Namespace = import_module("argparse").Namespace  # as a value that people keep: nothing is parsed here
 _ADVICE = {
-    "hyper_parameters": "Leave it out of the checkpoint with self.save_hyperparameters(ignore=[...]).",
+    "hyper_parameters": "Leave it out with self.save_hyperparameters(ignore=[...]), or give plain values there: "
+    "OmegaConf.to_container(config), say.",
     "callbacks": "Let that callback's state_dict() give tensors and plain values.",
 }
 _ATTRIBUTE_DICTS = {"AttributeDict": "pytorch.utilities.parsing", "fabric.AttributeDict": "fabric.utilities.data"}
@@ -72,7 +73,7 @@ def unpacked(tree: Any, notes: Mapping[str, Any], device: torch.device | None) -
 
 def advised(error: UnsupportedNode | UnsupportedDtype, path: str) -> UnsupportedNode | UnsupportedDtype:
     """The error with the file that was to be written, and what to do about an entry of that part of a checkpoint."""
-    advice = next((f" {said}" for part, said in _ADVICE.items() if f"{part}/" in str(error)), "")
+    advice = next((f" {said}" for part, said in _ADVICE.items() if part in str(error)), "")
     return type(error)(f"{path}: was not written, since {error}{advice} What was there before is unchanged.")
 
 
