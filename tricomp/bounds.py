@@ -92,9 +92,21 @@ def unpack(data: Bytes, what: str) -> Any:
         raise CorruptFile(f"{what}: not valid msgpack ({type(error).__name__}: {error}).") from None
 
 
+def deflate(raw: bytes) -> bytes:
+    """u64 LE raw size and zlib stream, as in extension 37."""
+    return len(raw).to_bytes(8, "little") + zlib.compress(raw, 9)
+
+
+def inflate(packed: Any, limits: Limits, what: str) -> bytes:
+    """What deflate was given. Raises CorruptFile, LimitExceeded."""
+    if not isinstance(packed, bytes):
+        raise CorruptFile(f"{what}: expected bytes, got {type(packed).__name__}.")
+    return unpack_table(msgpack.ExtType(DEFLATED, packed), limits, what)
+
+
 def pack_table(raw: bytes) -> bytes | msgpack.ExtType:
     """A table's msgpack bytes, deflated when that is smaller: then extension 37, u64 LE raw size and zlib stream."""
-    deflated = len(raw).to_bytes(8, "little") + zlib.compress(raw, 9)
+    deflated = deflate(raw)
     return msgpack.ExtType(DEFLATED, deflated) if len(deflated) < len(raw) else raw
 
 

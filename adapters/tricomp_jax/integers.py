@@ -30,6 +30,7 @@ DimensionNumbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int
 
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 _Shape: Any = jax.ShapeDtypeStruct
+_finfo: Any = ml_dtypes.finfo
 _LONGEST = 1 << 17  # products of 127 * 127 that an int32 surely holds
 
 
@@ -310,7 +311,7 @@ def _floats(quantized: Quantized) -> jax.Array:
 
 def _largest(name: str) -> np.float32:
     dtype = dtypes.by_name(name).numpy
-    return np.float32(min(float(ml_dtypes.finfo(dtype).max), float(np.finfo(np.float32).max)))
+    return np.float32(min(float(_finfo(dtype).max), float(np.finfo(np.float32).max)))
 
 
 def _matmul(lhs: jax.Array, rhs: Quantized, is_dynamic: bool) -> jax.Array:

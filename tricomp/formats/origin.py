@@ -8,12 +8,10 @@ for any tidy file, and deflated; and what is read back is hostile until it is ch
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import msgpack
 import numpy as np
 
 from tricomp import bounds, dtypes
@@ -108,9 +106,9 @@ class Origin:
         columns = _columns(self.spans, self.leaves, axes)
         placed = _placed(self.spans, self.leaves)
         short = header.abridge(self.skeleton, placed) if self.format == "safetensors" and placed else None
-        known["spans"] = _deflate(columns.tobytes())
+        known["spans"] = bounds.deflate(columns.tobytes())
         known["axes"] = [list(each) for each in axes]
-        known["skeleton"] = _deflate(self.skeleton if short is None else short)
+        known["skeleton"] = bounds.deflate(self.skeleton if short is None else short)
         known["skeleton_bytes"] = len(self.skeleton)
         known["is_abridged"] = short is not None
         return known
@@ -139,9 +137,9 @@ class Origin:
         if type(n_skeleton) is not int or not 0 <= n_skeleton <= n_bytes or not isinstance(is_abridged, bool):
             raise CorruptFile(f"{what}: a skeleton of {n_skeleton!r} bytes in a file of {n_bytes} bytes.")
         limits.check("max_table_bytes", n_skeleton, what)
-        raw = _inflate(packed.get("spans"), limits, f"{what}: spans")
+        raw = bounds.inflate(packed.get("spans"), limits, f"{what}: spans")
         spans = _spans(raw, packed.get("axes"), leaves, n_bytes - n_skeleton, n_bytes, f"{what}: spans")
-        skeleton = _inflate(packed.get("skeleton"), limits, f"{what}: skeleton")
+        skeleton = bounds.inflate(packed.get("skeleton"), limits, f"{what}: skeleton")
         if is_abridged:
             skeleton = header.expand(skeleton, _placed(spans, leaves), n_skeleton, f"{what}: skeleton")
         if len(skeleton) != n_skeleton:
@@ -274,14 +272,3 @@ def _spans(raw: bytes, axes: Any, leaves: Leaves, n_leaf_bytes: int, n_bytes: in
     if rest:
         raise CorruptFile(f"{what}: they hold {n_leaf_bytes - rest} bytes, {n_leaf_bytes} are declared.")
     return tuple(spans)
-
-
-def _deflate(raw: bytes) -> bytes:
-    """u64 LE raw size and zlib stream, as in extension 37."""
-    return len(raw).to_bytes(8, "little") + zlib.compress(raw, 9)
-
-
-def _inflate(packed: Any, limits: Limits, what: str) -> bytes:
-    if not isinstance(packed, bytes):
-        raise CorruptFile(f"{what}: expected bytes, got {type(packed).__name__}.")
-    return bounds.unpack_table(msgpack.ExtType(bounds.DEFLATED, packed), limits, what)

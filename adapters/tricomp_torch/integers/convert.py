@@ -28,10 +28,13 @@ MakeWeight = Callable[[str, NodePlan, torch.Tensor], IntegerWeight]
 def convert(model: nn.Module, plan: Plan) -> nn.Module:
     """A new model that runs on integers where the plan says so, in eval mode; the given one is not touched.
 
-    Its state dict has `name.codes` and `name.scales` in the place of each weight `name` that became integers. It gives
-    no gradients. Raises InvalidArgument if the plan was made for another model, or weights are not finite.
+    Its state dict has `name.codes` and `name.scales` in the place of each weight `name` that became integers, and its
+    attribute `integer_plan` is the plan. It gives no gradients. Raises InvalidArgument if the plan was made for another
+    model, or weights are not finite.
     """
-    return with_integers(prepare(model, plan), plan, quantized_weight)
+    made = with_integers(prepare(model, plan), plan, quantized_weight)
+    made.integer_plan = plan  # type: ignore[assignment]
+    return made
 
 
 def quantized_weight(name: str, node: NodePlan, weight: torch.Tensor) -> IntegerWeight:

@@ -25,19 +25,21 @@ from tricomp_torch.ties import TieFinder
 _N_SHOWN = 4
 
 
-def frozen_copy(model: nn.Module) -> nn.Module:
+def frozen_copy(model: nn.Module, *, needs_data: bool = True) -> nn.Module:
     """A copy in eval mode whose parameters need no gradients and are plain, tied ones being one object.
 
-    Raises InvalidArgument if the model cannot be copied, is on the meta device, lazy, compiled, scripted or wrapped
-    for several devices.
+    needs_data: False takes a model on the meta device too, of which only what is one object is tied. Raises
+    InvalidArgument if the model cannot be copied, is on the meta device, lazy, compiled, scripted or wrapped for
+    several devices.
     """
-    _check(model)
+    _check(model, needs_data)
     made = copied(model)
     made.eval()
     made.requires_grad_(False)
     for module in made.modules():
         _resolve(module)
-    _tie(made)
+    if not any(parameter.is_meta for parameter in made.parameters()):
+        _tie(made)
     return made
 
 
@@ -110,7 +112,7 @@ def _running(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, buffer
 
 
-def _check(model: Any) -> None:
+def _check(model: Any, needs_data: bool) -> None:
     if not isinstance(model, nn.Module):
         raise InvalidArgument(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     wrapped = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
@@ -122,7 +124,7 @@ def _check(model: Any) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
             raise InvalidArgument(f"{name!r} has no shape yet: its module is lazy. Run one batch through the model.")
-        if tensor.is_meta:
+        if tensor.is_meta and needs_data:
             raise InvalidArgument(f"{name!r} is on the meta device and has no data. Load the weights first.")
 
 

@@ -66,13 +66,14 @@ def input_first(weight: torch.Tensor, groups: int) -> torch.Tensor:
     return parts.transpose(1, 2).reshape(groups * n_in, n_out // groups, *kernel)
 
 
-def prepare(model: nn.Module, plan: Plan) -> nn.Module:
+def prepare(model: nn.Module, plan: Plan, *, needs_data: bool = True) -> nn.Module:
     """A new float model in the preset form of a plan, in eval mode; the given one is not touched.
 
-    Raises InvalidArgument if the plan was made for a model of other tensors, or the model cannot be copied.
+    needs_data: False takes a model on the meta device too. Raises InvalidArgument if the plan was made for a model of
+    other tensors, or the model cannot be copied.
     """
     check_same(model, plan.shapes)
-    return in_preset_form(frozen_copy(model), plan.folds, plan.turns)
+    return in_preset_form(frozen_copy(model, needs_data=needs_data), plan.folds, plan.turns)
 
 
 def in_preset_form(model: nn.Module, folds: Sequence[Fold], turns: Sequence[str]) -> nn.Module:

@@ -99,6 +99,18 @@ def trace(model: nn.Module, batch: Batch | None) -> Graph:
     return Graph("modules", "; ".join(notes), (), first_names, paths)
 
 
+def export(model: nn.Module, batch: Batch) -> torch.export.ExportedProgram:
+    """The model as torch.export has it, the first axis of every input of any size. Raises what torch.export raises."""
+    inputs = inspect.signature(model.forward).parameters
+    has_rest = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in inputs.values())
+    shapes: Any = None
+    if not has_rest:  # what *args hold has no name to give a dynamic shape to
+        args = dict(zip(inputs, map(_dynamic, batch.args)))
+        shapes = {**args, **{key: _dynamic(value) for key, value in batch.kwargs.items()}}
+    with _plain_attention(), quiet_random(), torch.no_grad(), _silence():
+        return torch.export.export(model, batch.args, dict(batch.kwargs), dynamic_shapes=shapes, strict=False)
+
+
 def _exported(
     model: nn.Module, batch: Batch, first_names: Mapping[str, str], paths: Mapping[str, str]
 ) -> Iterator[Call]:

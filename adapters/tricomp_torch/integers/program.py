@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import itertools
 import keyword
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from tricomp.errors import CorruptFile, InvalidArgument, UnsupportedNode, UnsupportedVersion
-from tricomp_torch.integers import operators, structure
+from tricomp_torch.integers import operations, operators, structure
 
 VERSION = 1
+assert operations  # its operators are registered when it is imported
 _KINDS: dict[str, type] = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
 
 
@@ -27,23 +29,24 @@ class Program(nn.Module):
     Called like the model was when it was exported: arguments by position or by name. Output classes come back as dicts.
     """
 
-    def __init__(self, graph: fx.GraphModule, inputs: Mapping[str, Any], output: Any) -> None:
-        """graph: flat values in, a flat tuple out. inputs: {"names", "structures", "leaves"}; output: a structure."""
+    def __init__(self, run: Callable[..., Any], tensors: nn.Module, form: Form) -> None:
+        """run: the graph's function of a module and flat inputs. tensors: a module that holds what the graph uses."""
         super().__init__()
-        self.graph_module = graph
-        self.inputs = inputs
-        self.output = output
+        # All names but this one are free for the model's own.
+        self.__dict__["_tricomp_program"] = (run, form)
+        self._modules.update(tensors._modules)
+        self._buffers.update(tensors._buffers)
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs. Raises InvalidArgument naming the input that is missing, unknown or of another form."""
-        values = self._bound(args, kwargs)
+        run, form = self.__dict__["_tricomp_program"]
+        values = form.bound(args, kwargs)
         leaves = itertools.chain.from_iterable(
-            structure.leaves_of(values[name], form, name)
-            for name, form in zip(self.inputs["names"], self.inputs["structures"])
+            structure.leaves_of(values[name], nest, name) for name, nest in zip(form.names, form.structures)
         )
-        flat = [_checked(value, facts) for value, facts in zip(leaves, self.inputs["leaves"])]
-        return structure.rebuilt(iter(self.graph_module(*flat)), self.output)
+        flat = [_checked(value, facts) for value, facts in zip(leaves, form.leaves)]
+        return structure.rebuilt(iter(run(self, *flat)), form.output)
 
     def train(self, mode: bool = True) -> Program:
         """A program is for inference: eval() is allowed, train() is not."""
@@ -53,30 +56,42 @@ class Program(nn.Module):
             )
         return super().train(False)
 
-    def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        names = self.inputs["names"]
-        if len(args) > len(names):
-            raise InvalidArgument(f"The model takes {len(names)} inputs ({', '.join(names)}), got {len(args)}.")
-        values = dict(zip(names, args))
+
+@dataclass(frozen=True)
+class Form:
+    """What a graph takes and gives. structures: of each named input. leaves: facts of theirs. output: a structure."""
+
+    names: Sequence[str]
+    structures: Sequence[Any]
+    leaves: Sequence[Mapping[str, Any]]
+    output: Any
+
+    def bound(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Inputs by name. Raises InvalidArgument naming those that are missing, unknown or given twice."""
+        if len(args) > len(self.names):
+            raise InvalidArgument(
+                f"The model takes {len(self.names)} inputs ({', '.join(self.names)}), got {len(args)}."
+            )
+        values = dict(zip(self.names, args))
         if twice := sorted(set(values) & set(kwargs)):
             raise InvalidArgument(f"The model got {', '.join(twice)} twice: by position and by name.")
         values.update(kwargs)
         # An input that was None or a number when the graph was made may be left out: the graph has its value in it.
-        fixed = {name: form for name, form in self._fixed().items() if name not in values}
-        missing = sorted(set(names) - set(values) - set(fixed))
-        unexpected = sorted(set(values) - set(names))
+        fixed = {name: value for name, value in self._fixed() if name not in values}
+        missing = sorted(set(self.names) - set(values) - set(fixed))
+        unexpected = sorted(set(values) - set(self.names))
         if missing or unexpected:
-            raise InvalidArgument(f"The model takes {', '.join(names)}: missing {missing}, unexpected {unexpected}.")
+            raise InvalidArgument(
+                f"The model takes {', '.join(self.names)}: missing {missing}, unexpected {unexpected}."
+            )
         return {**values, **fixed}
 
-    def _fixed(self) -> dict[str, Any]:
-        facts = iter(self.inputs["leaves"])
-        found = {}
-        for name, form in zip(self.inputs["names"], self.inputs["structures"]):
-            inside = list(itertools.islice(facts, structure.n_leaves(form)))
-            if form == structure.LEAF and "value" in inside[0]:
-                found[name] = inside[0]["value"]
-        return found
+    def _fixed(self) -> Iterator[tuple[str, Any]]:
+        facts = iter(self.leaves)
+        for name, nest in zip(self.names, self.structures):
+            inside = list(itertools.islice(facts, structure.n_leaves(nest)))
+            if nest == structure.LEAF and "value" in inside[0]:
+                yield name, inside[0]["value"]
 
 
 def _checked(value: Any, facts: Mapping[str, Any]) -> Any:
@@ -100,9 +115,12 @@ def _checked(value: Any, facts: Mapping[str, Any]) -> Any:
     return value
 
 
-def describe(exported: torch.export.ExportedProgram) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def describe(
+    exported: torch.export.ExportedProgram, name_of: Callable[[str], str] = str
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """A graph as plain values, and its parameters, buffers and constants by name.
 
+    name_of: what a tensor is to be called, by its name in the graph.
     Raises UnsupportedNode for control flow, operators of other libraries, and containers that have no names.
     """
     graph_module = exported.module(check_guards=False)
@@ -120,8 +138,9 @@ def describe(exported: torch.export.ExportedProgram) -> tuple[dict[str, Any], di
         if node.op == "placeholder":
             leaves.append({"name": node.name, **_facts(node.meta.get("val"), where)})
         elif node.op == "get_attr":
-            tensors[node.target] = _tensor(graph_module, node.target, where)
-            nodes.append([node.name, "tensor", node.target])
+            name = name_of(node.target)
+            tensors[name] = _tensor(graph_module, node.target, where)
+            nodes.append([node.name, "tensor", name])
         elif node.op == "call_function":
             name = operators.name_of(node.target, where)
             keyword_arguments = {key: _plain(value, where) for key, value in node.kwargs.items()}
@@ -133,7 +152,7 @@ def describe(exported: torch.export.ExportedProgram) -> tuple[dict[str, Any], di
             raise UnsupportedNode(f"{where}: a {node.op} cannot be described in a file. Save without the graph.")
     return {
         "version": VERSION,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "inputs": {
             "names": names,
             "structures": [structure.describe(spec, "input") for spec in specs],
@@ -147,7 +166,8 @@ def describe(exported: torch.export.ExportedProgram) -> tuple[dict[str, Any], di
 
 def _facts(value: Any, where: str) -> dict[str, Any]:
     if isinstance(value, torch.Tensor):
-        shape = [None if isinstance(n, torch.SymInt) else int(n) for n in value.shape]
+        # A size that torch.export found to be a certain one is a SymInt too, of that number.
+        shape = [n.node.maybe_as_int() if isinstance(n, torch.SymInt) else int(n) for n in value.shape]
         return {"dtype": str(value.dtype)[6:], "shape": shape}
     if value is None or isinstance(value, bool | int | float | str):
         return {"value": value}
@@ -188,9 +208,12 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def read(
-    described: Mapping[str, Any], tensors: Mapping[str, Any], device: torch.device | str = "cpu", where: str = "graph"
+    described: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    device: torch.device | str = "cpu",
+    where: str = "graph",
 ) -> Program:
-    """The module that runs a described graph on tensors of these names; a module in the place of a tensor is kept.
+    """The module that runs a described graph on tensors of these names.
 
     Raises CorruptFile, UnsupportedVersion.
     """
@@ -209,13 +232,14 @@ def read(
 
 
 class _Reader:
-    def __init__(self, tensors: Mapping[str, Any], device: torch.device, where: str) -> None:
+    def __init__(self, tensors: Mapping[str, torch.Tensor], device: torch.device, where: str) -> None:
         self.tensors = tensors
         self.device = device
         self.where = where
         self.root = nn.Module()
         self.graph = fx.Graph()
         self.made: dict[str, fx.Node] = {}
+        self.attached: set[str] = set()
 
     def program(self, described: Mapping[str, Any]) -> Program:
         inputs = described["inputs"]
@@ -235,7 +259,8 @@ class _Reader:
             )
         self.graph.output(tuple(self._value(value) for value in described["result"]))
         self.graph.lint()
-        return Program(fx.GraphModule(self.root, self.graph), inputs, output)
+        form = Form(inputs["names"], inputs["structures"], inputs["leaves"], output)
+        return Program(type(fx.GraphModule(self.root, self.graph)).forward, self.root, form)
 
     def _keep(self, name: str, node: fx.Node) -> None:
         if not isinstance(name, str) or name in self.made:
@@ -255,9 +280,13 @@ class _Reader:
     def _attribute(self, target: str, where: str) -> fx.Node:
         if target not in self.tensors:
             raise CorruptFile(f"{where}: the graph uses the tensor {target!r}, which is not in the file.")
-        for part in target.split("."):
-            self._identifier(part if not part.isdecimal() else f"_{part}")
-        attach(self.root, target, self.tensors[target])
+        if target not in self.attached:
+            for part in target.split("."):
+                self._identifier(part if not part.isdecimal() else f"_{part}")
+                if hasattr(nn.Module, part):
+                    raise CorruptFile(f"{where}: {target!r} is no name of a tensor of a model. Save the model again.")
+            attach(self.root, target, self.tensors[target])
+            self.attached.add(target)
         return self.graph.get_attr(target)
 
     def _identifier(self, name: Any) -> str:
@@ -286,22 +315,15 @@ class _Reader:
         return made
 
 
-def attach(root: nn.Module, name: str, tensor: torch.Tensor | nn.Module) -> None:
-    """Register a tensor, or a module in its place, under a dotted name, with empty modules on the way."""
+def attach(root: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Register a tensor as a buffer under a dotted name, with empty modules on the way."""
     *folders, last = name.split(".")
     module = root
     for folder in folders:
-        if not hasattr(module, folder):
+        if folder not in module._modules:
             module.add_module(folder, nn.Module())
-        module = getattr(module, folder)
-    if isinstance(tensor, nn.Module):
-        module.add_module(last, tensor)
-    elif hasattr(module, last):
-        return
-    elif tensor.is_floating_point() and isinstance(tensor, nn.Parameter):
-        module.register_parameter(last, tensor)
-    else:
-        module.register_buffer(last, tensor)
+        module = module.get_submodule(folder)
+    module.register_buffer(last, tensor)
 
 
 def names_in(described: Mapping[str, Any]) -> Iterator[str]:

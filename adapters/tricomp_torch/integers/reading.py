@@ -7,6 +7,8 @@ whose properties are the weights. The hard thing: LSTM and GRU keep a list of th
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +16,24 @@ from torch import nn
 
 from tricomp.errors import InvalidArgument
 from tricomp_torch.integers.weights import IntegerWeight
+
+APART = "_integers"
+
+
+@contextmanager
+def apart(model: nn.Module) -> Iterator[None]:
+    """Meanwhile the integers stand beside the attributes that read them, under names that end in APART.
+
+    For torch.export, which looks up submodules as attributes, and would find floats.
+    """
+    held = [(module, name) for module in model.modules() for name in getattr(type(module), "_integer_weights", ())]
+    for module, name in held:
+        module._modules[name + APART] = module._modules.pop(name)
+    try:
+        yield
+    finally:
+        for module, name in held:
+            module._modules[name] = module._modules.pop(name + APART)
 
 
 def put_in_place(module: nn.Module, attribute: str, weight: IntegerWeight) -> None:
@@ -32,7 +52,7 @@ def _reading(base: type, names: tuple[str, ...]) -> type:
 
     def reader(name: str) -> property:
         def read(self: nn.Module) -> torch.Tensor:
-            weight: Any = self._modules[name]
+            weight: Any = self._modules.get(name) or self._modules[name + APART]
             return weight()  # type: ignore[no-any-return]
 
         def refuse(self: nn.Module, value: Any) -> None:
