@@ -43,6 +43,7 @@ from tests.publishing_cases import (
     save_in_shards,
 )  # fmt: skip
 from tricomp import errors
+from tricomp.folder import Folder
 from tricomp.formats import header
 from tricomp.publishing import Publisher, apply, difference, publish
 from tricomp.publishing.local import locked
@@ -253,8 +254,13 @@ def test_publishing_again_compares(format: Any, tmp_path: Path) -> None:
     for version in (1, 2):
         publish(states[version], tmp_path, version, base=states[version - 1], format=format)
     with unchanged(tmp_path):
-        assert not publish(states[2], tmp_path, 2, format=format).is_new
         assert not publish(states[2], tmp_path, 2, base=states[1], format=format).is_new
+        moved = {**states[2], "model.layers.0.scale": np.array(2, np.float32)}  # of which no delta tells
+        with pytest.raises(errors.InvalidArgument, match=r"its tensor 'model\.layers\.0\.scale' is another"):
+            publish(moved, tmp_path, 2, base=states[1], format=format)
+        if format == "safetensors":
+            with pytest.raises(errors.InvalidArgument, match="To compare it give base="):
+                publish(states[2], tmp_path, 2)
         with pytest.raises(errors.InvalidArgument, match=r"version 2 is published, and its tensor '.*' is another"):
             publish(states[3], tmp_path, 2, format=format)
         with pytest.raises(errors.InvalidArgument, match="0 would come before"):
@@ -289,6 +295,35 @@ def test_another_model_is_published_whole(
     assert done.why.startswith(why)
     apply(tmp_path / "local", tmp_path / "run")
     assert same(model_in(tmp_path / "local"), other)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_trainer_that_comes_back_goes_on(format: Any, tmp_path: Path) -> None:
+    states = run_of(7)
+    run, local = tmp_path / "run", tmp_path / "local"
+    for version in range(1, 7):
+        every = 4 if version >= 3 else None
+        publisher = Publisher(run, base=states[0], format=format, full_every=every)  # a new one each time
+        assert not publisher.publish(states[version - 1], version - 1).is_new if version > 1 else True
+        done = publisher.publish(states[version], version)
+        assert done.base == (None if version == 4 else version - 1)
+        assert not Publisher(run, base=states[0], format=format).publish(states[version], version).is_new
+    save_in_shards(states[0], tmp_path / "base")
+    for version in (3, 6):
+        apply(local, run, version, base=tmp_path / "base")
+        assert same(model_in(local), states[version])
+    with pytest.raises(errors.InvalidArgument, match="full_every: expected"):
+        Publisher(run, full_every=0)
+
+
+def test_a_second_publisher_is_refused(tmp_path: Path) -> None:
+    states = run_of(2)
+    publish(states[0], tmp_path, 0)
+    lock = Folder(str(tmp_path)).lock()
+    with pytest.raises(errors.StoreLocked):
+        publish(states[1], tmp_path, 1)
+    lock.release()
+    assert publish(states[1], tmp_path, 1).base == 0
 
 
 def test_a_change_of_format_begins_with_a_full_version(tmp_path: Path) -> None:
@@ -705,7 +740,7 @@ def test_tensors_that_numpy_does_not_see_are_compared_where_they_are(tmp_path: P
     for encoding in ("xor", "overwrite"):
         done = publish(tensors(), tmp_path / encoding, 1, base=held, encoding=encoding)
         plain = {name: tensor.copied() for name, tensor in tensors().items()}
-        assert not publish(plain, tmp_path / encoding, 1).is_new
+        assert not publish(plain, tmp_path / encoding, 1, base=held).is_new
         again = publish(plain, tmp_path / f"{encoding}2", 1, base=held, encoding=encoding)
         assert done.file_bytes == again.file_bytes
     publish(tensors(), tmp_path / "whole", 1)

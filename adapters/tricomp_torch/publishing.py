@@ -18,10 +18,11 @@ from tricomp.errors import InvalidArgument, UnsupportedNode
 from tricomp.publishing import Application, Publication
 from tricomp.publishing import Publisher as HostPublisher
 from tricomp.publishing import apply as apply_on_host
-from tricomp.publishing.apply import apply_to_tensors
 from tricomp.publishing.lineage import Lineage
-from tricomp.publishing.publish import Options, open_base, publish_tensors
+from tricomp.publishing.live import apply_to_tensors
+from tricomp.publishing.publication import Options, open_base
 from tricomp.publishing.tensors import Array, HostTensor, Tensor, code_of, tensors_of
+from tricomp.publishing.trainer import publish_tensors
 from tricomp_torch.objects import unwrapped
 from tricomp_torch.tensors import is_on_host, to_array, to_leaf, to_numpy
 
@@ -139,9 +140,10 @@ class Publisher(HostPublisher):
         folder: Path,
         base: State | Path | None = None,
         reference_in: Literal["device", "host", "folder"] = "device",
+        full_every: int | None = None,
         **options: Any,
     ) -> None:
-        """base: what the first version builds on. options: as of publish, for each version.
+        """base, full_every, options: as for tricomp.publishing.Publisher.
 
         reference_in: where the last version is kept: beside the tensors (takes their memory once more), on the host,
         or nowhere: then it is made of what is in the folder each time. Raises InvalidArgument.
@@ -149,7 +151,7 @@ class Publisher(HostPublisher):
         if reference_in not in ("device", "host", "folder"):
             raise InvalidArgument(f"reference_in: expected 'device', 'host' or 'folder', got {reference_in!r:.80}.")
         given = base if base is None or isinstance(base, (str, os.PathLike)) else _tensors(base)
-        super().__init__(folder, given, "folder" if reference_in == "folder" else "host", **options)
+        super().__init__(folder, given, "folder" if reference_in == "folder" else "host", full_every, **options)
         self._is_on_device = reference_in == "device"
 
     def tensors(self, state: Any) -> Mapping[str, Tensor]:

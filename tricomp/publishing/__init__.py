@@ -23,8 +23,10 @@ ModelExpress reads); extra texts of other writers are left alone. With format="t
 disk keeps its mark in `.weight_sync/state.json`, as SGLang does.
 """
 
-from tricomp.publishing.apply import Application, apply
-from tricomp.publishing.publish import Publication, publish
+from tricomp.publishing.application import Application
+from tricomp.publishing.publication import Publication
 from tricomp.publishing.publisher import Publisher
+from tricomp.publishing.server import apply
+from tricomp.publishing.trainer import publish
 
 __all__ = ["Application", "Publication", "Publisher", "apply", "publish"]

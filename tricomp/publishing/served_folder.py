@@ -1,8 +1,8 @@
-"""apply: a copy of the model brought to a published version: files on a server's disk, or live arrays in place.
+"""A folder of safetensors files brought to a published version: which files there are to be, and what stands in them.
 
-Imports lineage, updates and local. The hard thing: files change all together or not at all (see local). Live arrays
-change one after the other, each verified before it is written; what is interrupted there is finished by applying again,
-since each tensor that is there already is known by its checksum.
+Imports lineage, updates and local. The hard thing: what is there, what is fetched and what is to be are three layouts
+of one model. A file is written anew, as it stands there, if one tensor of it changed; or all are, as a full version has
+them.
 """
 
 from __future__ import annotations
@@ -12,9 +12,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
 
 from tricomp import storage
 from tricomp.bounds import Bytes
@@ -23,156 +20,32 @@ from tricomp.errors import InvalidArgument, StorageError, WrongReference
 from tricomp.folder import Folder
 from tricomp.publishing import local as copies
 from tricomp.publishing import shards
+from tricomp.publishing.application import Application, require_forward, target_of
 from tricomp.publishing.lineage import Lineage, Route
 from tricomp.publishing.local import Copy
 from tricomp.publishing.shards import INDEX, Shard
-from tricomp.publishing.tensors import Array, Tensor, ranges, tensors_of
+from tricomp.publishing.tensors import Tensor, ranges
 from tricomp.publishing.threads import in_order
-from tricomp.publishing.updates import Decoded, State, full_tensors, updated
+from tricomp.publishing.updates import State, full_tensors, updated
 from tricomp.publishing.version import ADVICE, Full, is_full_key
 
 Path = str | os.PathLike[str]
 
 
-@dataclass(frozen=True)
-class Application:
-    """What apply did. version: what is there now. before: what was; None: nothing, or no telling.
-
-    n_changed: tensors that were made anew. n_bytes: written. is_new: False: it was there already.
-    """
-
-    version: int
-    before: int | None
-    n_changed: int
-    n_bytes: int
-    seconds: float
-    is_new: bool = True
-
-
-def apply(
-    local: Path | Mapping[str, Any],
-    folder: Path,
-    version: int | None = None,
-    *,
-    base: Path | None = None,
-    at: int | None = None,
-    threads: int | None = None,
-    timeout: float | None = None,
-    storage_options: Mapping[str, Any] | None = None,
-) -> Application:
-    """Bring a copy of the model to a published version, through all versions between or from the newest full one.
-
-    local: a folder of safetensors files, which keeps a mark of its version; or a flat dict of numpy arrays, which are
-    written to in place. folder: where versions are published, a path or URL. version: None: the newest. base: the
-    folder of the model that version 0 is, for a local folder that is empty. at: the version that a dict of arrays
-    holds; None: any, if there is a full version to begin at. timeout: seconds to wait for another process that applies
-    to the same folder; None: as long as it takes. Needs free space of the files that change. Applying what is there
-    already does nothing; a folder whose apply was interrupted is repaired by applying again.
-    Raises MissingFile (not published yet), MissingParent (a version between is missing), WrongReference (what is there
-    is not what was published: naming a tensor), CorruptFile, CorruptFrame (damage), InvalidArgument, StoreLocked,
-    StorageError; a folder is as it was then.
-    """
-    lineage = Lineage(folder, storage_options)
-    if isinstance(local, (str, os.PathLike)):
-        if at is not None:
-            raise InvalidArgument("at: is for arrays; a folder has a mark of its version.")
-        return _apply_to_folder(os.fspath(local), lineage, version, base, threads, timeout)
-    if base is not None:
-        raise InvalidArgument("base: is for folders; arrays hold the base themselves. Say which with at=.")
-    return apply_to_tensors(tensors_of(local, "apply"), lineage, version, at, threads)
-
-
-# Live tensors
-
-
-def apply_to_tensors(
-    live: Mapping[str, Tensor], lineage: Lineage, version: int | None, at: int | None, threads: int | None = None
-) -> Application:
-    """What apply does with arrays, of Tensors that can be written to."""
-    began = time.perf_counter()
-    target = _target(lineage, version)
-    if at == target:
-        return Application(target, at, 0, 0, time.perf_counter() - began, is_new=False)
-    _require_forward(at, target, "the arrays are")
-    route = lineage.route(target, at)
-    if route.full is None and at is None:
-        raise InvalidArgument(f"{lineage.where.url}: has no full version to begin at. Say which version is there: at=.")
-    with ExitStack() as stack:
-        seed = live if route.full is None else full_tensors(route.full, stack, threads)
-        state = updated(route, seed, stack, threads)
-        names = sorted(state) if route.full is not None else sorted(state.changed)
-        _require_like(live, state, names, strict=route.full is not None)
-        if isinstance(state, Decoded):
-            for file in state.files:
-                file.check()  # damage is found before anything is written to
-        n_changed, n_bytes = 0, 0
-        for name, words in _results(state, names, _has_ties(live)):
-            live[name].write(words)
-            n_changed, n_bytes = n_changed + 1, n_bytes + len(words)
-    return Application(target, at, n_changed, n_bytes, time.perf_counter() - began)
-
-
-def _has_ties(live: Mapping[str, Tensor]) -> bool:
-    known = [tensor.address for tensor in live.values() if tensor.address is not None]
-    return len(set(known)) < len(known)
-
-
-def _results(state: State, names: list[str], has_ties: bool) -> Iterator[tuple[str, Array]]:
-    """The bytes of tensors, whole, in order."""
-    if not isinstance(state, Decoded):
-        # In order and one at a time where tensors may be tied: the second of a tie finds what the first became.
-        for name in names:
-            tensor = state[name]
-            yield name, tensor.read(0, tensor.n_bytes)
-        return
-    files = state.files
-    has_siblings = any(file.plan(path).reference == "sibling" for file in files for path in state.paths.values())
-    wanted = set(names)
-    paths = {path: name for name, path in state.paths.items()}
-    if (has_siblings or has_ties) and files[0].parent is not None:
-        # What is written to is what later leaves are decoded against: all of them first.
-        for path, array in state.file.load(state.paths.values()).items():
-            if paths[path] in wanted:
-                yield paths[path], array.reshape(-1).view(np.uint8)
-        return
-    for name in names:
-        path = state.paths[name]
-        together = state.file.frame_leaves(path)
-        if path != together[0]:
-            continue
-        for each, array in state.file.load(together).items():
-            yield paths[each], array.reshape(-1).view(np.uint8)
-
-
-def _require_like(live: Mapping[str, Tensor], state: Mapping[str, Tensor], names: Iterable[str], strict: bool) -> None:
-    missing = [name for name in names if name not in live]
-    unexpected = sorted(live.keys() - state.keys()) if strict else []
-    if missing or unexpected:
-        raise WrongReference(
-            f"apply: the arrays are of another model: missing {missing[:5]}, unexpected {unexpected[:5]} "
-            f"({len(missing)} and {len(unexpected)} in all). {ADVICE}"
-        )
-    for name in names:
-        if live[name].kind != state[name].kind:
-            raise WrongReference(f"tensor {name!r}: expected {state[name].kind}, got {live[name].kind}. {ADVICE}")
-
-
-# Folders
-
-
-def _apply_to_folder(
+def apply_to_folder(
     path: str, lineage: Lineage, version: int | None, base: Path | None, threads: int | None, timeout: float | None
 ) -> Application:
+    """What apply does with a folder."""
     began = time.perf_counter()
     if storage.is_url(path):
         raise InvalidArgument(f"{path}: expected a local folder: servers read their weights from one.")
     with copies.locked(path, timeout), ExitStack() as stack:
         copies.recover(path)
-        target = _target(lineage, version)
+        target = target_of(lineage, version)
         before = copies.version_of(path)
         if before == target:
             return Application(target, before, 0, 0, time.perf_counter() - began, is_new=False)
-        _require_forward(before, target, f"{path} is")
+        require_forward(before, target, f"{path} is")
         here = copies.open_copy(path)
         if here is not None:
             stack.enter_context(here)
@@ -186,24 +59,6 @@ def _apply_to_folder(
         n_bytes = copies.replace(path, before, target, files, layout.removed(here))
         n_changed = len(state.changed) if not layout.is_whole else len(state)
     return Application(target, before, n_changed, n_bytes, time.perf_counter() - began)
-
-
-def _target(lineage: Lineage, version: int | None) -> int:
-    if version is None:
-        latest = lineage.latest()
-        if latest is None:
-            raise InvalidArgument(f"{lineage.where.url}: nothing is published there yet. Wait, or check the path.")
-        return latest
-    if isinstance(version, bool) or not isinstance(version, int) or version < 0:
-        raise InvalidArgument(f"version: expected a whole number, 0 or more, or None, got {version!r:.80}.")
-    return version
-
-
-def _require_forward(before: int | None, target: int, what: str) -> None:
-    if before is not None and before > target:
-        raise InvalidArgument(
-            f"{what} at version {before}, newer than {target}. To go back, begin with an empty folder."
-        )
 
 
 def _route(path: str, lineage: Lineage, target: int, before: int | None, here: Copy | None, base: Path | None) -> Route:
