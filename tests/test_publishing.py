@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,7 @@ import tricomp_torch
 import xxhash
 from backports import zstd
 from safetensors.numpy import load_file, save_file
+from tricomp_jax import publishing as jax_publishing
 from tricomp_torch import publishing as torch_publishing
 
 from tests.cases import of_dtype, stepped, weights
@@ -233,6 +236,41 @@ def test_catching_up_begins_at_the_newest_full_version(format: Any, tmp_path: Pa
     assert same(live, states[5])
     with pytest.raises(errors.MissingFile, match="version 6 is not published yet"):
         apply(local, run, 6)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_live_arrays_follow(format: Any, is_tied: bool, tmp_path: Path) -> None:
+    states = run_of(5)
+    for version, state in enumerate(states):
+        publish(state, tmp_path, version, format=format)
+    live = {name: array.copy() for name, array in states[0].items()}
+    if is_tied:
+        live["lm_head.weight"] = live["model.embed_tokens.weight"]
+    for before, version in ((0, 1), (1, 4)):
+        apply(live, tmp_path, version, at=before)
+        assert same(live, states[version])
+    assert not apply(live, tmp_path, 4, at=4).is_new
+    (frozen := live["model.layers.0.norm.weight"]).flags.writeable = False
+    with pytest.raises(errors.InvalidArgument, match="read-only"):
+        apply(live, tmp_path)
+    frozen.flags.writeable = True
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_few_of_many_small_tensors_change(format: Any, tmp_path: Path) -> None:
+    """Small leaves of a `.tri` file share frames, and not all of a frame change."""
+    old: State = {f"{i:03d}": weights((i % 7, 5), i).astype(np.float16) for i in range(300)}
+    new = {name: array + np.float16(1) if int(name) % 11 == 5 else array for name, array in old.items()}
+    publish(old, tmp_path / "run", 0, format=format)
+    publish(new, tmp_path / "run", 1, format=format)
+    live = {name: array.copy() for name, array in old.items()}
+    changed = [name for name in old if int(name) % 11 == 5 and old[name].size]
+    assert apply(live, tmp_path / "run", at=0).n_changed == len(changed)
+    assert same(live, new)
+    apply(tmp_path / "local", tmp_path / "run", 0)
+    assert apply(tmp_path / "local", tmp_path / "run").n_changed == len(changed)
+    assert same(model_in(tmp_path / "local"), new)
 
 
 def test_a_version_that_is_missing_between(tmp_path: Path) -> None:
@@ -765,3 +803,30 @@ def test_an_interrupted_apply_to_live_tensors_is_finished(tmp_path: Path) -> Non
 def test_the_public_names() -> None:
     assert torch_publishing.Publication is not None
     assert "publishing" not in vars(tricomp_torch) or tricomp_torch.publishing is torch_publishing
+
+
+# JAX
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_arrays_of_jax_follow(format: Any, tmp_path: Path) -> None:
+    states = run_of(4)
+    held = [{name: jnp.asarray(array) for name, array in state.items()} for state in states]
+    publisher = jax_publishing.Publisher(tmp_path, format=format)
+    for version in range(3):
+        assert publisher.publish(held[version], version).version == version
+    made, done = jax_publishing.apply_to_arrays(held[1], tmp_path, at=1)
+    assert done.version == 2
+    assert all(isinstance(array, jax.Array) for array in made.values())
+    assert same({name: np.asarray(array) for name, array in made.items()}, states[2])
+    assert same({name: np.asarray(array) for name, array in held[1].items()}, states[1])
+    assert jax_publishing.publish(held[3], tmp_path, 3, base=held[2], format=format).base == 2
+    jax_publishing.apply(tmp_path / "local", tmp_path)
+    assert same(model_in(tmp_path / "local"), states[3])
+    for value, message in (
+        (jax.random.key(0), "got a random key"),
+        ({"b": jnp.ones(3)}, "got a dict"),
+        (jnp.ones(3, jnp.int4), "safetensors has no int4"),
+    ):
+        with pytest.raises(errors.InvalidArgument, match=f"entry 'a': .*{message}|{message}"):
+            jax_publishing.publish({"a": value}, tmp_path / "bad", 1)

@@ -42,7 +42,7 @@ def apply_to_tensors(
             for file in state.files:
                 file.check()  # damage is found before anything is written to
         n_changed, n_bytes = 0, 0
-        for name, words in _results(state, names, _has_ties(live)):
+        for name, words in _results(state, names, live if route.full is None else None):
             live[name].write(words)
             n_changed, n_bytes = n_changed + 1, n_bytes + len(words)
     return Application(target, at, n_changed, n_bytes, time.perf_counter() - began)
@@ -53,31 +53,33 @@ def _has_ties(live: Mapping[str, Tensor]) -> bool:
     return len(set(known)) < len(known)
 
 
-def _results(state: State, names: list[str], has_ties: bool) -> Iterator[tuple[str, Array]]:
-    """The bytes of tensors, whole, in order."""
+def _has_siblings(state: Decoded) -> bool:
+    return any(file.plan(path).reference == "sibling" for file in state.files for path in state.paths.values())
+
+
+def _results(state: State, names: list[str], live: Mapping[str, Tensor] | None) -> Iterator[tuple[str, Array]]:
+    """The bytes of tensors, whole. live: those that the first delta builds on, if they are what is written to."""
     if not isinstance(state, Decoded):
         # In order and one at a time where tensors may be tied: the second of a tie finds what the first became.
         for name in names:
             tensor = state[name]
             yield name, tensor.read(0, tensor.n_bytes)
         return
-    files = state.files
-    has_siblings = any(file.plan(path).reference == "sibling" for file in files for path in state.paths.values())
     wanted = set(names)
     paths = {path: name for name, path in state.paths.items()}
-    if (has_siblings or has_ties) and files[0].parent is not None:
+    if live is not None and (_has_ties(live) or _has_siblings(state)):
         # What is written to is what later leaves are decoded against: all of them first.
         for path, array in state.file.load(state.paths.values()).items():
             if paths[path] in wanted:
                 yield paths[path], array.reshape(-1).view(np.uint8)
         return
     for name in names:
-        path = state.paths[name]
-        together = state.file.frame_leaves(path)
-        if path != together[0]:
-            continue
-        for each, array in state.file.load(together).items():
-            yield paths[each], array.reshape(-1).view(np.uint8)
+        if name not in wanted:
+            continue  # came with another that shares its frame
+        for path, array in state.file.load(state.file.frame_leaves(state.paths[name])).items():
+            if paths[path] in wanted:
+                wanted.remove(paths[path])
+                yield paths[path], array.reshape(-1).view(np.uint8)
 
 
 def _require_like(live: Mapping[str, Tensor], state: Mapping[str, Tensor], names: Iterable[str], strict: bool) -> None:

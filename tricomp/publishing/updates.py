@@ -149,10 +149,10 @@ class Decoded(State):
     def __init__(self, files: list[File]) -> None:
         self.files, self.file = files, files[-1]
         self.paths = names_of(self.file)
-        self.changed = frozenset(name for name, path in self.paths.items() if self._is_changed(path))
-
-    def _is_changed(self, path: str) -> bool:
-        return any(file.parent is None or file.plan(path).predict != "copy" for file in self.files)
+        before = _base_digests(files[0])
+        self.changed = frozenset(
+            name for name, path in self.paths.items() if before.get(path) != self.file.digest(path)
+        )
 
     def __getitem__(self, name: str) -> Tensor:
         path = self.paths[name]
@@ -194,13 +194,19 @@ def _content(version: Version, seed: Mapping[str, Tensor]) -> Content:
         return content_of({name: seed[name].leaf() for name in names})
 
 
+def _base_digests(file: File) -> dict[str, int]:
+    """The digests of a delta's base, by path; none of a file that stands alone, or does not tell."""
+    note = file.metadata.get(NOTE)
+    told = note.get(BASE_DIGESTS) if isinstance(note, dict) else None
+    if file.parent is None or not isinstance(told, bytes) or len(told) != 8 * len(file):
+        return {}
+    return dict(zip(file, np.frombuffer(told, "<u8").tolist(), strict=True))
+
+
 def _named(version: Version, reference: File | Content) -> WrongReference | None:
     """The error of a base that is another, naming the first tensor of it that is."""
     with File(version.where.get(TRI)) as file:
-        note = file.metadata.get(NOTE, {}).get(BASE_DIGESTS, b"")
-        if not isinstance(note, bytes) or len(note) != 8 * len(file):
-            return None
-        for path, digest in zip(file, np.frombuffer(note, "<u8").tolist(), strict=True):
+        for path, digest in _base_digests(file).items():
             if isinstance(reference, File):
                 is_same = path in reference and reference.digest(path) == digest
             else:
