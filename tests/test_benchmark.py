@@ -35,6 +35,17 @@ def test_files_come_back_and_have_every_column(out: Path) -> None:
         assert f"\n| {row['file']} |" in page
 
 
+def test_published_versions_come_back_and_deltas_are_smaller(out: Path) -> None:
+    command = [sys.executable, "-m", "tests.benchmarks.publishing", "--small", "--state", str(out), "--out", str(out)]
+    done = subprocess.run([*command, "--versions", "1"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    text, page = (next(out.glob(f"*-publishing-small.{suffix}")).read_text() for suffix in ("json", "md"))
+    for found in json.loads(text)["rates"]:
+        n_bytes = {row["who"]: row["bytes"][0] for row in found["rows"]}
+        assert n_bytes["`.tri`"] < n_bytes["xor, zstd 1"] < n_bytes["whole, safetensors"]
+        assert f"## {found['name']}: " in page
+
+
 def test_speeds_are_those_of_everybody_in_every_mode_and_dtype(out: Path) -> None:
     pytest.importorskip("blosc2")
     command = [sys.executable, "-m", "tests.benchmarks.cpu", "--small", "--state", str(out), "--out", str(out)]

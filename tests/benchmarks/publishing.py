@@ -63,10 +63,12 @@ def ways() -> list[Way]:
     ]
 
 
-def versions(run: training.Run, arrays: Mapping[str, Any], rate: float, n: int) -> Iterator[Weights]:
+def versions(
+    run: training.Run, tokens: torch.Tensor, arrays: Mapping[str, Any], rate: float, n: int
+) -> Iterator[Weights]:
     """The bfloat16 weights after successive steps at a rate, from a trained state with its moments."""
     torch.manual_seed(1)
-    model, loss_of_batch = training.gpt_task(run)
+    model = training.Gpt(run)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, run.beta2), weight_decay=0.1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -76,7 +78,8 @@ def versions(run: training.Run, arrays: Mapping[str, Any], rate: float, n: int) 
     for step in range(STEPS_BEFORE + n):
         if step >= STEPS_BEFORE:
             yield _weights(model)
-        loss = loss_of_batch()
+        starts = torch.randint(len(tokens) - run.context - 1, (run.batch,))
+        loss = training.gpt_loss(model, tokens, starts, run.context)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -107,14 +110,16 @@ def _is_same(a: Weights, b: Weights) -> bool:
     return a.keys() == b.keys() and all(a[name].tobytes() == b[name].tobytes() for name in a)
 
 
-def measure(run: training.Run, arrays: Mapping[str, Any], rate: float, n: int, folder: Path) -> dict[str, Any]:
+def measure(
+    run: training.Run, tokens: torch.Tensor, arrays: Mapping[str, Any], rate: float, n: int, folder: Path
+) -> dict[str, Any]:
     """Everybody publishes and applies the versions of one rate."""
     everybody = ways()
     publishers: dict[str, Publisher] = {}
     live: dict[str, Weights] = {}
     shares: list[float] = []
     last: Weights = {}
-    for version, weights in enumerate(versions(run, arrays, rate, n + 1)):
+    for version, weights in enumerate(versions(run, tokens, arrays, rate, n + 1)):
         n_bytes = sum(array.nbytes for array in weights.values())
         if version:
             changed, total = _n_changed(last, weights)
@@ -209,11 +214,12 @@ def main() -> None:
     run = training.GPT_SMALL if options.small else training.GPT
     about, states = training.states(run, options.state, facts.log)
     results: dict[str, Any] = {"benchmark": "publishing", **facts.machine(PACKAGES), "data": [about], "rates": []}
-    load = os.getloadavg()[0]
+    text = b"\n".join(text for _, text in training.library_sources())
+    tokens, load = torch.from_numpy(training.tokens_of(text, run.vocabulary)), os.getloadavg()[0]
     folder = Path(tempfile.mkdtemp(prefix="tricomp-publishing-"))
     try:
         for name, rate in RATES:
-            found = measure(run, states[run.steps[-1]], rate, options.versions, folder / name)
+            found = measure(run, tokens, states[run.steps[-1]], rate, options.versions, folder / name)
             results["rates"].append({"name": name, **found})
     finally:
         shutil.rmtree(folder, ignore_errors=True)
