@@ -163,15 +163,15 @@ def snapshot_of(
 
 def _host_copies(arrays: Sequence[Array], buffer: HostBuffer) -> Iterator[Array]:
     """Copies of arrays in a buffer, of tied ones the same."""
-    known: dict[tuple[Any, ...], Array] = {}
-    for array in arrays:
-        known.setdefault(_identity(array), array)
+    identities = [_identity(array) for array in arrays]
+    known = dict(zip(identities, arrays, strict=True))
     made = dict(zip(known, buffer.copies(list(known.values())), strict=True))
-    return (made[_identity(array)] for array in arrays)
+    return (made[identity] for identity in identities)
 
 
 def _identity(array: Array) -> tuple[Any, ...]:
-    return array.ctypes.data, array.dtype.str, array.dtype.name, array.shape, array.strides
+    dtype = array.dtype  # whose name numpy puts together each time
+    return array.ctypes.data, dtype.num, dtype.byteorder, array.shape, array.strides
 
 
 def _launch(
