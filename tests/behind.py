@@ -19,7 +19,7 @@ from typing import Any
 
 from tests.cases import ROOT
 
-MODULES = ("test_kernels_encode", "test_kernels_decode", "test_device")
+MODULES = ("test_kernels_encode", "test_kernels_decode", "test_device", "test_kernels_quantize")
 
 _COMPILE = """
 import json, sys

@@ -29,7 +29,12 @@ TESTS = "tests/test_gpu.py"
 APART = ("by_hand", "trained_state", "mixed_trees or odd_sizes or damage", "width_of_programs", "slice")
 ALONE = ("not ({})".format(" or ".join(APART)),)
 N_PARTS = 16  # of the plans by hand, see test_gpu.py
-KERNELS = ("tests/test_kernels_encode.py", "tests/test_kernels_decode.py", "tests/test_device.py")
+KERNELS = (
+    "tests/test_kernels_encode.py",
+    "tests/test_kernels_decode.py",
+    "tests/test_kernels_quantize.py",
+    "tests/test_device.py",
+)
 
 
 @dataclass

@@ -220,10 +220,27 @@ def _surveyors() -> Iterator[Variant]:
             yield _variant(f"means of {width} bits", "survey_kernel", "mean_kernel", pointers, constants)
 
 
+def _quantizers() -> Iterator[Variant]:
+    """Groups that a program holds many of, or one of, or parts of one; and back. Not in the committed table."""
+    numbers = (("n_groups_in_all", "i64"), ("n", "i64"), ("group", "i64"), ("n_groups", "i64"))
+    results = (("p_shares", "*fp32"), ("p_codes", "*i8"), ("p_scales", "*i32"), ("p_counts", "*i32"), *numbers)
+    for i, (name, words, most, groups, size) in enumerate(
+        (("float32", "*i32", 7, 8, 128), ("bfloat16", "*i16", 127, 1, 2048), ("float16", "*i16", 127, 64, 16),
+         ("float64", "*fp64", 7, 1, 1024))
+    ):  # fmt: skip
+        constants = {"FORMAT": i, "MOST": most, "IS_BF16": 0, "IS_CLIPPED": 1, "GROUPS": groups, "SIZE": size}
+        constants["IS_ONE"] = int(size < 1024)
+        pointers = (("p_words", words), *results)
+        yield _variant(f"quantize {name}", "quantize_kernel", "quantize_kernel", pointers, constants)
+        back = (("p_codes", "*i8"), ("p_scales", "*i32"), ("p_words", words), *numbers, ("largest", "fp32"))
+        constants = {"FORMAT": i, "IS_BF16": 0, "GROUPS": groups, "SIZE": size}
+        yield _variant(f"dequantize {name}", "quantize_kernel", "dequantize_kernel", back, constants)
+
+
 @cache
 def variants() -> dict[str, Variant]:
     """All variants by name."""
-    found = [*_encoders(), *_collectors(), *_decoders(), *_surveyors()]
+    found = [*_encoders(), *_collectors(), *_decoders(), *_surveyors(), *_quantizers()]
     assert len({variant.name for variant in found}) == len(found)
     return {variant.name: variant for variant in found}
 
@@ -232,7 +249,9 @@ def tasks() -> list[tuple[str, str]]:
     """What the table has and a test compiles again: hot variants for all targets, the others for one.
 
     Of the others, those of partial chunks are left out: they are the same but for masks, and the last chunks of leaves.
+    Those that quantise have a test of their own.
     """
     hot = [(variant.name, target) for variant in variants().values() if variant.is_hot for target in TARGETS]
-    others = [variant.name for variant in variants().values() if not variant.is_hot and "partial" not in variant.name]
+    known = [variant for variant in variants().values() if variant.module != "quantize_kernel"]
+    others = [variant.name for variant in known if not variant.is_hot and "partial" not in variant.name]
     return [*hot, *((name, "sm_90") for name in others)]

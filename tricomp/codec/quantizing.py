@@ -45,9 +45,47 @@ def dequantize(codes: Any, scales: Words, group: int, scale_dtype: DType, dtype:
 def _functions(words: Any, engine: Engine) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """quantize and dequantize of the backend for words."""
     home = accelerator.home_of(words)
-    name = (engine if home is None else engine.at(home)).coder.name
+    engine = engine if home is None else engine.at(home).there()
+    name = engine.coder.name
     if name == "reference":
         return reference.quantize, reference.dequantize
+    if name == "triton":
+        worker = _Worker(home)
+        return worker.quantize, worker.dequantize
     from tricomp.native import quantize as native
 
     return partial(native.quantize, threads=engine.n_threads), partial(native.dequantize, threads=engine.n_threads)
+
+
+class _Worker:
+    """The Triton backend on a device, after what its current stream has been given; None: on the host's behalf."""
+
+    def __init__(self, home: Any) -> None:
+        self._worker = accelerator.Accelerator(home)
+        self._is_host_wanted = home is None
+
+    def quantize(
+        self, rows: Any, dtype: DType, bits: int, group: int, scale_dtype: DType, is_clipped: bool
+    ) -> tuple[Any, Any, np.ndarray[Any, Any]]:
+        from tricomp.kernels.quantize import quantize
+
+        device = self._worker.device
+        words = self._worker.adopted(rows.reshape(-1)).view(tuple(rows.shape))
+        with device.running():
+            codes, scales, counts = quantize(words, dtype, bits, group, scale_dtype, is_clipped, device)
+            told = device.to_host(counts, wait=True).array()
+        handed = self._handed_over(codes)
+        return handed.view(np.int8) if self._is_host_wanted else handed, self._handed_over(scales), told
+
+    def dequantize(self, codes: Any, scales: Any, group: int, scale_dtype: DType, dtype: DType) -> Any:
+        from tricomp.kernels.quantize import dequantize
+
+        device, shape = self._worker.device, tuple(codes.shape)
+        given = [self._worker.adopted(each.reshape(-1)).view(tuple(each.shape)) for each in (codes, scales)]
+        with device.running():
+            words = dequantize(given[0], given[1], group, scale_dtype, dtype, device)
+        return self._handed_over(words.view(shape))
+
+    def _handed_over(self, tensor: Any) -> Any:
+        """A tensor for the caller; for the host, an array of unsigned words."""
+        return accelerator.to_host(tensor) if self._is_host_wanted else self._worker.device.given(tensor)

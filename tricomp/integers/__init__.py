@@ -9,6 +9,7 @@ A model is chosen by name to become so: nothing here is lossless, and nothing he
 """
 
 from tricomp.integers.deployment import quantize_file
+from tricomp.integers.device import dequantize_on_device, quantize_on_device
 from tricomp.integers.exchange import quantization_config, to_safetensors
 from tricomp.integers.exchange_reader import from_safetensors
 from tricomp.integers.files import load_file, save_file
@@ -18,12 +19,14 @@ from tricomp.integers.quantized import Quantized, dequantize, quantize
 __all__ = [
     "Quantized",
     "dequantize",
+    "dequantize_on_device",
     "from_safetensors",
     "load_file",
     "pack_int4",
     "quantization_config",
     "quantize",
     "quantize_file",
+    "quantize_on_device",
     "save_file",
     "to_safetensors",
     "unpack_int4",
