@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ import torch
 import tricomp_torch
 import xxhash
 from backports import zstd
+from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.numpy import load_file, save_file
 from tricomp_jax import publishing as jax_publishing
 from tricomp_torch import publishing as torch_publishing
@@ -407,6 +409,69 @@ def test_a_bucket_serves_as_well(format: Any, tmp_path: Path) -> None:
     apply(tmp_path / "local", url)
     assert same(model_in(tmp_path / "local"), states[2])
     fsspec.filesystem("memory").rm(url, recursive=True)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_bucket_is_asked_few_times(format: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each file of a version, not for each tensor."""
+    url = f"memory://few-{format}-{os.urandom(4).hex()}/run"
+    calls: list[str] = []
+    real = MemoryFileSystem.cat_file
+
+    def cat_file(self: Any, path: str, *parts: Any, **options: Any) -> Any:
+        calls.append(path)
+        return real(self, path, *parts, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
+    old: State = {f"{i:03d}": weights((9, 11), i) for i in range(200)}
+    new = {name: stepped(array, 1) for name, array in old.items()}
+    publish(old, url, 0, format=format)
+    publish(new, url, 1, format=format, base=old)
+    calls.clear()
+    apply(tmp_path / "local", url)
+    assert same(model_in(tmp_path / "local"), new)
+    assert 2 <= len(calls) < 30
+    fsspec.filesystem("memory").rm(url, recursive=True)
+
+
+@pytest.mark.parametrize("deed", ["publish", "apply"])
+def test_a_full_disk_changes_nothing_for_good(deed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = run_of(2)
+    publish(states[0], tmp_path / "run", 0)
+    if deed == "apply":
+        publish(states[1], tmp_path / "run", 1)
+    real, n_left = os.fsync, 0
+
+    def fsync(number: int) -> None:
+        nonlocal n_left
+        n_left -= 1
+        if n_left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(number)
+
+    def done() -> bool:
+        if deed == "publish":
+            return publish(states[1], tmp_path / "run", 1).is_new
+        return apply(tmp_path / "local", tmp_path / "run").is_new
+
+    apply(tmp_path / "local", tmp_path / "run", 0)
+    before = bytes_in(tmp_path)
+    monkeypatch.setattr(os, "fsync", fsync)
+    n_failed = 0
+    while True:
+        n_left = n_failed
+        try:
+            assert done() or n_failed
+            break
+        except errors.StorageError:
+            n_failed += 1
+            if not (tmp_path / "local" / ".weight_sync" / "tricomp.json").exists():
+                assert same(model_in(tmp_path / "local"), states[0])
+    assert n_failed > 3
+    monkeypatch.setattr(os, "fsync", real)
+    apply(tmp_path / "local", tmp_path / "run")
+    assert same(model_in(tmp_path / "local"), states[1])
+    assert {name.rsplit("/", 1)[-1] for name in bytes_in(tmp_path)} == {name.rsplit("/", 1)[-1] for name in before}
 
 
 def test_memory_is_some_tensors_not_the_state(tmp_path: Path) -> None:

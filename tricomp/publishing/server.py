@@ -41,7 +41,8 @@ def apply(
     already does nothing; a folder whose apply was interrupted is repaired by applying again.
     Raises MissingFile (not published yet), MissingParent (a version between is missing), WrongReference (what is there
     is not what was published: naming a tensor), CorruptFile, CorruptFrame (damage), InvalidArgument, StoreLocked,
-    StorageError; a folder is as it was then.
+    StorageError. A folder is as it was then. Of arrays, some may be at the new version: to apply again with the same at
+    goes on where it ended, so do that before they are used, or begin again from a full version.
     """
     lineage = Lineage(folder, storage_options)
     if isinstance(local, (str, os.PathLike)):

@@ -15,6 +15,7 @@ from tricomp.formats import header
 from tricomp.formats.header_reader import MAX_HEADER_BYTES, METADATA, json_of, parse
 from tricomp.formats.header_reader import Object as JsonObject
 from tricomp.formats.origin import is_plain_name
+from tricomp.publishing.fetched import Fetched, Peeked, near
 from tricomp.publishing.tensors import StoredTensor, Tensor
 from tricomp.storage import Source, Storage
 
@@ -49,16 +50,17 @@ class Entry:
 
 def open_shard(where: Storage, name: str) -> Shard:
     """Open a file. Raises MissingFile, InvalidArgument (damage), StorageError."""
-    source = where.get(name)
+    source = near(where.get(name))
     try:
-        found, metadata, begin = parse(source)
+        head = Peeked(source) if isinstance(source, Fetched) else source
+        found, metadata, begin = parse(head)
         tensors = {
             tensor.name: StoredTensor(
                 source, begin + tensor.start, tensor.dtype, tensor.shape, tensor.stop - tensor.start
             )
             for tensor in found
         }
-        return Shard(name, tensors, metadata or {}, bytes(source.read(0, begin)), source)
+        return Shard(name, tensors, metadata or {}, bytes(head.read(0, begin)), source)
     except BaseException:
         source.close()
         raise

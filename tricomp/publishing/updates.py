@@ -17,6 +17,7 @@ from tricomp.content import Content, content_of
 from tricomp.dtypes import to_words
 from tricomp.errors import CorruptFile, InvalidArgument, WrongReference
 from tricomp.file import File
+from tricomp.publishing.fetched import near
 from tricomp.publishing.lineage import Lineage, Route
 from tricomp.publishing.tensors import Array, Tensor, code_of, shaped
 from tricomp.publishing.version import ADVICE, NOTE, TRI, Delta, Full, Version, digest_of
@@ -46,7 +47,7 @@ def state_of(lineage: Lineage, number: int, stack: ExitStack, threads: int | Non
 def full_tensors(version: Version, stack: ExitStack, threads: int | None = None) -> Mapping[str, Tensor]:
     """The tensors of a full version. Open until stack ends."""
     if version.format == "tri":
-        return Decoded([stack.enter_context(File(version.where.get(TRI), threads=threads))])
+        return Decoded([stack.enter_context(File(near(version.where.get(TRI)), threads=threads))])
     full = stack.enter_context(Full(version))
     what = f"{version.where.url}: tensor"
     return {name: Checked(tensor, full.checksum(name), f"{what} {name!r}") for name, tensor in full.tensors.items()}
@@ -173,7 +174,7 @@ def _chain(route: Route, seed: Mapping[str, Tensor], stack: ExitStack, threads: 
     made: list[File] = []
     for version in route.deltas:
         try:
-            file = File(version.where.get(TRI), reference, threads=threads)
+            file = File(near(version.where.get(TRI)), reference, threads=threads)
         except WrongReference as error:
             raise _named(version, reference) or error from None
         made.append(stack.enter_context(file))
