@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Generic, TypeVar
 
 Result = TypeVar("Result")
 _log = logging.getLogger("tricomp")
+_HEAD_START = 1e-3  # seconds
+
+
+def let_go_on() -> None:
+    """To be called first in a thread behind training: lets whoever began it go on, who would wait for the GIL else."""
+    time.sleep(_HEAD_START)
 
 
 class Saving(Future[Result], Generic[Result]):
@@ -89,6 +96,7 @@ class Background(Generic[Result]):
 def _run(saving: Saving[Result], save: Callable[[], Result], before: threading.Thread | None) -> None:
     if before is not None:
         before.join()
+    let_go_on()
     try:
         result = save()
     except BaseException as error:

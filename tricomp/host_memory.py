@@ -135,7 +135,8 @@ def _pieces(target: Array, source: Array) -> Iterator[tuple[Array, Array]]:
 
 def _copy_batch(batch: Sequence[tuple[Array, Array]]) -> None:
     for target, source in batch:
-        if source.itemsize in (1, 2, 4, 8):  # numpy copies dtypes of others, bfloat16 say, one by one and with the GIL
+        # numpy copies dtypes of others, bfloat16 say, one by one and with the GIL
+        if source.dtype.isbuiltin != 1 and source.itemsize in (1, 2, 4, 8):
             kind = f"u{source.itemsize}"
             np.copyto(target.view(kind), source.view(kind))
         else:

@@ -57,7 +57,10 @@ register_node(OrderedDict, "OrderedDict", dict, OrderedDict)
 
 def join(path: str | None, key: str | int) -> str:
     """The path of a child: keys joined by "/", in them "~" as "~0" and "/" as "~1". path None is the tree itself."""
-    name = key.replace("~", "~0").replace("/", "~1") if isinstance(key, str) else str(key)
+    if type(key) is str and "~" not in key and "/" not in key:  # as nearly all
+        name = key
+    else:
+        name = key.replace("~", "~0").replace("/", "~1") if isinstance(key, str) else str(key)
     return name if path is None else f"{path}/{name}"
 
 
@@ -132,20 +135,18 @@ def _to_plain(
     leaves: list[Array | DeviceArray],
     limits: Limits,
 ) -> Any:
-    limits.check("max_depth", depth, f"depth of the tree at {path!r}")
+    if depth > limits.max_depth:  # asked here, since a text for each node takes longer than the rest
+        limits.check("max_depth", depth, f"depth of the tree at {path!r}")
+
+    kind = type(node)
+    if kind is np.ndarray or kind is DeviceArray:
+        paths.append("" if path is None else path)
+        leaves.append(node)
+        return _MARK
 
     def child(value: Tree, key: str | int) -> Any:
         return _to_plain(value, join(path, key), depth + 1, paths, leaves, limits)
 
-    kind = type(node)
-    if kind is np.ndarray or kind is np.memmap or isinstance(node, np.generic):
-        paths.append("" if path is None else path)
-        leaves.append(np.asarray(node))
-        return _MARK
-    if kind is DeviceArray:
-        paths.append("" if path is None else path)
-        leaves.append(node)
-        return _MARK
     if node is None or kind is bool or kind is float or kind is bytes:
         return node
     if kind is int:
@@ -160,6 +161,10 @@ def _to_plain(
         return [child(value, i) for i, value in enumerate(node)]
     if kind is tuple:
         return [_MARKS[TUPLE], *(child(value, i) for i, value in enumerate(node))]
+    if kind is np.memmap or isinstance(node, np.generic):
+        paths.append("" if path is None else path)
+        leaves.append(np.asarray(node))
+        return _MARK
     if kind in _by_type:
         registered = _by_type[kind]
         inner = _to_plain(registered.flatten(node), path, depth + 1, paths, leaves, limits)
@@ -186,7 +191,7 @@ def _text(text: str, path: str | None) -> str:
 
 def _key(key: Any, path: str | None) -> str | int:
     if type(key) is str:
-        return _text(key, path)
+        return key if key.isascii() else _text(key, path)
     if type(key) is int and -(1 << 63) <= key < 1 << 64:
         return key
     raise _refusal(path, f"the dict key {key!r} ({type(key).__name__}) cannot be stored", "Use str or 64-bit int keys.")

@@ -180,14 +180,12 @@ class Checkpointer:
         states = take(values, parameter_names(model))
         flat = flatten({**states.tree, "rng": generators.get_state()} if rng else states.tree)
         own = {**flat.notes, "classes": states.classes, "parameters": states.parameters}
-        notes = with_notes(metadata, own)
-        plain(notes)  # what it cannot hold is told now
+        notes = with_notes(deepcopy(metadata), own)
+        plain([metadata, flat.notes])  # what no file can hold is told now
         buffer = self._free.get()
         try:
             taken = snapshot_of(flat, self._budget_bytes, buffer=buffer)
-            saving = self._behind.submit(
-                f"step {step}", partial(self._write, step, taken, deepcopy(notes), overwrite, buffer)
-            )
+            saving = self._behind.submit(f"step {step}", partial(self._write, step, taken, notes, overwrite, buffer))
         except BaseException:
             self._free.put(buffer)
             raise

@@ -7,10 +7,10 @@ before, what is launched later waits for the copies, and the host waits for noth
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from threading import Event
 from typing import Any
 
@@ -32,16 +32,23 @@ _ALIGN = 16
 class Snapshot:
     """A tree as it was at one moment. Give it to `tricomp_torch.save` in place of the tree, as often as you like.
 
-    flat: the tree as the core takes it. copied_bytes: how much was copied. live: paths of tensors that the budget had
-    no room for: they are still the caller's own, and must not change before `wait_live` returns: save encodes them
-    before all others.
+    structure, leaves: the tree as the core takes it, see tricomp.tree; notes: those of flatten. copied_bytes: how much
+    was copied. live: paths of tensors that the budget had no room for: they are still the caller's own, and must not
+    change before `wait_live` returns: save encodes them before all others.
     """
 
-    flat: Flat
+    structure: bytes
+    leaves: tuple[Any, ...]
+    notes: Mapping[str, Any]
     copied_bytes: int
     live: tuple[str, ...] = ()
     _freed: Event = field(default_factory=Event, repr=False)
     _copied: tuple[tuple[torch.device, torch.cuda.Event], ...] = field(default=(), repr=False)
+
+    @cached_property
+    def flat(self) -> Flat:
+        """What flatten gives, of the copies. Put together when asked for: training need not wait for that."""
+        return Flat(plain_trees.unflatten(self.structure, self.leaves), dict(self.notes))
 
     def before_update(self) -> None:
         """Let what is launched from now on wait for the copies, on each device: only after snapshot(defer=True)."""
@@ -147,31 +154,24 @@ def snapshot_of(
             known[identity] = copies.setdefault(key, _Copies()).add(words)
         places[-1] = key, known[identity]
     made, events = _launch(copies, defer)
-    here = _host_copies([leaf for leaf in leaves if not isinstance(leaf, DeviceArray)], buffer or HostBuffer())
+    arrays = {path: leaf for path, leaf in zip(paths, leaves, strict=True) if not isinstance(leaf, DeviceArray)}
+    here = _host_copies(arrays, flat.notes.get("ties", {}), buffer or HostBuffer())
     done = [
-        next(here)
+        here[path]
         if not isinstance(leaf, DeviceArray)
         else leaf
         if place is None
         else replace(leaf, words=made[place[0]][place[1]])
-        for leaf, place in zip(leaves, places, strict=True)
+        for path, leaf, place in zip(paths, leaves, places, strict=True)
     ]
-    return Snapshot(
-        Flat(plain_trees.unflatten(structure, done), flat.notes), sum(used.values()), tuple(live), _copied=tuple(events)
-    )
+    return Snapshot(structure, tuple(done), flat.notes, sum(used.values()), tuple(live), _copied=tuple(events))
 
 
-def _host_copies(arrays: Sequence[Array], buffer: HostBuffer) -> Iterator[Array]:
-    """Copies of arrays in a buffer, of tied ones the same."""
-    identities = [_identity(array) for array in arrays]
-    known = dict(zip(identities, arrays, strict=True))
-    made = dict(zip(known, buffer.copies(list(known.values())), strict=True))
-    return (made[identity] for identity in identities)
-
-
-def _identity(array: Array) -> tuple[Any, ...]:
-    dtype = array.dtype  # whose name numpy puts together each time
-    return array.ctypes.data, dtype.num, dtype.byteorder, array.shape, array.strides
+def _host_copies(arrays: Mapping[str, Array], ties: Mapping[str, str], buffer: HostBuffer) -> dict[str, Array]:
+    """Copies of arrays in a buffer, by path; of tied ones the same. ties: the path of the first by the others'."""
+    alone = {path: array for path, array in arrays.items() if path not in ties}
+    made = dict(zip(alone, buffer.copies(list(alone.values())), strict=True))
+    return made | {path: made[first] for path, first in ties.items() if path in arrays}
 
 
 def _launch(

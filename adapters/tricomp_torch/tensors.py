@@ -25,6 +25,8 @@ _TORCH_BY_NAME = {name: getattr(torch, name) for name in dtypes.NAMES if hasattr
 _NAME_BY_TORCH = {dtype: name for name, dtype in _TORCH_BY_NAME.items()}
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 """The types of tensors that are leaves; all others are subclasses, made of such."""
+# What numpy has itself: a tensor of it becomes an array of the core's dtype as it is.
+_NUMPYS_OWN = frozenset(dtype for name, dtype in _TORCH_BY_NAME.items() if dtypes.by_name(name).numpy.isbuiltin == 1)
 _CARRIER_BY_ITEM_BYTES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -34,6 +36,8 @@ def to_leaf(tensor: torch.Tensor, path: str) -> Leaf:
     Raises what to_array raises.
     """
     if is_on_host(tensor):
+        if _is_numpys(tensor):
+            return tensor.numpy()
         return to_array(tensor, path)
     name = _name_of(tensor, path)
     plain = tensor.detach().resolve_conj().resolve_neg()
@@ -44,9 +48,19 @@ def to_leaf(tensor: torch.Tensor, path: str) -> Leaf:
     return DeviceArray(dtypes.by_name(name), tuple(tensor.shape), words)
 
 
+def _is_numpys(tensor: torch.Tensor) -> bool:
+    """Whether a tensor on the host can be numpy's as it is. Told in few calls: there are many, and training waits."""
+    return (
+        type(tensor) in PLAIN
+        and tensor.dtype in _NUMPYS_OWN
+        and tensor.layout is torch.strided
+        and not (tensor.requires_grad or tensor.is_nested or tensor.is_neg() or tensor.is_conj())
+    )
+
+
 def is_on_host(tensor: torch.Tensor) -> bool:
     """Whether numpy can share a tensor's memory."""
-    return tensor.device.type == "cpu"
+    return tensor.is_cpu
 
 
 def to_array(tensor: torch.Tensor, path: str) -> Array:
@@ -130,7 +144,7 @@ def view_as_tensor(array: Array, path: str) -> torch.Tensor:
 
 def dtype_of(array: Array, path: str) -> torch.dtype:
     """torch's dtype for an array's bits. Raises UnsupportedDtype, naming the path, for dtypes torch lacks."""
-    return dtype_named(array.dtype.name, path)
+    return dtype_named(dtypes.of(array, path).name, path)
 
 
 def dtype_named(name: str, path: str) -> torch.dtype:
@@ -146,6 +160,8 @@ def unusual_strides(tensor: torch.Tensor) -> tuple[int, ...] | None:
     channels_last; None for all others. Convolutions may round differently on other strides, so a resumed run needs
     them.
     """
+    if tensor.is_contiguous() and 1 not in tensor.shape:  # where 1 is a size, its stride can still be any
+        return None
     shape, strides = tuple(tensor.shape), tensor.stride()
     usual, step = [0] * len(shape), 1
     for axis in reversed(range(len(shape))):

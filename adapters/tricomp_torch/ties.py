@@ -23,16 +23,26 @@ class TieFinder:
 
     def __init__(self) -> None:
         self.ties: dict[str, str] = {}
+        self._at: dict[int, tuple[str, torch.Tensor]] = {}
         self._first: dict[Hashable, str] = {}
 
     def add(self, path: str, tensor: torch.Tensor) -> None:
         """Note one tensor."""
         if tensor.numel() == 0:
             return
-        view = (tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.is_conj(), tensor.is_neg())
-        first = self._first.setdefault((tensor.device, tensor.data_ptr(), view), path)
+        other_path, other = self._at.setdefault(tensor.data_ptr(), (path, tensor))
+        if other_path == path:  # nearly all are alone at their address, and training waits
+            return
+        self._first.setdefault(_view(other), other_path)
+        first = self._first.setdefault(_view(tensor), path)
         if first != path:
             self.ties[path] = first
+
+
+def _view(tensor: torch.Tensor) -> Hashable:
+    """What two entries share if they are one tensor."""
+    how = tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.is_conj(), tensor.is_neg()
+    return tensor.device, tensor.data_ptr(), how
 
 
 class TieMaker:

@@ -57,6 +57,7 @@ _TAKE_PART: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "frozen Parameter": lambda tensor: torch.nn.Parameter(tensor, requires_grad=False),
     "tensor": torch.Tensor.requires_grad_,
 }
+_SCALARS = (bool, int, float, str, bytes)
 _ORDERED_DICT_META = "_metadata"  # torch's name for the module versions that a state_dict carries
 
 
@@ -98,6 +99,8 @@ def flatten(tree: Any, on_leaf: Callable[[str, torch.Tensor], None] | None = Non
                 return leaf(node, name)
             inner, parts[name] = subclasses.take_apart(node, name)
             return {key: walk(value, join(path, key)) for key, value in inner.items()}
+        if node is None or type(node) in _SCALARS:
+            return node
         if type(node) is np.ndarray or isinstance(node, np.generic):  # subclasses, masked arrays say, are refused
             kinds[name] = "ndarray" if isinstance(node, np.ndarray) else "generic"
             return np.asarray(node)

@@ -17,9 +17,11 @@ from torch.distributed.tensor import DTensor
 from tricomp.errors import OutOfDeviceMemory
 from tricomp.host_memory import HostBuffer
 from tricomp.layout import DeviceArray
+from tricomp.tree import join
 from tricomp_torch.dcp.planners import flat_values
 from tricomp_torch.snapshot import snapshot_of
 from tricomp_torch.tensors import from_device_array, to_leaf, to_numpy, view_as_tensor
+from tricomp_torch.ties import TieFinder
 from tricomp_torch.trees import Flat
 
 _log = logging.getLogger("tricomp")
@@ -37,7 +39,10 @@ def stage(state: Any, to_host: bool = False, buffer: HostBuffer | None = None) -
         flat_values({path: node for path, node in found.items() if not isinstance(node, torch.Tensor)})
         found = {path: _local(node) for path, node in found.items() if isinstance(node, torch.Tensor)}
         leaves = {path: to_leaf(tensor, path) for path, tensor in found.items()}
-        copies = _copied(leaves, to_host, buffer)
+        finder = TieFinder()
+        for path, tensor in found.items():
+            finder.add(join(None, path), tensor)
+        copies = _copied(leaves, finder.ties, to_host, buffer)
 
         def copy_of(node: Any, path: str) -> Any:
             if not isinstance(node, torch.Tensor):
@@ -49,17 +54,16 @@ def stage(state: Any, to_host: bool = False, buffer: HostBuffer | None = None) -
         return _map(state, "", copy_of)
 
 
-def _copied(leaves: dict[str, Any], to_host: bool, buffer: HostBuffer | None) -> dict[str, Any]:
+def _copied(leaves: dict[str, Any], ties: dict[str, str], to_host: bool, buffer: HostBuffer | None) -> dict[str, Any]:
     if to_host:
         leaves = {path: to_numpy(leaf) if isinstance(leaf, DeviceArray) else leaf for path, leaf in leaves.items()}
     try:
-        taken = snapshot_of(Flat(leaves), buffer=buffer)
+        taken = snapshot_of(Flat(leaves, {"ties": ties}), buffer=buffer)
     except OutOfDeviceMemory as error:
         _log.warning("the state is copied to the host: %s", error)
-        return _copied(leaves, True, buffer)
+        return _copied(leaves, ties, True, buffer)
     taken.wait()  # who saves does so on another stream
-    copies: dict[str, Any] = taken.flat.tree
-    return copies
+    return dict(zip(leaves, taken.leaves, strict=True))
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
@@ -78,6 +82,8 @@ def _map(node: Any, path: str, change: Callable[[Any, str], Any]) -> Any:
     def inner(value: Any, key: Any) -> Any:
         return _map(value, f"{path}.{key}" if path else str(key), change)
 
+    if isinstance(node, torch.Tensor):  # most are, and training waits
+        return change(node, path)
     if isinstance(node, Mapping):
         return {key: inner(value, key) for key, value in node.items()}
     if isinstance(node, list):

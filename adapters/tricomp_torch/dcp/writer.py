@@ -23,6 +23,7 @@ from torch.futures import Future
 
 import tricomp
 from tricomp import codec, storage
+from tricomp.background import let_go_on
 from tricomp.checkpoint import put
 from tricomp.codec.accelerator import host_copy
 from tricomp.content import Content, content_of
@@ -110,6 +111,7 @@ class TricompWriter(StorageWriter, AsyncStager):
         self._last: str | None = None
         self._save_id = ""
         self._stage_error: Exception | None = None
+        self._is_staged = False
         self._held: Content | None = None
         self._buffers: list[HostBuffer] = []
 
@@ -120,12 +122,15 @@ class TricompWriter(StorageWriter, AsyncStager):
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """A save begins. checkpoint_id: its folder, if it is another one than before."""
+        if self._is_staged:
+            self._is_staged = False
+            let_go_on()
         if checkpoint_id is not None:
             self.checkpoint_id = indices.absolute(checkpoint_id)
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The state with copies of all tensors. What fails here is raised when all ranks can be told, by the save."""
-        self._stage_error = None
+        self._stage_error, self._is_staged = None, True
         try:
             staged: dict[str, Any] = stage(state_dict, self._stage_on == "host", self._free_buffer())
         except Exception as error:
