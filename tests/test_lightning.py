@@ -542,21 +542,27 @@ def test_behind_training_the_last_good_one_stays(
 def test_removals_wait_for_saves_behind() -> None:
     """As of AsyncCheckpointIO, whose queue holds the saves of 2 and 3 while 1 is on its way."""
     removals = Removals()
+
+    def save(path: str, is_saved: bool = True) -> set[str]:
+        assert in_thread(lambda: removals.begin(path))
+        return in_thread(lambda: (removals.saved() if is_saved else set()) | removals.end())
+
     assert not removals.waits("/a/1", False)
     in_thread(lambda: removals.begin("/a/1"))
     assert removals.waits("/a/0", True)
     assert removals.waits("/a/1", False)
     assert removals.waits("/a/2", False)
-    assert in_thread(lambda: removals.end(True)) == {"/a/0"}
-    assert in_thread(lambda: (removals.begin("/b/1"), removals.end(True))) == (True, set())  # of another folder
-    assert in_thread(lambda: (removals.begin("/a/2"), removals.end(False))) == (True, set())
-    assert in_thread(lambda: (removals.begin("/a/2"), removals.end(True))) == (True, {"/a/1"})
-    assert in_thread(lambda: (removals.begin("/a/3"), removals.end(True))) == (True, {"/a/2"})
+    assert in_thread(removals.saved) == {"/a/0"}
+    assert removals.waits("/b/0", True)
+    assert in_thread(removals.end) == {"/b/0"}
+    assert save("/b/1") == set()  # of another folder
+    assert save("/a/2", is_saved=False) == set()
+    assert save("/a/2") == {"/a/1"}
+    assert save("/a/3") == {"/a/2"}
     assert not removals.waits("/a/2", True)
-    assert not removals.waits("/a/2", False)
     assert removals.waits("/a/3", True)
-    assert in_thread(lambda: (removals.begin("/a/3"), removals.end(True))) == (True, set())  # it is wanted again
-    assert in_thread(lambda: (removals.begin("/a/4"), removals.end(True))) == (True, set())
+    assert save("/a/3") == set()  # it is wanted again
+    assert save("/a/4") == set()
 
 
 def in_thread(action: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import tricomp
@@ -109,20 +109,16 @@ class TricompCheckpointIO(CheckpointIO):
         full = os.path.join(where.url, name)
         with self._at_work:
             is_first = self._removals.begin(full)
-            due: set[str] = set()
-            is_saved = False
             try:
                 self._write(where, name, *packed(checkpoint), has_deltas=self._has_deltas and is_first)
-                is_saved = True
+                if is_first:
+                    self._remove(self._removals.saved())
+                    self._prune(where)
             except (UnsupportedNode, UnsupportedDtype) as error:
                 raise advised(error, full) from error
             finally:
                 if is_first:
-                    due = self._removals.end(is_saved)
-            for other in due:
-                self._remove(other)
-            if is_first and isinstance(where, Folder):
-                self._prune(where.url)
+                    self._remove(self._removals.end())
 
     def load_checkpoint(
         self, path: Path, map_location: Any | None = None, weights_only: bool | None = None
@@ -155,7 +151,7 @@ class TricompCheckpointIO(CheckpointIO):
         remove(full)
         if self._at_work.acquire(blocking=False):  # else the save under way prunes at its end
             try:
-                self._prune(where.url)
+                self._prune(where)
             finally:
                 self._at_work.release()
 
@@ -187,12 +183,13 @@ class TricompCheckpointIO(CheckpointIO):
             self._chained[folder] = Chained(folder, self._keyframe, **self._options)
         return self._chained[folder]
 
-    def _prune(self, folder: str) -> None:
-        if os.path.isdir(os.path.join(folder, HIDDEN)):
-            self._chain_of(folder).prune()
+    def _prune(self, where: Folder | Bucket) -> None:
+        if isinstance(where, Folder) and os.path.isdir(os.path.join(where.url, HIDDEN)):
+            self._chain_of(where.url).prune()
 
-    def _remove(self, path: str) -> None:
-        try:
-            remove(path)
-        except StorageError as error:
-            _log.warning("%s", error)
+    def _remove(self, paths: Iterable[str]) -> None:
+        for path in paths:
+            try:
+                remove(path)
+            except StorageError as error:
+                _log.warning("%s", error)
