@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import stat
+from typing import Any
 
 import accelerate
 import torch
@@ -57,9 +58,9 @@ class Average:
 
 
 class Run:
-    """Model, optimizer, scheduler and loader, prepared; options: of the loaders' configuration."""
+    """Model, optimizer, scheduler and loader, prepared. seed: of the loader's own generator. options: of loaders."""
 
-    def __init__(self, width=18, optimizer=torch.optim.AdamW, n_averages=1, scaler=None, **options):
+    def __init__(self, width=18, optimizer=torch.optim.AdamW, n_averages=1, scaler=None, seed=None, **options):
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
         torch.manual_seed(3)
@@ -71,7 +72,8 @@ class Run:
         made = optimizer(model.parameters(), lr=1e-2)
         scheduler = torch.optim.lr_scheduler.LambdaLR(made, lambda step: 1 / (1 + step))
         tokens = torch.randint(11, (N_SAMPLES, 7))
-        loader = torch.utils.data.DataLoader(tokens, batch_size=3, shuffle=True)  # type: ignore[arg-type, var-annotated]
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        loader: Any = torch.utils.data.DataLoader(list(tokens), batch_size=3, shuffle=True, generator=generator)
         self.model, self.optimizer, self.scheduler, loader = self.accelerator.prepare(model, made, scheduler, loader)
         self.loader = ResumableLoader(self.accelerator, loader)
         self.averages = [Average(model) for _ in range(n_averages)]

@@ -23,7 +23,7 @@ from tricomp.errors import InvalidArgument, MissingParent, MissingStep, StorageE
 Checkpointer: Any = tricomp_torch.Checkpointer  # its results are not None in most tests
 save_state: Any = adapter.save_state
 load_state: Any = adapter.load_state
-LOADERS: dict[str, dict[str, Any]] = {"unseeded": {}, "seeded": {"use_seedable_sampler": True}}
+LOADERS: dict[str, dict[str, Any]] = {"unseeded": {}, "seeded": {"use_seedable_sampler": True}, "own": {"seed": 2}}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,8 +44,10 @@ def groups():
     asked.end()
 
 
-@pytest.mark.parametrize("kind", LOADERS)
-@pytest.mark.parametrize("cut", [2, 7, 13, 14, 20])  # 7 and 14 end a pass
+@pytest.mark.parametrize(
+    ("kind", "cut"),
+    [(kind, cut) for kind in LOADERS for cut in (7, 10, 20)] + [("unseeded", 2), ("own", 14)],  # 7 and 14 end a pass
+)
 def test_a_run_that_was_cut_goes_on_bit_for_bit(tmp_path, kind, cut):
     whole = Run(**LOADERS[kind]).train()
     expected = whole.outcome(), whole.losses

@@ -156,10 +156,14 @@ class ResumableLoader:
         self._is_resumed = False
         now = generators.get_state()
         loaders.set_state(self.loader, self._begun_with)
-        batches = iter(self._accelerator.skip_first_batches(self.loader, self.n_batches))
+        is_over = self.n_batches >= _n_batches(self.loader)  # then one is left, for loaders that cannot give none
+        rest = self._accelerator.skip_first_batches(self.loader, self.n_batches - is_over)
+        if hasattr(rest, "iteration"):  # older versions forget it, and shuffle as for the first pass
+            rest.iteration = self.loader.iteration
+        batches = iter(rest)
         first = list(islice(batches, 1))  # samplers draw when they are first asked
         generators.set_state(now)
-        return chain(first, batches)
+        return chain([] if is_over else first, batches)
 
     def state_dict(self) -> dict[str, Any]:
         """Where it is, as plain data and tensors."""
@@ -173,6 +177,13 @@ class ResumableLoader:
         self._begun_with = dict(state["begun_with"]) if self._is_resumed else None
         if not self._is_resumed:
             loaders.set_state(self.loader, state["begun_with"], rng=False)
+
+
+def _n_batches(loader: Any) -> float:
+    try:
+        return len(loader)
+    except TypeError:  # of a stream
+        return float("inf")
 
 
 def _objects(accelerator: accelerate.Accelerator) -> dict[str, list[Any]]:

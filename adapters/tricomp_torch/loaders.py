@@ -13,13 +13,15 @@ import torch
 
 from tricomp_torch import rng as generators
 
+_SEEDS = ("initial_seed", "epoch")  # numbers that samplers shuffle by
+
 
 def get_state(loader: Any) -> dict[str, Any]:
     """Random states of this process, and the loader's own seeds, generators and count of passes. loader None: none."""
     return {
         "rng": generators.get_state(),
         "iteration": getattr(loader, "iteration", None),
-        "initial_seed": getattr(_sampler(loader), "initial_seed", None),
+        "sampler": {name: getattr(_sampler(loader), name) for name in _SEEDS if hasattr(_sampler(loader), name)},
         "generators": [generator.get_state() for generator in _generators(loader)],
     }
 
@@ -33,8 +35,9 @@ def set_state(loader: Any, state: Mapping[str, Any], rng: bool = True) -> None:
         generators.set_state(state["rng"])
     if state["iteration"] is not None and hasattr(loader, "iteration"):
         loader.iteration = state["iteration"]
-    if state["initial_seed"] is not None and hasattr(_sampler(loader), "initial_seed"):
-        _sampler(loader).initial_seed = state["initial_seed"]
+    for name, seed in state["sampler"].items():
+        if hasattr(_sampler(loader), name):
+            setattr(_sampler(loader), name, seed)
     for generator, words in zip(_generators(loader), state["generators"], strict=False):
         generator.set_state(words.cpu())
 
