@@ -71,9 +71,9 @@ class Run:
         model = Net(width)
         made = optimizer(model.parameters(), lr=1e-2)
         scheduler = torch.optim.lr_scheduler.LambdaLR(made, lambda step: 1 / (1 + step))
-        tokens = torch.randint(11, (N_SAMPLES, 7))
+        tokens: Any = torch.randint(11, (N_SAMPLES, 7))
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        loader: Any = torch.utils.data.DataLoader(list(tokens), batch_size=3, shuffle=True, generator=generator)
+        loader: Any = torch.utils.data.DataLoader(tokens, batch_size=3, shuffle=True, generator=generator)
         self.model, self.optimizer, self.scheduler, loader = self.accelerator.prepare(model, made, scheduler, loader)
         self.loader = ResumableLoader(self.accelerator, loader)
         self.averages = [Average(model) for _ in range(n_averages)]
