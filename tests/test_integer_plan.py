@@ -167,6 +167,30 @@ def test_transposed_convolutions_are_turned(groups):
             torch.testing.assert_close(turned(x, output_size=size), layer(x, output_size=size))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("has_norm", [False, True])
+def test_padding_in_transformers(has_norm):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(16) if has_norm else None)
+    x = torch.randn(4, 7, 16)
+    at_end, between = (torch.zeros(4, 7, dtype=torch.bool) for _ in range(2))
+    at_end[0, 4:] = at_end[2, 1:] = True
+    between[1, 2] = True
+    plan = make_plan(model, {"src": x, "src_key_padding_mask": at_end})
+    assert plan.measured.cosine > 0.999
+    prepared: Any = prepare(model, plan)
+    with in_eval(model):
+        for mask in (at_end, between, at_end | between, at_end.float().masked_fill(at_end, -math.inf), None):
+            wanted = model(x, src_key_padding_mask=mask)
+            torch.testing.assert_close(prepared(x, src_key_padding_mask=mask), wanted, rtol=1e-4, atol=1e-5)
+        if not has_norm:
+            assert not model(x, src_key_padding_mask=at_end)[0, 4:].any()
+        causal = nn.Transformer.generate_square_subsequent_mask(7)
+        wanted = model(x, mask=causal, is_causal=True)
+        torch.testing.assert_close(prepared(x, mask=causal, is_causal=True), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_norms_are_left_where_a_layer_has_several_users_or_several_norms():
     class Net(nn.Module):
         def __init__(self):
@@ -280,10 +304,11 @@ def test_a_weight_that_others_read_stays_where_it_is():
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
-def test_recurrent_layers_and_control_flow_that_depends_on_data(caplog):
+def test_recurrent_layers_and_control_flow_that_depends_on_data(caplog, capfd):
     model, x = models.trained_series(), models.waves(9)
     with caplog.at_level(logging.WARNING, "tricomp"), untouched(model):
         plan = make_plan(model, x)
+    assert capfd.readouterr().err == ""  # where torch would print its graph
     assert plan.trace == "modules"
     assert "torch.export" in plan.note
     assert "could not be traced" in caplog.text

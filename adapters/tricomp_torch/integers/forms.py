@@ -52,6 +52,29 @@ class OutputFirstConvTranspose(nn.Module):
         return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
 
 
+class ZeroPaddedEncoder(nn.TransformerEncoder):
+    """torch's encoder by parts. As in its fused form, outputs are zero, before the norm, where the input is padding."""
+
+    def forward(
+        self,
+        src: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        src_key_padding_mask: torch.Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> torch.Tensor:
+        """What nn.TransformerEncoder gives without gradients. src: [batch, n, features]."""
+        if mask is not None or src_key_padding_mask is None or src.ndim != 3:
+            return super().forward(src, mask, src_key_padding_mask, is_causal)
+        output = src
+        for layer in self.layers:
+            output = layer(output, is_causal=bool(is_causal), src_key_padding_mask=src_key_padding_mask)
+        is_padding = src_key_padding_mask.bool()
+        # The fused form takes padding at the end of rows only, and leaves all else to the parts.
+        is_at_end = (is_padding[:, :-1] <= is_padding[:, 1:]).all()
+        output = output.masked_fill((is_padding & is_at_end)[..., None], 0.0)
+        return output if self.norm is None else self.norm(output)
+
+
 def output_first(weight: torch.Tensor, groups: int) -> torch.Tensor:
     """A transposed convolution's weight [in, out / groups, ...] as [out, in / groups, ...], contiguous."""
     n_in, n_out, *kernel = weight.shape
@@ -134,5 +157,7 @@ def _run_by_parts(module: nn.Module) -> None:
     """Keep torch's transformer layers from reading the weights of their parts, which will not be there."""
     if isinstance(module, nn.TransformerEncoderLayer):
         module.activation_relu_or_gelu = 0  # only the fused path reads it
-    elif isinstance(module, nn.TransformerEncoder):
+    elif type(module) is nn.TransformerEncoder:
+        if getattr(module, "use_nested_tensor", False):
+            module.__class__ = ZeroPaddedEncoder
         module.enable_nested_tensor = module.use_nested_tensor = False
