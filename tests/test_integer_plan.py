@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 from tricomp_torch import integers
 from tricomp_torch.integers import Budget, Fold, Plan
-from tricomp_torch.integers.choice import Unit, choose, nodes_on
-from tricomp_torch.integers.effect import Examples, usage
+from tricomp_torch.integers.choice import Unit, choose, nodes_on, usage
+from tricomp_torch.integers.effect import Examples
 from tricomp_torch.integers.examples import batches_of
 from tricomp_torch.integers.forms import OutputFirstConvTranspose, input_first, output_first
 from tricomp_torch.integers.nodes import Effect, NodePlan
@@ -569,7 +569,7 @@ def test_effects_of_unlike_outputs():
             return self.value
 
     wanted = torch.tensor([[1.0, 2.0], [4.0, -math.inf]])
-    examples = Examples(Fixed(wanted), batches_of(torch.ones(1)))
+    examples = Examples(Fixed(wanted), batches_of(torch.ones(1)), Budget())
     assert examples.effect(Fixed(wanted)) == Effect(0.0, 1.0, 1.0)
     other = examples.effect(Fixed(torch.tensor([[2.0, 1.4], [4.0, -math.inf]])))
     assert other.max_error == pytest.approx(1 / 3)
@@ -739,6 +739,7 @@ def test_weights_that_are_integers_already():
         ({"budget": 0.99}, "budget: expected a Budget, got float"),
         ({"budget": Budget(cosine=1.5)}, "budget.cosine: expected a number from -1 to 1"),
         ({"budget": Budget(top1=99.5)}, "budget.top1"),
+        ({"budget": Budget(top1="0.9")}, "budget.top1: expected a number from 0 to 1, got '0.9'"),  # type: ignore[arg-type]
         ({"budget": Budget(max_error=-1.0)}, "of at least 0"),
         ({"budget": Budget(max_error=math.nan)}, "budget.max_error"),
         ({"budget": Budget(top1=0.9)}, "without example_inputs"),

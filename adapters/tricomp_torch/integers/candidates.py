@@ -1,4 +1,4 @@
-"""The nodes of a model that can become integers, and what brings each to the preset form. Imports torch.
+"""The nodes of a model that can become integers. Imports torch; changes no model.
 
 A module of a known kind is a node if it runs exactly what torch's own does. The hard thing: its weight may be used by
 others as well (a head that shares the embedding's, a weight that is read directly), and it may have hooks; such a
@@ -7,15 +7,13 @@ module stays in place, and its weight is dequantised whenever it is read.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
 
-from tricomp_torch.integers.forms import NORMS, OutputFirstConvTranspose
+from tricomp_torch.integers.forms import OutputFirstConvTranspose
 from tricomp_torch.integers.graph import Call, Graph
 from tricomp_torch.integers.nodes import Fold, Kind, NodePlan
 from tricomp_torch.tensors import PLAIN
@@ -32,7 +30,6 @@ _KINDS: dict[type[nn.Module], Kind] = {
     nn.GRU: "gru",
 }
 _METHODS = ("forward", "_conv_forward")  # what a subclass must have left as it is
-_FOLDED = ("linear", "conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d")
 _OPERATIONS = {  # of nodes that are a parameter used by itself: axes of the weight
     "linear": (2,),
     "matmul": (2,),
@@ -43,7 +40,7 @@ _OPERATIONS = {  # of nodes that are a parameter used by itself: axes of the wei
     "conv2d": (4,),
 }
 _TAKES_TURNED = ("matmul", "mm", "addmm")  # x @ weight: [in, out]
-_INPUT_FIRST = "transformers.pytorch_utils.Conv1D"
+INPUT_FIRST = "transformers.pytorch_utils.Conv1D"  # class of linear layers that hold [in, out]
 
 
 def kind_of(module: nn.Module) -> Kind | None:
@@ -55,37 +52,6 @@ def kind_of(module: nn.Module) -> Kind | None:
             is_own = all(getattr(type(module), name, None) is getattr(known, name, None) for name in _METHODS)
             return kind if is_own else None
     return None
-
-
-def folds_of(model: nn.Module, graph: Graph) -> tuple[Fold, ...]:
-    """The batch norms that can go into the layer before: those that are the only user of its output, each time.
-
-    model: the frozen copy that the graph is of, or one like it.
-    """
-    found: dict[tuple[str, str], list[int]] = {}
-    for i, call in enumerate(graph.calls):
-        layer = graph.calls[call.source] if call.source is not None else None
-        if layer is None or layer.n_users != 1 or call.module == layer.module:
-            continue
-        if type(_module(model, call.module)) not in NORMS or not _fits(model, layer):
-            continue
-        found.setdefault((layer.module, call.module), []).extend([call.source or 0, i])
-    return tuple(
-        Fold(layer, norm)
-        for (layer, norm), numbers in found.items()
-        if _is_alone(model, graph, layer, norm, set(numbers))
-    )
-
-
-def turns_of(model: nn.Module, graph: Graph) -> tuple[str, ...]:
-    """Modules whose weights are to be turned to output channel first: transposed convolutions, x @ weight layers."""
-    return tuple(
-        path
-        for path, module in model.named_modules()
-        if (kind_of(module) in ("conv_transpose1d", "conv_transpose2d") or _class(module) == _INPUT_FIRST)
-        and not _why_in_place(model, module, graph, [f"{path}.weight".lstrip(".")], is_to_turn=True)
-        and not _is_tied(graph, [f"{path}.weight".lstrip(".")])
-    )
 
 
 def candidates(model: nn.Module, graph: Graph, folds: tuple[Fold, ...], turns: tuple[str, ...]) -> list[NodePlan]:
@@ -109,15 +75,15 @@ def _modules(model: nn.Module, graph: Graph, folds: tuple[Fold, ...], turns: tup
         held = [model.get_parameter(name) if _is_parameter(model, name) else None for name in tensors]
         if not tensors or any(tensor is None for tensor in held):
             continue
-        why_in_place = _why_in_place(model, module, graph, tensors)
+        why = why_in_place(model, module, graph, tensors)
         words = ["output channel first"] if path in turns else []
         words += ["batch norm folded"] if path in folded else []
-        words += [why_in_place] if why_in_place else []
+        words += [why] if why else []
         node = _node(path, kind, tensors, [tensor for tensor in held if tensor is not None], words)
         aliases = tuple(other for other, first in graph.paths.items() if first == path and other != path)
         yield replace(
             node,
-            place="parameter" if why_in_place else "module",
+            place="parameter" if why else "module",
             aliases=aliases,
             reason=_why_float(module, [tensor for tensor in held if tensor is not None]),
         )
@@ -201,7 +167,7 @@ def _is_parameter(model: nn.Module, name: str) -> bool:
     return parameter is not None
 
 
-def _why_in_place(
+def why_in_place(
     model: nn.Module, module: nn.Module, graph: Graph, tensors: list[str], is_to_turn: bool = False
 ) -> str:
     """Why a module must stay and have its weights dequantised on access; empty if it can be swapped."""
@@ -223,15 +189,10 @@ def _is_owned(model: nn.Module, graph: Graph, call: Call, name: str) -> bool:
     held = [other[len(inside) :] for other, of in graph.first_names.items() if of == first and other.startswith(inside)]
     if call.op == "module":  # one of torch's own, of which the trace shows no inside
         return bool(held)
-    module = _module(model, call.module)
-    if module is None or (kind_of(module) is None and _class(module) != _INPUT_FIRST) or call.op == "output":
+    module = module_at(model, call.module)
+    if module is None or (kind_of(module) is None and class_of(module) != INPUT_FIRST) or call.op == "output":
         return False
     return any("." not in rest.removeprefix("out_proj.") for rest in held)
-
-
-def _is_tied(graph: Graph, tensors: list[str]) -> bool:
-    firsts = list(graph.first_names.values())
-    return any(firsts.count(graph.first_names.get(name, name)) > 1 for name in tensors)
 
 
 def _why_float(module: nn.Module | None, held: list[torch.Tensor]) -> str:
@@ -247,54 +208,14 @@ def _why_float(module: nn.Module | None, held: list[torch.Tensor]) -> str:
     return ""
 
 
-def _fits(model: nn.Module, layer: Call) -> bool:
-    """Whether the norm scales what are the layer's output channels."""
-    module = _module(model, layer.module)
-    kind = kind_of(module) if module is not None else None
-    if kind is None or kind not in _FOLDED or layer.op not in (*_FOLDED, "module"):
-        return False
-    if kind == "linear":  # [n, features], whose features a norm of [n, channels, length] would not scale
-        return layer.n_axes == 2
-    if kind.endswith("1d"):
-        return layer.n_axes == 3
-    return True  # a norm over images takes batches of them alone
-
-
-def _is_alone(model: nn.Module, graph: Graph, layer: str, norm: str, numbers: set[int]) -> bool:
-    """Whether the tensors of both are used in just these calls, and both can be changed."""
-    parts = [model.get_submodule(layer), model.get_submodule(norm)]
-    for path, module in zip((layer, norm), parts, strict=True):
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-            return False
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            full = f"{path}.{name}" if path else name
-            if type(tensor) not in PLAIN or (name != "num_batches_tracked" and not tensor.is_floating_point()):
-                return False
-            if any(i not in numbers for i, _ in graph.uses(full)) or _is_tied_elsewhere(graph, full):
-                return False
-    held: Any = parts[1]
-    is_counted = held.running_mean is not None and held.running_var is not None
-    return is_counted and held.num_features == math.prod(_rows(parts[0]))
-
-
-def _is_tied_elsewhere(graph: Graph, name: str) -> bool:
-    """Whether a tensor has names in other modules; those of one module that stands at several paths are fine."""
-    owner = graph.paths.get(name.rpartition(".")[0])
-    first = graph.first_names.get(name, name)
-    others = [other.rpartition(".")[0] for other, held in graph.first_names.items() if held == first]
-    return any(graph.paths.get(other) != owner for other in others)
-
-
-def _rows(layer: Any) -> tuple[int]:
-    return (layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels,)
-
-
-def _module(model: nn.Module, path: str) -> nn.Module | None:
+def module_at(model: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path; None if there is none."""
     try:
         return model.get_submodule(path)
     except AttributeError:
         return None
 
 
-def _class(module: nn.Module) -> str:
+def class_of(module: nn.Module) -> str:
+    """The full name of a module's class."""
     return f"{type(module).__module__}.{type(module).__qualname__}"

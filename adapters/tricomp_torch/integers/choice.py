@@ -7,10 +7,10 @@ add up exactly, so it is always the whole choice that is measured, and nodes tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tricomp_torch.integers.effect import usage
 from tricomp_torch.integers.nodes import Budget, Effect, NodePlan
 
 _MOST_PUT_DOWN = 32  # measurements
@@ -115,3 +115,19 @@ def _put_down(
                 found = tried
                 break
     return found
+
+
+def usage(effect: Effect, budget: Budget) -> float:
+    """How much of the budget an effect uses: at most 1 if it is within, the worst of its limits."""
+    pairs = [(effect.max_error, budget.max_error)]
+    if budget.cosine is not None:
+        pairs.append((1 - effect.cosine, 1 - budget.cosine))
+    if budget.top1 is not None and effect.top1 is not None:
+        pairs.append((1 - effect.top1, 1 - budget.top1))
+    return max((_part(used, limit) for used, limit in pairs if limit is not None), default=0.0)
+
+
+def _part(used: float, limit: float) -> float:
+    if used <= limit:
+        return used / limit if limit else 0.0
+    return used / limit if limit > 0 else math.inf

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 
@@ -19,27 +20,27 @@ from tricomp_torch.integers.nodes import Budget, Effect
 class Examples:
     """Batches with the float model's outputs for them, which `effect` compares others with."""
 
-    def __init__(self, model: torch.nn.Module, batches: Sequence[Batch], top1_axis: int = -1) -> None:
-        """model: the float model, in eval mode. Raises InvalidArgument as `examples.run` does."""
-        self._batches = batches
-        self._top1_axis = top1_axis
-        self._wanted = [run(model, batch, f"example batch {i}") for i, batch in enumerate(batches)]
-        self._top1_name = _top1_name(self._wanted[0], top1_axis)
+    def __init__(self, model: torch.nn.Module, batches: Sequence[Batch], budget: Budget) -> None:
+        """model: the float model, in eval mode.
 
-    def check(self, budget: Budget) -> None:
-        """Raise InvalidArgument if the budget is of an output that the model does not give."""
+        Raises InvalidArgument as `examples.run` does, and if the budget is of an output that the model does not give.
+        """
+        self._batches = batches
+        self._top1_axis = axis = budget.top1_axis
+        self._wanted = [run(model, batch, f"example batch {i}") for i, batch in enumerate(batches)]
+        self._top1_name = _top1_name(self._wanted[0], axis)
         if budget.top1 is not None and self._top1_name is None:
+            outputs = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in self._wanted[0].items())
             raise InvalidArgument(
-                f"budget.top1: no output has two or more axes, one of them {budget.top1_axis}, to take the arg max "
-                f"over; outputs are {', '.join(f'{name} {list(t.shape)}' for name, t in self._wanted[0].items())}. "
-                "Use max_error or cosine."
+                f"budget.top1: no output has two or more axes, one of them {axis}, to take the arg max over; outputs "
+                f"are {outputs}. Use max_error or cosine."
             )
 
     def effect(self, model: torch.nn.Module, n_batches: int | None = None) -> Effect:
         """How far the outputs of another model, in eval mode, are from the float model's, on the first batches."""
         comparisons: dict[str, _Comparison] = {}
         n_same = n_all = 0
-        for i, (batch, wanted) in enumerate(list(zip(self._batches, self._wanted, strict=True))[:n_batches]):
+        for i, (batch, wanted) in enumerate(islice(zip(self._batches, self._wanted, strict=True), n_batches)):
             got = run(model, batch, f"example batch {i}")
             for name, tensor in wanted.items():
                 comparisons.setdefault(name, _Comparison()).add(tensor, got.get(name))
@@ -98,22 +99,6 @@ class _Comparison:
         if self._wanted_square == 0.0 or self._got_square == 0.0:
             return float(self._wanted_square == self._got_square)
         return min(1.0, self._dot / math.sqrt(self._wanted_square * self._got_square))
-
-
-def usage(effect: Effect, budget: Budget) -> float:
-    """How much of the budget an effect uses: at most 1 if it is within, the worst of its limits."""
-    pairs = [(effect.max_error, budget.max_error)]
-    if budget.cosine is not None:
-        pairs.append((1 - effect.cosine, 1 - budget.cosine))
-    if budget.top1 is not None and effect.top1 is not None:
-        pairs.append((1 - effect.top1, 1 - budget.top1))
-    return max((_part(used, limit) for used, limit in pairs if limit is not None), default=0.0)
-
-
-def _part(used: float, limit: float) -> float:
-    if used <= limit:
-        return used / limit if limit else 0.0
-    return used / limit if limit > 0 else math.inf
 
 
 def _top1_name(outputs: Outputs, axis: int) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 import msgpack
 
 from tricomp.errors import InvalidArgument
-from tricomp_torch.integers.report import table
+from tricomp_torch.integers.report import report
 
 Kind = Literal[
     "linear",
@@ -160,7 +160,7 @@ class Plan:
         raise InvalidArgument(f"no node {name!r} in this plan; it has {', '.join(node.name for node in self.nodes)}")
 
     def __str__(self) -> str:
-        return table(self)
+        return report(self)
 
     @property
     def integer_nodes(self) -> tuple[NodePlan, ...]:

@@ -19,11 +19,6 @@ _TRACES = {
 
 def report(plan: Plan) -> str:
     """The plan node by node: form, type, error of the outputs (without examples: of the weights), bytes; totals."""
-    return table(plan)
-
-
-def table(plan: Plan) -> str:
-    """The same."""
     rows = [_HEAD, *(_row(node) for node in plan.nodes)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
     lines = [
