@@ -125,7 +125,12 @@ def test_what_is_not_asked_for_is_not_decoded(tmp_path, monkeypatch):
         ckpt.save(1, model=saved, extra={"note": [1], "kept": ramp(3)}).result()
         asked: list[str] = []
         load_into = File.load_into
-        monkeypatch.setattr(File, "load_into", lambda file, targets: (asked.extend(targets), load_into(file, targets)))
+
+        def spied(file, targets):
+            asked.extend(targets)
+            load_into(file, targets)
+
+        monkeypatch.setattr(File, "load_into", spied)
         found = ckpt.restore(model={"b": net(x=torch.zeros(400, 500))}, rng=False)
     assert asked == ["model/b/x", "extra/kept"]
     assert found.extra["kept"].tolist() == ramp(3).tolist()

@@ -515,6 +515,34 @@ def test_a_save_goes_around_a_damaged_parent(folder, caplog, reference_in):
         assert store.verify().intact == (40,)
 
 
+@pytest.mark.parametrize("reference_in", ["host", "store"])
+def test_what_may_change_once_it_is_encoded_is_not_encoded_twice(folder, monkeypatch, reference_in):
+    """Somebody waits for a leaf: damage of the parent is known before; else the save fails."""
+    trees = [{"x": np.arange(20_000) % (7 + k), "y": np.arange(20_000) * (3 + k) % 1009} for k in range(3)]
+    with Store(folder) as store:
+        for step in (10, 20):
+            store.save(step, trees[step // 10 - 1])
+        with store.open(20) as file:
+            damaged = file._frame_of[file._index["y"]].offset + file.coded_bytes("y") // 2
+    data = bytearray(file_of(folder, 20).read_bytes())
+    data[damaged] ^= 1
+    file_of(folder, 20).write_bytes(data)
+    monkeypatch.setattr(codec.engine, "BATCH_WORDS", 1)
+    monkeypatch.setattr(codec.engine, "THREAD_WORDS", 1)
+    told: list[int] = []
+    with Store(folder, reference_in=reference_in) as store:
+        first = codec.First(["x"], lambda: told.append(1))
+        assert store.save(30, trees[2], first=first).parent is None
+        assert told == [1]
+        assert equal(store.load(30), trees[2])
+        store.remove(30)
+        monkeypatch.setattr(tricomp.store, "check_all", lambda file: None)  # as if it was damaged just now
+        with pytest.raises(CorruptFrame, match="of 'y': checksum"):
+            store.save(30, trees[2], first=first)
+        assert told == [1, 1]
+        assert store.steps() == [10, 20]
+
+
 # One writer
 
 

@@ -11,6 +11,9 @@ import operator
 import os
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from threading import Event
 from typing import Any, Literal, TypeVar
 
 from tricomp import codec, storage
@@ -51,9 +54,9 @@ class Store:
     keyframe: how often a checkpoint stands alone. keep: retention policies; when
     there are any, each save prunes what none of them wants and nothing kept needs; the step just saved is never pruned.
     reference: code against the previous checkpoint (smallest) or the last keyframe (loads faster).
-    spec: how to encode. reference_in: keep a copy of the last saved words in host memory, or decode them from the
-    store at the next save ("store": no memory held between saves). threads, backend: to encode and decode with, see
-    tricomp.open.
+    spec: how to encode. reference_in: keep a copy of the last saved words in host memory, as much as the state, or
+    decode them from the store at the next save, batch by batch ("store": no memory held between saves). threads,
+    backend: to encode and decode with, see tricomp.open.
 
     The next checkpoint is coded against the one that this Store last saved or loaded, else against the nearest lower
     step. So after load(1000) of a run that went on to 1500, save(1010) continues from 1000; steps above stay where they
@@ -345,13 +348,29 @@ class Store:
         if self._held is not None and self._held.content_id == parent.content_id.hex():
             return self._write(step, content, self._held, metadata, since_keyframe, first=first)
         self._held = None
+        told = Event()
+        if first is not None and first.when_done is not None:
+            first = replace(first, when_done=partial(_tell, told, first.when_done))
         try:
             with self._steps.open(parent.step, is_reference=True) as file:
-                base = file if self._reference_in == "store" else file.content()
-                return self._write(step, content, base, metadata, since_keyframe, first=first)
+                return self._write(step, content, self._base_of(file, first), metadata, since_keyframe, first=first)
         except (CorruptFile, CorruptFrame, MissingStep) as error:
+            if told.is_set() and first is not None and first.paths:  # they may have changed since they were encoded
+                raise
             _log.warning("step %d stands alone, since step %d cannot be read: %s", step, parent.step, error)
             return self._write(step, content, None, metadata, first=first)
+
+    def _base_of(self, file: File, first: codec.First | None) -> File | Content:
+        """What to code against: the parent's file, whose words are decoded batch by batch when they are needed.
+
+        If somebody waits for leaves to be encoded, so that they may change, damage must be known before.
+        """
+        if first is not None and first.paths:
+            if self._bucket is None:
+                check_all(file)
+            elif self._reference_in != "store":
+                return file.content()
+        return file
 
     def _write(
         self,
@@ -405,6 +424,11 @@ class Store:
     def _lossless(self) -> Spec | None:
         """The spec without its rounding: a rebased step decodes to what it was."""
         return None if self._spec is None else Spec(tier=self._spec.tier, chunk_log2=self._spec.chunk_log2)
+
+
+def _tell(told: Event, when_done: Callable[[], None]) -> None:
+    told.set()
+    when_done()
 
 
 def check_all(file: File) -> None:
