@@ -17,7 +17,17 @@ from pathlib import Path
 
 from tests import native_build
 
-TESTS = ("native", "native_parts", "native_damage", "native_gathered", "planner", "codec", "damage", "golden")
+TESTS = (
+    "native",
+    "native_parts",
+    "native_damage",
+    "native_gathered",
+    "native_quantize",
+    "planner",
+    "codec",
+    "damage",
+    "golden",
+)
 SETS = ("avx512", "avx2", "portable")
 # The report of a sanitizer is for the terminal, and its own handler of faults for it to keep.
 PYTEST = ("-p", "no:cacheprovider", "-p", "no:faulthandler", "--capture=sys")

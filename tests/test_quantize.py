@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Any
 
@@ -221,3 +222,26 @@ def test_packing_refuses_what_does_not_fit():
         pack_int4(np.zeros(3, np.int32))
     with pytest.raises(InvalidArgument, match=r"3 codes are packed as uint8\[..., 2\], got uint8\[3\]"):
         unpack_int4(np.zeros(3, np.uint8), 3)
+
+
+PINNED = {
+    ("float32", 8, None, "float32"): "cf6cf9d3805d8b45",
+    ("float32", 4, 32, "bfloat16"): "fbbe16d2c7fe5a8f",
+    ("bfloat16", 8, None, "bfloat16"): "200a107e3b4f0031",
+    ("float16", 4, None, "float32"): "0210f5c7b676c1db",
+    ("float64", 6, 64, "float32"): "4653fff76cff23df",
+}
+
+
+@pytest.mark.parametrize("options", PINNED)
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_codes_never_change(options, backend):
+    """They are part of what files hold: who quantises again must get the same."""
+    dtype, bits, group, scale_dtype = options
+    numbers = np.arange(40 * 300, dtype=np.uint64)
+    numbers = (numbers * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)  # 24 bits, well spread
+    values = (numbers.astype(np.float64) / (1 << 23) - 1) ** 3 / 16  # exact to 2^-53, many small, few large
+    found = quantize(
+        values.astype(FLOATS[dtype]).reshape(40, 300), bits, group=group, scale_dtype=scale_dtype, backend=backend
+    )
+    assert hashlib.sha256(found.codes.tobytes() + found.scales.tobytes()).hexdigest()[:16] == PINNED[options]

@@ -34,6 +34,7 @@ Array = np.ndarray[Any, Any]
 
 _SUFFIXES = (".safetensors", ".npz", ".npy", ".pt", ".bin", ".msgpack")
 _SLICE_BYTES = 16 << 20  # of a tensor, quantised at a time
+_MEASURED = 1 << 15  # elements whose errors are looked at at a time: they fit a cache
 
 
 @dataclass(frozen=True)
@@ -199,15 +200,16 @@ def _quantized(name: str, array: Array, options: Mapping[str, Any], shelf: _Shel
 
 def _measure(rows: Array, found: Quantized, sums: list[float]) -> None:
     """Add the errors of some rows."""
-    again = dequantize(found).reshape(-1)
-    values = rows.reshape(-1)
-    for first in range(0, len(values), 1 << 16):
-        value = values[first : first + (1 << 16)].astype(np.float64)
-        error = again[first : first + (1 << 16)].astype(np.float64) - value
-        sums[0] += float(error @ error)
-        sums[1] += float(value @ value)
-        sums[2] = max(sums[2], float(np.abs(error).max(initial=0)))
-        sums[3] = max(sums[3], float(np.abs(value).max(initial=0)))
+    again, values = dequantize(found).reshape(-1), rows.reshape(-1)
+    for first in range(0, len(values), _MEASURED):
+        some = slice(first, first + _MEASURED)
+        value = values[some].astype(np.float64)
+        error = np.abs(again[some] - value)
+        sums[2] = max(sums[2], float(error.max()))
+        sums[3] = max(sums[3], float(value.max()), -float(value.min()))
+        # Squared and summed: a product of vectors would wake threads, which costs more.
+        sums[0] += float(np.square(error, out=error).sum())
+        sums[1] += float(np.square(value, out=value).sum())
 
 
 def _coded_bytes(report: Report) -> dict[str, int]:
