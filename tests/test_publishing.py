@@ -356,6 +356,32 @@ def test_a_trainer_that_comes_back_goes_on(format: Any, tmp_path: Path) -> None:
         Publisher(run, full_every=0)
 
 
+def test_a_publisher_goes_on_after_an_error_in_the_memory_it_has(tmp_path: Path) -> None:
+    states = run_of(5)
+    publisher = Publisher(tmp_path / "run")
+    publisher.publish(states[0], 0)
+    lock = Folder(str(tmp_path / "run")).lock()
+    with pytest.raises(errors.StoreLocked):
+        publisher.publish(states[1], 1)
+    lock.release()
+    tracemalloc.start()
+    try:
+        for version in (1, 2, 3, 4):
+            moving = {name: array.copy("F") for name, array in states[version].items()}
+            assert publisher.publish(moving, version).base == version - 1
+            for array in moving.values():
+                array[...] = 7  # training goes on
+            del moving, array
+            if version == 1:
+                before = tracemalloc.get_traced_memory()[0]
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert grown < sum(array.nbytes for array in states[0].values()) // 2
+    apply(tmp_path / "local", tmp_path / "run")
+    assert same(model_in(tmp_path / "local"), states[4])
+
+
 def test_a_second_publisher_is_refused(tmp_path: Path) -> None:
     states = run_of(2)
     publish(states[0], tmp_path, 0)
@@ -839,6 +865,8 @@ def test_tensors_that_numpy_does_not_see_are_compared_where_they_are(tmp_path: P
 
     held = {name: tensor.copied_there() for name, tensor in tensors().items()}
     publish(held, tmp_path, 0)
+    publisher = torch_publishing.Publisher(tmp_path / "own")
+    publisher.tensors = lambda state: {**tensors()}  # type: ignore[method-assign]
     _moved(module, 3)
     for encoding in ("xor", "overwrite"):
         done = publish(tensors(), tmp_path / encoding, 1, base=held, encoding=encoding)
@@ -846,6 +874,12 @@ def test_tensors_that_numpy_does_not_see_are_compared_where_they_are(tmp_path: P
         assert not publish(plain, tmp_path / encoding, 1, base=held).is_new
         again = publish(plain, tmp_path / f"{encoding}2", 1, base=held, encoding=encoding)
         assert done.file_bytes == again.file_bytes
+    for version in range(4):
+        _moved(module, 10 + version)
+        assert publisher.publish(module, version).base == (version - 1 if version else None)
+    arrays = {name: tensor.copied().leaf() for name, tensor in tensors().items()}
+    apply(tmp_path / "local", tmp_path / "own")
+    assert same(model_in(tmp_path / "local"), arrays)
     publish(tensors(), tmp_path / "whole", 1)
     expected = _bits(module)
     _moved(module, 5)

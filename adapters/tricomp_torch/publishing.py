@@ -21,7 +21,7 @@ from tricomp.publishing import apply as apply_on_host
 from tricomp.publishing.lineage import Lineage
 from tricomp.publishing.live import apply_to_tensors
 from tricomp.publishing.publication import Options, open_base
-from tricomp.publishing.tensors import Array, HostTensor, Tensor, code_of, tensors_of
+from tricomp.publishing.tensors import Array, HostTensor, Tensor, code_of, plain_copy, tensors_of
 from tricomp.publishing.trainer import publish_tensors
 from tricomp_torch.objects import unwrapped
 from tricomp_torch.tensors import is_on_host, to_array, to_leaf, to_numpy
@@ -77,7 +77,13 @@ class DeviceTensor(Tensor):
 
     def copied(self) -> Tensor:
         leaf = self._leaf
-        return HostTensor(np.array(leaf) if isinstance(leaf, np.ndarray) else to_numpy(leaf), "a copy")
+        return HostTensor(plain_copy(leaf) if isinstance(leaf, np.ndarray) else to_numpy(leaf), "a copy")
+
+    def take(self, other: Tensor) -> None:
+        if isinstance(other, DeviceTensor):
+            self._bytes.copy_(other._bytes)
+        else:
+            self._bytes.copy_(torch.from_numpy(np.array(other.read(0, other.n_bytes))))
 
     def copied_there(self) -> Tensor:
         """A copy beside it."""
@@ -157,11 +163,8 @@ class Publisher(HostPublisher):
     def tensors(self, state: Any) -> Mapping[str, Tensor]:
         return _tensors(state)
 
-    def copied(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return {
-            name: tensor.copied_there() if self._is_on_device and isinstance(tensor, DeviceTensor) else tensor.copied()
-            for name, tensor in state.items()
-        }
+    def copied(self, tensor: Tensor) -> Tensor:
+        return tensor.copied_there() if self._is_on_device and isinstance(tensor, DeviceTensor) else tensor.copied()
 
 
 def _tensors(state: Any) -> dict[str, Tensor]:

@@ -52,12 +52,15 @@ class Publisher:
         new, options = self.tensors(state), self.options
         if self._full_every is not None and version % self._full_every == 0:
             options = replace(options, full=True)
-        if self._is_kept and self._held is not None and self._held[0] == version - 1:
+        if self._held is not None and self._held[0] == version - 1:
             done = publish_tensors(new, self.folder, version, self._held[1], options, is_known=True)
         else:
             with open_base(self._first if self._is_base_needed(version) else None) as base:
                 done = publish_tensors(new, self.folder, version, base, options)
-        self._held = version, self.copied(new) if self._is_kept else {}
+        before, self._held = self._held, None  # while it is written over, it is no version
+        if self._is_kept:
+            held = {} if before is None else before[1]
+            self._held = version, {name: self._kept(tensor, held.get(name)) for name, tensor in new.items()}
         return done
 
     def _is_base_needed(self, version: int) -> bool:
@@ -70,6 +73,13 @@ class Publisher:
         """The Tensors of a state."""
         return tensors_of(state)
 
-    def copied(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Tensors that stay as they are, whatever becomes of the state."""
-        return {name: tensor.copied() for name, tensor in state.items()}
+    def copied(self, tensor: Tensor) -> Tensor:
+        """A tensor that stays as it is, whatever becomes of the state."""
+        return tensor.copied()
+
+    def _kept(self, tensor: Tensor, held: Tensor | None) -> Tensor:
+        """A copy, in the memory of the last one if it is of the same kind."""
+        if held is None or held.kind != tensor.kind:
+            return self.copied(tensor)
+        held.take(tensor)
+        return held

@@ -63,7 +63,11 @@ class Tensor(ABC):
 
     def copied(self) -> Tensor:
         """A copy on the host, which stays as it is."""
-        return HostTensor(np.array(self.leaf()), "a copy")
+        return HostTensor(plain_copy(self.leaf()), "a copy")
+
+    def take(self, other: Tensor) -> None:
+        """Become a copy of another of the same kind. Only for what copied gave."""
+        raise InvalidArgument(f"a {type(self).__name__} cannot be written to.")
 
     @property
     def address(self) -> int | None:
@@ -96,6 +100,11 @@ class HostTensor(Tensor):
     def address(self) -> int | None:
         return self._array.ctypes.data if self.n_bytes else None
 
+    def take(self, other: Tensor) -> None:
+        assert not self.n_bytes or np.may_share_memory(self._array, self._bytes)  # else leaf() would stay as it was
+        for start, stop in ranges(self.n_bytes):
+            self._bytes[start:stop] = other.read(start, stop)
+
     def write(self, words: Array) -> None:
         if not self._array.flags.writeable:
             raise InvalidArgument("the array is read-only. Give a copy of it.")
@@ -121,6 +130,11 @@ class StoredTensor(Tensor):
 def code_of(dtype: dtypes.DType) -> str:
     """safetensors' name of a dtype, or its own where safetensors has none."""
     return header.NAMES.get(dtype.name, dtype.name)
+
+
+def plain_copy(array: Array) -> Array:
+    """A copy in C order and little-endian, so that its bytes are views of it."""
+    return np.array(array, array.dtype.newbyteorder("<"), order="C")
 
 
 def shaped(words: Array, code: str, shape: tuple[int, ...]) -> Array:
