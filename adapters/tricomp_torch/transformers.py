@@ -49,7 +49,8 @@ class TricompTrainerMixin(_Base):  # type: ignore[misc]
     Store has policies of its own. model_files: also write into checkpoint-* what from_pretrained reads.
 
     A save copies the state and goes on; it is written behind training. It holds model, optimizer, scheduler,
-    GradScaler, TrainerState with its callbacks, and of each process the random states and the loss not yet logged.
+    GradScaler, TrainerState with its callbacks, and of each process the random states and the loss not yet logged
+    (with transformers before 5, the first loss logged after a resume is the mean of the steps since then).
 
     `train(resume_from_checkpoint=True)` goes on from the store's latest step, bit for bit like a run that was never
     interrupted; a step number or a folder checkpoint-<step> names another. What was not saved by this class is left
