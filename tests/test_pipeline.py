@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import threading
 import time
 from pathlib import Path
@@ -15,6 +17,7 @@ from tricomp import codec
 from tricomp.archive_output import put_together, write_ahead
 from tricomp.checkpoint import put
 from tricomp.content import content_of
+from tricomp.folder import Folder
 from tricomp.memory import Memory
 
 TREE = {f"w{i}": weights((50 + i, 400), seed=i) for i in range(12)}
@@ -183,3 +186,27 @@ def test_a_file_is_synced_where_that_is_asked_for(tmp_path, monkeypatch, is_sync
     synced.clear()
     put_together([str(tmp_path / name) for name in "xy"], [[b"x"], [b"y"]], is_synced)
     assert bool(synced) == is_synced
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system is not told of bytes that are written")
+@pytest.mark.parametrize("refuses", [False, True])
+def test_the_disk_begins_while_pieces_are_made(tmp_path, monkeypatch, refuses):
+    """Each byte is asked for once, in order, as soon as enough are there; who refuses changes nothing."""
+    begun: list[tuple[int, int]] = []
+
+    def advise(descriptor: int, begin: int, n_bytes: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_DONTNEED
+        assert os.fstat(descriptor).st_size >= begin + n_bytes - io.DEFAULT_BUFFER_SIZE
+        begun.append((begin, n_bytes))
+        if refuses:
+            raise OSError("not on this file system")
+
+    monkeypatch.setattr("os.posix_fadvise", advise)
+    monkeypatch.setattr("tricomp.folder._BEGUN_BYTES", 100_000)
+    pieces = [np.random.default_rng(i).bytes(30_011) for i in range(11)]
+    Folder(str(tmp_path)).put("a", iter(pieces))
+    assert (tmp_path / "a").read_bytes() == b"".join(pieces)
+    assert begun == [(0, 4 * 30_011), (4 * 30_011, 4 * 30_011)]
+    begun.clear()
+    Folder(str(tmp_path)).put("a", iter(pieces), is_synced=False)
+    assert not begun
