@@ -629,6 +629,14 @@ def test_plans_are_plain_data(text_plan, digits_plan):
         {**state, "nodes": 3},
         {**state, "folds": [{"layer": "a"}]},
         {**state, "surprise": 1},
+        {**state, "nodes": [{**state["nodes"][0], "bits": 7}]},
+        {**state, "nodes": [{**state["nodes"][0], "bits": "8"}]},
+        {**state, "nodes": [{**state["nodes"][0], "name": 3}]},
+        {**state, "nodes": [{**state["nodes"][0], "tensors": "stem"}]},
+        {**state, "nodes": [{**state["nodes"][0], "integer_bytes": True}]},
+        {**state, "trace": None},
+        {**state, "shapes": {"stem": [1, None]}},
+        {key: value for key, value in state.items() if key != "nodes"},
         [],
     ]
     for bad in damaged:
@@ -658,6 +666,16 @@ def test_a_plan_fits_its_model_only(digits_model, digits_plan, text_model):
         prepare(text_model, digits_plan)
     with pytest.raises(InvalidArgument, match=r"'stem.0.weight' is of shape \[24, 1, 3, 3\] there and \[8, 1, 3, 3\]"):
         prepare(models.Digits(8), digits_plan)
+    for change in (
+        {"folds": (Fold("stem.2", "stem.1"),)},
+        {"folds": (Fold("stem.0", "nowhere"),)},
+        {"folds": (Fold("stem.0", "head"),)},
+        {"folds": (Fold("stem.0", "hidden_norm"),)},
+        {"turns": ("stem.1",)},
+        {"turns": ("up.weight",)},
+    ):
+        with pytest.raises(InvalidArgument, match="Plan this model|without one"):
+            prepare(digits_model, dataclasses.replace(digits_plan, **change))
     with pytest.raises(InvalidArgument, match="no node 'nowhere'"):
         digits_plan["nowhere"]
 

@@ -96,7 +96,11 @@ def prepare(model: nn.Module, plan: Plan, *, needs_data: bool = True) -> nn.Modu
     other tensors, or the model cannot be copied.
     """
     check_same(model, plan.shapes)
-    return in_preset_form(frozen_copy(model, needs_data=needs_data), plan.folds, plan.turns)
+    copy = frozen_copy(model, needs_data=needs_data)
+    try:
+        return in_preset_form(copy, plan.folds, plan.turns)
+    except (AttributeError, TypeError, RuntimeError) as error:  # a plan may come from a file
+        raise InvalidArgument(f"the plan's folds and turns do not fit this model: {error}. Plan this model.") from error
 
 
 def in_preset_form(model: nn.Module, folds: Sequence[Fold], turns: Sequence[str]) -> nn.Module:

@@ -8,8 +8,9 @@ dict differs from the original's where batch norms were folded or weights turned
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, Self
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from types import NoneType, UnionType
+from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 import msgpack
 
@@ -186,17 +187,8 @@ class Plan:
         """The plan of such a dict. Raises InvalidArgument if it is none."""
         if not isinstance(state, Mapping) or state.get("version") != _VERSION:
             raise InvalidArgument(f"this is no plan of version {_VERSION}: a dict made by Plan.to_dict was expected")
-        state = {key: value for key, value in state.items() if key != "version"}
-        try:
-            state["nodes"] = tuple(_made(NodePlan, node) for node in state["nodes"])
-            state["folds"] = tuple(_made(Fold, fold) for fold in state["folds"])
-            state["turns"] = tuple(state["turns"])
-            state["budget"] = None if state["budget"] is None else _made(Budget, state["budget"])
-            state["measured"] = None if state["measured"] is None else _made(Effect, state["measured"])
-            state["shapes"] = {name: tuple(shape) for name, shape in state["shapes"].items()}
-            return cls(**state)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise InvalidArgument(f"this is no plan: {error}. A dict made by Plan.to_dict was expected.") from error
+        made: Self = _made(cls, {key: value for key, value in state.items() if key != "version"}, "plan")
+        return made
 
     def to_bytes(self) -> bytes:
         """The plan as msgpack."""
@@ -220,9 +212,34 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _made(kind: Any, state: Mapping[str, Any]) -> Any:
-    """A dataclass of a dict; lists become tuples."""
-    known = {each.name for each in fields(kind)}
-    if not set(state) <= known:
-        raise InvalidArgument(f"{kind.__name__} has no {sorted(set(state) - known)}")
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in state.items()})
+def _made(kind: Any, state: Any, where: str) -> Any:
+    """A value of an annotated type, of plain values: dicts become dataclasses, lists tuples. Checks every type."""
+    origin, inside = get_origin(kind), get_args(kind)
+    if is_dataclass(kind) and isinstance(kind, type) and isinstance(state, Mapping):
+        kinds = get_type_hints(kind)
+        if unknown := [key for key in state if key not in kinds]:
+            raise InvalidArgument(f"{where}: a {kind.__name__} has no {unknown[0]!r}. Plan.to_dict makes such a dict.")
+        try:
+            return kind(**{key: _made(kinds[key], value, f"{where}.{key}") for key, value in state.items()})
+        except TypeError as error:
+            raise InvalidArgument(f"{where}: this is no {kind.__name__}: {error}. Plan.to_dict makes it.") from error
+    if origin is Literal and any(state == choice and type(state) is type(choice) for choice in inside):
+        return state
+    if origin in (Union, UnionType):
+        if state is None and NoneType in inside:
+            return None
+        (kind,) = (each for each in inside if each is not NoneType)  # None or one other, no more
+        return _made(kind, state, where)
+    if origin is tuple and isinstance(state, (list, tuple)):
+        return tuple(_made(inside[0], item, f"{where}[{i}]") for i, item in enumerate(state))
+    if origin is Mapping and isinstance(state, Mapping):
+        return {
+            _made(inside[0], key, where): _made(inside[1], item, f"{where}[{key!r}]") for key, item in state.items()
+        }
+    if kind is float and type(state) is int:
+        return float(state)
+    if type(state) is kind:
+        return state
+    raise InvalidArgument(
+        f"{where}: expected {getattr(kind, '__name__', kind)}, got {state!r:.80}. Plan.to_dict makes such a dict."
+    )
