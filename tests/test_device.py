@@ -17,6 +17,7 @@ import tricomp_torch
 import tricomp
 from tests.kernel_cases import on_device as tensor_of
 from tests.kernel_cases import torch
+from tests.sparse_file import write_sparse_file
 from tricomp import codec, dtypes
 from tricomp.codec.batch import Work
 from tricomp.codec.engine import Engine
@@ -232,6 +233,18 @@ def test_leaves_are_decoded_into_parts_of_larger_tensors(tmp_path):
     assert (room[:33] == 77).all()
     assert (room[20033:] == 77).all()
     assert small.tolist() == [0, *range(7), 0]
+
+
+def test_words_that_32_bits_cannot_number(tmp_path):
+    """Chunks beyond 2^31 words and 4 GiB of a frame, read by kernels: of a file that is a hole."""
+    n_words = (1 << 31) + 777
+    ones = [3, (1 << 29) - 1, (1 << 31) - 2, (1 << 31) + 1, n_words - 1]
+    write_sparse_file(tmp_path / "large.tri", {"w": (n_words,)}, "bfloat16", ones)
+    with tricomp.open(tmp_path / "large.tri", backend="triton") as file:
+        for one in ones:
+            start, stop = max(one - 3, 0), min(one + 4, n_words)
+            part = file.elements("w", start, stop).view(np.uint16)
+            assert [start + int(k) for k in np.flatnonzero(part)] == [k for k in ones if start <= k < stop]
 
 
 def test_numpy_arrays_by_the_triton_backend():
