@@ -17,6 +17,7 @@ from tricomp import numpy as numpy_pair
 from tricomp.errors import InvalidArgument, UnsupportedNode
 from tricomp.tensors import SafeOpen, arrays_of, require_tensors, require_text
 from tricomp_torch.files import notes_of, plain_reference, with_notes
+from tricomp_torch.filling import Filling
 from tricomp_torch.tensors import PLAIN, Array, to_tensor
 from tricomp_torch.trees import flatten, maker_of
 
@@ -43,16 +44,26 @@ class TorchSafeOpen(SafeOpen[torch.Tensor]):
     def get_tensor(self, name: str) -> torch.Tensor:
         """A whole tensor, with the strides it had. Raises MissingLeaf, CorruptFrame, WrongReference."""
         path = self.path_of(name)
+        if self._device is None:
+            return self._filled([path])[path]
         return maker_of(notes_of(self.file.metadata)).tensor(path, self.file[path], self._device)
 
     def get_tensors(self) -> dict[str, torch.Tensor]:
         """All tensors by name, in the order of the file; those that were tied are tied."""
-        maker = maker_of(notes_of(self.file.metadata))
         names = {self.path_of(name): name for name in self.offset_keys()}
+        if self._device is None:
+            return {names[path]: tensor for path, tensor in self._filled(list(names)).items()}
+        maker = maker_of(notes_of(self.file.metadata))
         made: dict[str, torch.Tensor] = {}
         for path, array in arrays_of(self.file, names):
             made[names[path]] = maker.tensor(path, array, self._device)
         return made
+
+    def _filled(self, paths: list[str]) -> dict[str, torch.Tensor]:
+        """Tensors by path, decoded to where they are; also of what was an array when it was saved."""
+        notes = {name: table for name, table in notes_of(self.file.metadata).items() if name in ("ties", "strides")}
+        found: dict[str, torch.Tensor] = Filling(self.file, notes).load(paths)
+        return found
 
 
 def save_file(
