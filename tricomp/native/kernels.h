@@ -2,6 +2,7 @@
 #pragma once
 
 #include "chunk.h"
+#include "multiply_kernels.h"
 #include "quantize_kernels.h"
 #include "stats_kernels.h"
 
@@ -24,6 +25,7 @@ struct Kernels {
     PriceTables* price_tables;
     Majority* majority;
     QuantizeKernels quantizing;
+    MultiplyKernels multiplying;
     Stats stats[4];  // of words of 8, 16, 32 and 64 bits
 };
 

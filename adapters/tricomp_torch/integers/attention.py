@@ -91,7 +91,9 @@ class IntegerMultiheadAttention(nn.Module):
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights if is_batched else weights.squeeze(0)
         else:
-            out = F.scaled_dot_product_attention(q, k, v, mask)
+            # As torch: where the hint says all, the mask is not looked at, and keys that were added are not seen.
+            is_causal = is_causal and key_padding_mask is None
+            out = F.scaled_dot_product_attention(q, k, v, None if is_causal else mask, is_causal=is_causal)
         out = self.out_proj(out.transpose(1, 2).reshape(n_batch, n_queries, self.embed_dim))
         if not is_batched:
             return out.squeeze(0), weights

@@ -1,29 +1,32 @@
-"""Products with integer weights: which way is taken for which shape, all in one place. Imports torch only.
+"""Products with integer weights: which way is taken for which shape and place, all here. Imports torch and the codec.
 
-Inputs are float; each row of them becomes int8 for the product if that was planned ("dynamic"). The hard thing: the
-codes are kept once, as they are saved. Kernels that want weights in a layout of their own are not used: laying out 4
-million weights took oneDNN 23 ms and FBGEMM 14 ms, longer than to read them as floats, and both copies would stay.
+On the CPU the core's native kernel reads the codes as they are saved. The hard thing: kernels that want weights in a
+layout of their own are not used. Laying out 4 million weights took oneDNN 23 ms and FBGEMM 14 ms, longer than to read
+them as floats; and one copy to save and one to run would both stay in memory.
 
-Measured on 2 cores of AMD Zen 4 with AVX512-VNNI, torch 2.13, rows of input x (4096, 1024), milliseconds of one thread:
+Measured on one core of AMD Zen 4 with AVX512-VNNI, torch 2.13, rows of input by 4096 x 1024 weights, milliseconds:
 
-    rows   float32   torch._int_mm(x, w.t())   torch._int_mm(w, x.t())   weights to floats in blocks   at once
-       1      0.56                      0.06                      0.07                          0.61       3.1
-       4      1.46                      0.38                      0.43                          1.50       4.8
-      16      2.62                      0.61                      0.43                          2.45       6.0
-     128     13                         2.7                       3.0                          13         16
+    rows   float32   FBGEMM, laid out   torch._int_mm   native   inputs float: native   by torch   4 bits: native
+       1      0.56               0.08            0.10     0.12                   0.34        3.1             0.59
+      16      2.62               0.35            0.75     0.53                   1.97        6.0             2.16
+     128     13                  3.0             3.6      3.4                   12          16              12
+
+Where inputs are not said to be float, they become int8 within these times. For one row of float32 others took, with
+weights as int8 alone, 3.4 ms (torch._weight_int8pack_mm), as int4 15 ms (torch._weight_int4pack_mm_for_cpu), and with
+signed inputs 89 ms (torch.ops.onednn.qlinear_pointwise).
 """
 
 from __future__ import annotations
 
-import platform
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from tricomp.codec import multiplying
+
 LARGEST = 127  # code of a row's largest magnitude
 _BLOCK_WEIGHTS = 1 << 18  # as floats they stay in a core's cache
-_TURNED_ROWS = range(8, 48)  # numbers of rows for which oneDNN is faster the other way round
 _MOST_TERMS = 1 << 17  # sums of more products of codes may not fit an int32
 _LEAST = 16  # torch._int_mm of torch 2.13 mistakes the strides of matrices of one column, and sums garbage
 _CUDA_ROWS = 32  # cuBLAS takes more than 16 rows
@@ -47,6 +50,8 @@ def linear(
     if rows.shape[0] == 0 or n_out == 0 or n_in == 0:
         out = rows.new_zeros(rows.shape[0], n_out)
         out = out if bias is None else out + bias.to(out.dtype)
+    elif codes.device.type == "cpu" and multiplying.is_fast(n_in):
+        out = _native_linear(rows, codes, scales, bias, bits, group, is_dynamic)
     elif is_dynamic and bits == 8 and group is None and _has_integer_product(codes):
         out = _integer_linear(rows, codes, scales, bias)
     else:
@@ -65,7 +70,7 @@ def values(
     if group is None:
         made = codes * scales[:, None]
     elif n_in % group == 0:
-        made = (codes.reshape(len(codes), -1, group) * scales[:, :, None]).reshape(len(codes), n_in)
+        made = (codes.reshape(len(codes), n_in // group, group) * scales[:, :, None]).reshape(len(codes), n_in)
     else:
         made = codes * scales.repeat_interleave(group, 1)[:, :n_in]
     if dtype == torch.float16:
@@ -76,7 +81,7 @@ def values(
 def unpacked(packed: torch.Tensor, n: int) -> torch.Tensor:
     """int8 [out, n] of codes of 4 bits, two a byte, low bits first."""
     signed = packed.view(torch.int8)
-    return torch.stack([signed << 4 >> 4, signed >> 4], -1).reshape(len(packed), -1)[:, :n]
+    return torch.stack([signed << 4 >> 4, signed >> 4], -1).reshape(len(packed), 2 * packed.shape[1])[:, :n]
 
 
 def to_codes(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,13 +98,39 @@ def rounded_rows(rows: torch.Tensor) -> torch.Tensor:
     return (codes * scales).to(rows.dtype)
 
 
+def _native_linear(
+    rows: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int,
+    group: int | None,
+    is_dynamic: bool,
+) -> torch.Tensor:
+    out = torch.empty(rows.shape[0], codes.shape[0])
+    multiplying.multiply(
+        _array(rows.float()),
+        _array(codes),
+        _array(scales if scales.dtype == torch.float32 else scales.view(torch.int16)),
+        None if bias is None else _array(bias.float()),
+        out.numpy(),
+        bits,
+        group,
+        is_dynamic,
+        torch.get_num_threads(),
+    )
+    return out.to(rows.dtype)
+
+
+def _array(tensor: torch.Tensor) -> Any:
+    return tensor.detach().contiguous().numpy()
+
+
 def _has_integer_product(codes: torch.Tensor) -> bool:
     n_out, n_in = codes.shape
     if not _LEAST <= n_in <= _MOST_TERMS or n_out < _LEAST:
         return False
-    if codes.is_cuda:
-        return n_out % 8 == 0 and n_in % 8 == 0
-    return codes.device.type == "cpu" and _HAS_ONEDNN
+    return not codes.is_cuda or (n_out % 8 == 0 and n_in % 8 == 0)
 
 
 def _integer_linear(
@@ -109,11 +140,7 @@ def _integer_linear(
     n_rows = len(inputs)
     if inputs.is_cuda and n_rows < _CUDA_ROWS:
         inputs = F.pad(inputs, (0, 0, 0, _CUDA_ROWS - n_rows))
-    if n_rows in _TURNED_ROWS and not inputs.is_cuda:
-        sums = torch._int_mm(codes, inputs.t()).t()
-    else:
-        sums = torch._int_mm(inputs, codes.t())[:n_rows]
-    out = sums * scales.float()
+    out = torch._int_mm(inputs, codes.t())[:n_rows] * scales.float()
     out = out.mul_(input_scales) if bias is None else torch.addcmul(bias.float(), out, input_scales)
     return out.to(rows.dtype)
 
@@ -135,7 +162,3 @@ def _float_linear(
         block = values(codes[first:last], scales[first:last], bits, n_in, group, rows.dtype)
         out[:, first:last] = rows @ block.t()
     return out if bias is None else out.add_(bias)
-
-
-_onednn: Any = torch.backends.mkldnn
-_HAS_ONEDNN = _onednn.is_available() and platform.machine().lower() in ("x86_64", "amd64")

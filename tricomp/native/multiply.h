@@ -1,0 +1,438 @@
+// Products of float rows with integer weights. Stage header: no STL.
+//
+// Inputs become codes of 8 bits, or stay float; weights are read as they are saved. The hard thing: VNNI multiplies
+// unsigned by signed bytes, so weights are made unsigned by adding 128 (or 8) as they are read, and 128 times the sum of
+// the inputs is taken off again: once a row where a row has one scale; in groups, lane by lane before each step.
+#pragma once
+
+#include <cstring>
+
+#include "isa.h"
+#include "multiply_kernels.h"
+
+TRICOMP_BEGIN
+namespace multiplying {
+
+constexpr size_t ROWS = MULTIPLY_ROWS;
+constexpr size_t TILE = 4;  // outputs at a time, of ROWS rows
+constexpr size_t LANES = TRICOMP_HAS_AVX512 ? 16 : TRICOMP_HAS_AVX2 ? 8 : 4;
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+
+INLINE float float_at(const uint8_t* from, size_t i) {
+    float x;
+    memcpy(&x, from + 4 * i, 4);
+    return x;
+}
+
+INLINE float scale_at(FloatFormat format, const uint8_t* scales, size_t i) {
+    if (format == FloatFormat::FLOAT32) return float_at(scales, i);
+    uint16_t half;
+    memcpy(&half, scales + 2 * i, 2);
+    const uint32_t bits = uint32_t(half) << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+INLINE size_t rounded_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
+
+// ---- Inputs as codes
+
+// A prepared row of codes: its head, int8[padded(n_in)], 0 beyond n_in; then in groups int32[padded / 4 or / 8], what each
+// lane of each step starts at. At 4 bits codes stand 64 of even places before 64 of odd ones, as weights come apart.
+struct Head {
+    float scale;
+    int32_t sum;
+    uint8_t rest[56];
+};
+static_assert(sizeof(Head) == MULTIPLY_ALIGN, "rows stay aligned");
+
+INLINE size_t step_of(const Multiplying& task) { return task.bits == 8 ? 64 : 128; }  // codes in 64 bytes of weights
+INLINE size_t padded(const Multiplying& task) { return rounded_up(task.n_in, step_of(task)); }
+INLINE int32_t offset_of(const Multiplying& task) { return task.bits == 8 ? 128 : 8; }
+
+INLINE size_t place(uint32_t bits, size_t i) { return bits == 8 ? i : (i & ~size_t(127)) + (i & 1) * 64 + (i & 127) / 2; }
+
+// The largest magnitude, NaN if there is one: as integers, magnitudes of floats compare alike, and NaNs are above all.
+INLINE float largest_of(const uint8_t* input, size_t n) {
+    uint32_t largest = 0;
+    for (size_t i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, input + 4 * i, 4);
+        bits &= 0x7FFFFFFFu;
+        largest = bits > largest ? bits : largest;
+    }
+    float x;
+    memcpy(&x, &largest, 4);
+    return x;
+}
+
+constexpr float ROUNDER = 0x1.8p23f;  // a float below 2^22 plus this has its nearest integer in its low bits; ties to even
+
+INLINE void to_codes(const uint8_t* input, size_t n, float scale, int8_t* codes) {
+    for (size_t i = 0; i < n; i++) {
+        const float shifted = float_at(input, i) / scale + ROUNDER;
+        uint32_t bits;
+        memcpy(&bits, &shifted, 4);
+        codes[i] = int8_t(bits);
+    }
+}
+
+INLINE void prepare_codes(const Multiplying& task, const uint8_t* input, uint8_t* prepared) {
+    const size_t n = padded(task);
+    Head head = {};
+    head.scale = largest_of(input, task.n_in) / 127.0f;
+    if (head.scale == 0.0f) head.scale = 1.0f;
+    int8_t* codes = reinterpret_cast<int8_t*>(prepared + sizeof head);
+    if (task.bits == 8) {
+        to_codes(input, task.n_in, head.scale, codes);
+        memset(codes + task.n_in, 0, n - task.n_in);
+    } else {
+        int8_t block[128];
+        for (size_t at = 0; at < n; at += 128) {
+            const size_t held = task.n_in - at < 128 ? task.n_in - at : 128;
+            memset(block, 0, sizeof block);
+            to_codes(input + 4 * at, held, head.scale, block);
+            for (size_t i = 0; i < 64; i++) {
+                codes[at + i] = block[2 * i];
+                codes[at + 64 + i] = block[2 * i + 1];
+            }
+        }
+    }
+    int32_t sum = 0;
+    for (size_t i = 0; i < n; i++) sum += codes[i];
+    head.sum = sum;
+    if (task.has_groups()) {
+        uint8_t* starts = prepared + sizeof head + n;
+        for (size_t at = 0; at < n; at += step_of(task)) {
+            for (size_t lane = 0; lane < 16; lane++) {
+                int32_t inside = 0;
+                for (size_t i = 4 * lane; i < 4 * lane + 4; i++)
+                    inside += codes[at + i] + (task.bits == 4 ? codes[at + 64 + i] : 0);
+                inside *= -offset_of(task);
+                memcpy(starts, &inside, 4);
+                starts += 4;
+            }
+        }
+    }
+    memcpy(prepared, &head, sizeof head);
+}
+
+INLINE size_t code_bytes(const Multiplying& task) {
+    const size_t starts = task.has_groups() ? padded(task) / step_of(task) * 64 : 0;
+    return sizeof(Head) + padded(task) + starts;
+}
+
+// ---- Weights to floats, inputs float
+
+INLINE void to_floats(const Multiplying& task, size_t output, float* floats) {
+    const uint8_t* codes = task.codes + output * task.row_bytes();
+    const uint8_t* scales = task.scales + output * task.scale_bytes();
+    const size_t each = task.has_groups() ? task.group : task.n_in;
+    for (size_t at = 0, i_group = 0; at < task.n_in; at += each, i_group++) {
+        const float scale = scale_at(task.scale_format, scales, i_group);
+        const size_t n = task.n_in - at < each ? task.n_in - at : each;
+        if (task.bits == 8) {
+            for (size_t i = 0; i < n; i++) floats[at + i] = float(int8_t(codes[at + i])) * scale;
+        } else {
+            for (size_t i = 0; i < n / 2; i++) {
+                const uint8_t two = codes[at / 2 + i];
+                floats[at + 2 * i] = float(int32_t(uint32_t(two) << 28) >> 28) * scale;
+                floats[at + 2 * i + 1] = float(int32_t(int8_t(two)) >> 4) * scale;
+            }
+            if (n % 2) floats[at + n - 1] = float(int32_t(uint32_t(codes[(at + n) / 2]) << 28) >> 28) * scale;
+        }
+    }
+}
+
+// a * b + c; in one rounding where there is an instruction for it.
+INLINE Floats multiplied(const Floats& a, const Floats& b, const Floats& c) {
+#if TRICOMP_HAS_AVX512
+    return Floats(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
+#elif TRICOMP_HAS_AVX2
+    return Floats(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
+#else
+    return a * b + c;
+#endif
+}
+
+INLINE float sum_of(const Floats& lanes) {
+    float sum = 0;
+    for (size_t i = 0; i < LANES; i++) sum += lanes[i];
+    return sum;
+}
+
+template <size_t M>
+INLINE void float_tile(const float* const* rows, const float* weights, size_t n, float (*sums)[TILE]) {
+    Floats lanes[M][TILE] = {};
+    for (size_t i = 0; i < n; i += LANES) {
+        Floats w[TILE], x;
+        for (size_t o = 0; o < TILE; o++) memcpy(&w[o], weights + o * n + i, sizeof x);
+        for (size_t m = 0; m < M; m++) {
+            memcpy(&x, rows[m] + i, sizeof x);
+            for (size_t o = 0; o < TILE; o++) lanes[m][o] = multiplied(x, w[o], lanes[m][o]);
+        }
+    }
+    for (size_t m = 0; m < M; m++)
+        for (size_t o = 0; o < TILE; o++) sums[m][o] = sum_of(lanes[m][o]);
+}
+
+INLINE void multiply_floats(
+    const Multiplying& task, const uint8_t* prepared, size_t first, size_t last, uint8_t* scratch, uint8_t* out
+) {
+    const size_t n = rounded_up(task.n_in, 16);
+    float* weights = reinterpret_cast<float*>(scratch);
+    for (size_t o = 0; o < TILE; o++)
+        for (size_t i = task.n_in; i < n; i++) weights[o * n + i] = 0;
+    for (size_t at = first; at < last; at += TILE) {
+        const size_t n_here = last - at < TILE ? last - at : TILE;
+        for (size_t o = 0; o < n_here; o++) to_floats(task, at + o, weights + o * n);
+        for (size_t m = 0; m < task.n_rows; m += ROWS) {
+            const float* rows[ROWS];
+            for (size_t r = 0; r < ROWS; r++) rows[r] = reinterpret_cast<const float*>(prepared + (m + r) * n * 4);
+            const size_t n_held = task.n_rows - m < ROWS ? task.n_rows - m : ROWS;
+            float sums[ROWS][TILE];
+            if (n_held == 1)
+                float_tile<1>(rows, weights, n, sums);
+            else
+                float_tile<ROWS>(rows, weights, n, sums);
+            for (size_t r = 0; r < n_held; r++) {
+                for (size_t o = 0; o < n_here; o++) {
+                    const float sum = sums[r][o] + (task.bias == nullptr ? 0.0f : float_at(task.bias, at + o));
+                    memcpy(out + 4 * ((m + r) * task.n_out + at + o), &sum, 4);
+                }
+            }
+        }
+    }
+}
+
+// ---- Codes by codes
+
+#if TRICOMP_HAS_AVX512
+
+// Sums of the lanes of 16 vectors, in their order.
+INLINE __m512i sums_of(const __m512i* v) {
+    __m512i pairs[8], fours[4], eights[2];
+    for (size_t i = 0; i < 8; i++)
+        pairs[i] = _mm512_add_epi32(
+            _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]));
+    for (size_t i = 0; i < 4; i++)
+        fours[i] = _mm512_add_epi32(
+            _mm512_unpacklo_epi64(pairs[2 * i], pairs[2 * i + 1]), _mm512_unpackhi_epi64(pairs[2 * i], pairs[2 * i + 1]));
+    for (size_t i = 0; i < 2; i++)
+        eights[i] = _mm512_add_epi32(
+            _mm512_shuffle_i32x4(fours[2 * i], fours[2 * i + 1], 0x88),
+            _mm512_shuffle_i32x4(fours[2 * i], fours[2 * i + 1], 0xDD));
+    return _mm512_add_epi32(
+        _mm512_shuffle_i32x4(eights[0], eights[1], 0x88), _mm512_shuffle_i32x4(eights[0], eights[1], 0xDD));
+}
+
+INLINE __m512 float_sums_of(const __m512* v) {
+    __m512 pairs[8], fours[4], eights[2];
+    for (size_t i = 0; i < 8; i++)
+        pairs[i] = _mm512_add_ps(
+            _mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+    for (size_t i = 0; i < 4; i++) {
+        const __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
+        fours[i] = _mm512_add_ps(
+            _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    for (size_t i = 0; i < 2; i++)
+        eights[i] = _mm512_add_ps(
+            _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0x88),
+            _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xDD));
+    return _mm512_add_ps(
+        _mm512_shuffle_f32x4(eights[0], eights[1], 0x88), _mm512_shuffle_f32x4(eights[0], eights[1], 0xDD));
+}
+
+// The scales of the 16 lanes of a step: lane i holds codes of the group first + picks[i].
+INLINE __m512 lane_scales(const Multiplying& task, const uint8_t* scales, size_t first, __m512i picks) {
+    const size_t left = task.n_groups() - first;
+    const __mmask16 mask = left >= 16 ? 0xFFFF : __mmask16((1u << left) - 1);
+    __m512 held;
+    if (task.scale_format == FloatFormat::FLOAT32) {
+        held = _mm512_maskz_loadu_ps(mask, scales + 4 * first);
+    } else {
+        const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, scales + 2 * first));
+        held = _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+    }
+    return _mm512_permutexvar_ps(picks, held);
+}
+
+// M rows by 16 / M outputs. BITS of a weight; IN_GROUPS: whether scales change within a row.
+template <size_t M, uint32_t BITS, bool IN_GROUPS>
+INLINE void code_tile(const Multiplying& task, const uint8_t* const* rows, const uint8_t* const* weights,
+                      const uint8_t* const* scales, float* sums) {
+    constexpr size_t O = 16 / M, STEP = BITS == 8 ? 64 : 128;
+    const __m512i flip = _mm512_set1_epi8(BITS == 8 ? int8_t(-128) : 8), low = _mm512_set1_epi8(15);
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const size_t n_bytes = task.row_bytes(), n = padded(task);
+    __m512i whole[16];
+    __m512 scaled[16];
+    for (size_t i = 0; i < 16; i++) {
+        whole[i] = _mm512_setzero_si512();
+        scaled[i] = _mm512_setzero_ps();
+    }
+    for (size_t at = 0, i_step = 0; at < n; at += STEP, i_step++) {
+        const size_t i_byte = i_step * 64, left = n_bytes - i_byte;
+        const __mmask64 mask = left >= 64 ? ~__mmask64(0) : (__mmask64(1) << left) - 1;
+        __m512i x[M], odd[M], starts[M];
+        for (size_t m = 0; m < M; m++) {
+            const uint8_t* codes = rows[m] + sizeof(Head) + at;
+            x[m] = _mm512_load_si512(codes);
+            if (BITS == 4) odd[m] = _mm512_load_si512(codes + 64);
+            starts[m] = IN_GROUPS ? _mm512_load_si512(rows[m] + sizeof(Head) + n + i_step * 64) : _mm512_setzero_si512();
+        }
+        size_t first = 0;
+        __m512i picks = lane;
+        if (IN_GROUPS) {  // lane i holds codes from at + i * STEP / 16 on
+            first = at / task.group;
+            const uint32_t inside = uint32_t(at - first * task.group);
+            const __m512 place = _mm512_cvtepi32_ps(_mm512_add_epi32(
+                _mm512_mullo_epi32(lane, _mm512_set1_epi32(STEP / 16)), _mm512_set1_epi32(int32_t(inside))));
+            picks = _mm512_cvttps_epi32(_mm512_div_ps(place, _mm512_set1_ps(float(task.group))));
+        }
+        for (size_t o = 0; o < O; o++) {
+            __m512i w = _mm512_maskz_loadu_epi8(mask, weights[o] + i_byte), high = w;
+            if (BITS == 4) {
+                high = _mm512_xor_si512(_mm512_and_si512(_mm512_srli_epi16(w, 4), low), flip);
+                w = _mm512_and_si512(w, low);
+            }
+            w = _mm512_xor_si512(w, flip);
+            __m512 scale = _mm512_setzero_ps();
+            if (IN_GROUPS) scale = lane_scales(task, scales[o], first, picks);
+            for (size_t m = 0; m < M; m++) {
+                __m512i sum = IN_GROUPS ? starts[m] : whole[m * O + o];
+                sum = _mm512_dpbusd_epi32(sum, w, x[m]);
+                if (BITS == 4) sum = _mm512_dpbusd_epi32(sum, high, odd[m]);
+                if (IN_GROUPS)
+                    scaled[m * O + o] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, scaled[m * O + o]);
+                else
+                    whole[m * O + o] = sum;
+            }
+        }
+    }
+    if (IN_GROUPS) {
+        _mm512_storeu_ps(sums, float_sums_of(scaled));
+        return;
+    }
+    int32_t offsets[16];
+    float factors[16];
+    for (size_t i = 0; i < 16; i++) {
+        Head head;
+        memcpy(&head, rows[i / O], 8);
+        offsets[i] = offset_of(task) * head.sum;
+        factors[i] = scale_at(task.scale_format, scales[i % O], 0);
+    }
+    const __m512i exact = _mm512_sub_epi32(sums_of(whole), _mm512_loadu_si512(offsets));
+    _mm512_storeu_ps(sums, _mm512_mul_ps(_mm512_cvtepi32_ps(exact), _mm512_loadu_ps(factors)));
+}
+
+#else
+
+template <size_t M, uint32_t BITS, bool IN_GROUPS>
+INLINE void code_tile(const Multiplying& task, const uint8_t* const* rows, const uint8_t* const* weights,
+                      const uint8_t* const* scales, float* sums) {
+    constexpr size_t O = 16 / M, STEP = BITS == 8 ? 64 : 128;
+    const size_t each = IN_GROUPS ? task.group : task.n_in;
+    for (size_t o = 0; o < O; o++) {
+        float of_rows[M] = {};
+        for (size_t at = 0, i_group = 0; at < task.n_in; at += each, i_group++) {
+            const size_t end = at + each < task.n_in ? at + each : task.n_in;
+            const float scale = scale_at(task.scale_format, scales[o], i_group);
+            for (size_t m = 0; m < M; m++) {
+                const int8_t* x = reinterpret_cast<const int8_t*>(rows[m] + sizeof(Head));
+                int32_t sum = 0;
+                if (BITS == 8) {
+                    const int8_t* w = reinterpret_cast<const int8_t*>(weights[o]);
+                    for (size_t i = at; i < end; i++) sum += int32_t(x[i]) * int32_t(w[i]);
+                } else {
+                    for (size_t from = at; from < end;) {  // a group may end within a step
+                        const size_t base = from / STEP * STEP, to = base + STEP < end ? base + STEP : end;
+                        const uint8_t* w = weights[o] + base / 2;
+                        const size_t begin = (from - base) / 2, half = (to - base + 1) / 2;  // an odd end: a code of 0
+                        for (size_t i = begin; i < half; i++)
+                            sum += x[base + i] * (int32_t(uint32_t(w[i]) << 28) >> 28) +
+                                   x[base + 64 + i] * (int32_t(int8_t(w[i])) >> 4);
+                        from = to;
+                    }
+                }
+                of_rows[m] += float(sum) * scale;
+            }
+        }
+        for (size_t m = 0; m < M; m++) sums[m * O + o] = of_rows[m];
+    }
+}
+
+#endif
+
+template <size_t M, uint32_t BITS, bool IN_GROUPS>
+INLINE void multiply_codes(const Multiplying& task, const uint8_t* prepared, size_t first, size_t last, uint8_t* out) {
+    constexpr size_t O = 16 / M;
+    const size_t row_bytes = code_bytes(task);
+    for (size_t at = first; at < last; at += O) {
+        const uint8_t *weights[O], *scales[O];
+        const size_t n_here = last - at < O ? last - at : O;
+        for (size_t o = 0; o < O; o++) {
+            const size_t output = at + (o < n_here ? o : n_here - 1);  // beyond the last: the last again, not kept
+            weights[o] = task.codes + output * task.row_bytes();
+            scales[o] = task.scales + output * task.scale_bytes();
+        }
+        for (size_t m = 0; m < task.n_rows; m += M) {
+            const uint8_t* rows[M];
+            for (size_t r = 0; r < M; r++) rows[r] = prepared + (m + r) * row_bytes;
+            float sums[16];
+            code_tile<M, BITS, IN_GROUPS>(task, rows, weights, scales, sums);
+            for (size_t r = 0; r < M && m + r < task.n_rows; r++) {
+                const float factor = float_at(rows[r], 0);
+                for (size_t o = 0; o < n_here; o++) {
+                    const float sum = sums[r * O + o] * factor + (task.bias == nullptr ? 0.0f : float_at(task.bias, at + o));
+                    memcpy(out + 4 * ((m + r) * task.n_out + at + o), &sum, 4);
+                }
+            }
+        }
+    }
+}
+
+template <size_t M>
+INLINE void multiply_rows(const Multiplying& task, const uint8_t* prepared, size_t first, size_t last, uint8_t* out) {
+    if (task.bits == 8)
+        task.has_groups() ? multiply_codes<M, 8, true>(task, prepared, first, last, out)
+                          : multiply_codes<M, 8, false>(task, prepared, first, last, out);
+    else
+        task.has_groups() ? multiply_codes<M, 4, true>(task, prepared, first, last, out)
+                          : multiply_codes<M, 4, false>(task, prepared, first, last, out);
+}
+
+// ---- What the module calls
+
+static size_t prepared_bytes(const Multiplying& task) {
+    return task.is_dynamic ? code_bytes(task) : rounded_up(task.n_in, 16) * 4;
+}
+
+static size_t scratch_bytes(const Multiplying& task) {
+    return task.is_dynamic ? 0 : TILE * rounded_up(task.n_in, 16) * 4;
+}
+
+static void prepare(const Multiplying& task, const uint8_t* input, uint8_t* prepared) {
+    if (task.is_dynamic) {
+        prepare_codes(task, input, prepared);
+        return;
+    }
+    memcpy(prepared, input, 4 * task.n_in);
+    memset(prepared + 4 * task.n_in, 0, prepared_bytes(task) - 4 * task.n_in);
+}
+
+static void multiply(
+    const Multiplying& task, const uint8_t* prepared, size_t first, size_t last, uint8_t* scratch, uint8_t* out
+) {
+    if (!task.is_dynamic)
+        multiply_floats(task, prepared, first, last, scratch, out);
+    else if (task.n_rows == 1)
+        multiply_rows<1>(task, prepared, first, last, out);
+    else
+        multiply_rows<ROWS>(task, prepared, first, last, out);
+}
+
+}  // namespace multiplying
+TRICOMP_END

@@ -1,0 +1,114 @@
+// Products with integer weights for the Python module _core. Limited API of Python 3.11.
+//
+// module.cpp includes this and no one else does. multiply.py packs what is given. The hard thing: threads. A framework
+// whose idle threads still spin would share its cores with threads of ours; so where the process has an OpenMP runtime
+// for all to see, as PyTorch's, its threads are used.
+#pragma once
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <dlfcn.h>
+#endif
+
+#include <atomic>
+#include <memory>
+
+#include "kernels.h"
+#include "module_parts.h"
+#include "threads.h"
+
+namespace tricomp {
+namespace {
+
+constexpr size_t MULTIPLY_SHARE = size_t(1) << 15;  // elements that are worth a thread
+
+// Call work() in so many threads at once.
+template <class Work>
+void in_threads(size_t n_threads, const Work& work) {
+    typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
+#if defined(__unix__) || defined(__APPLE__)
+    static const Parallel parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+#else
+    const Parallel parallel = nullptr;
+#endif
+    if (n_threads <= 1) {
+        work();
+    } else if (parallel != nullptr) {
+        parallel([](void* held) { (*static_cast<const Work*>(held))(); }, const_cast<Work*>(&work), unsigned(n_threads), 0);
+    } else {
+        share(n_threads, n_threads, [&] { return [&](size_t) { work(); }; });
+    }
+}
+
+// Memory that starts at a multiple of MULTIPLY_ALIGN.
+struct Aligned {
+    explicit Aligned(size_t n_bytes) : memory(new uint8_t[n_bytes + MULTIPLY_ALIGN]) {
+        const uintptr_t at = reinterpret_cast<uintptr_t>(memory.get());
+        start = memory.get() + (MULTIPLY_ALIGN - at % MULTIPLY_ALIGN) % MULTIPLY_ALIGN;
+    }
+    std::unique_ptr<uint8_t[]> memory;
+    uint8_t* start;
+};
+
+// Inputs made ready, then outputs, by so many threads.
+inline void multiply_all(const Multiplying& task, const uint8_t* input, size_t n_threads, uint8_t* out) {
+    const MultiplyKernels& multiplying = kernels().multiplying;
+    const size_t n_padded = (task.n_rows + MULTIPLY_ROWS - 1) / MULTIPLY_ROWS * MULTIPLY_ROWS;
+    const size_t row_bytes = multiplying.prepared_bytes(task), scratch_bytes = multiplying.scratch_bytes(task);
+    const size_t n_each = (task.n_out / (n_threads * 4) / MULTIPLY_OUTPUTS + 1) * MULTIPLY_OUTPUTS;
+    Aligned prepared(n_padded * row_bytes), scratch(n_threads * scratch_bytes);
+    std::memset(prepared.start + task.n_rows * row_bytes, 0, (n_padded - task.n_rows) * row_bytes);
+    std::atomic<size_t> next_row{0}, next{0}, i_thread{0};
+    in_threads(task.n_rows * task.n_in < MULTIPLY_SHARE ? 1 : n_threads, [&] {
+        for (size_t row = next_row++; row < task.n_rows; row = next_row++)
+            multiplying.prepare(task, input + row * 4 * task.n_in, prepared.start + row * row_bytes);
+    });
+    const bool is_small = task.n_rows * task.n_out < MULTIPLY_SHARE * 16 / task.n_in;
+    in_threads(is_small ? 1 : n_threads, [&] {
+        uint8_t* mine = scratch.start + (i_thread++) * scratch_bytes;
+        for (size_t first = n_each * next++; first < task.n_out; first = n_each * next++) {
+            const size_t last = first + n_each < task.n_out ? first + n_each : task.n_out;
+            multiplying.multiply(task, prepared.start, first, last, mine, out);
+        }
+    });
+}
+
+// A request (rows, in, out, group, bits, format of scales, whether inputs become codes), inputs, codes, scales, bias or
+// None, out, threads: fills out.
+PyObject* multiply(PyObject*, PyObject* args) {
+    return guarded([&]() -> PyObject* {
+        PyObject* objects[6];
+        Py_ssize_t n_threads;
+        if (!PyArg_ParseTuple(args, "OOOOOOn", &objects[0], &objects[1], &objects[2], &objects[3], &objects[4], &objects[5],
+                              &n_threads))
+            throw std::domain_error("");
+        Buffers buffers;
+        const Bytes packed = buffers.take(objects[0]), input = buffers.take(objects[1]), codes = buffers.take(objects[2]);
+        const Bytes scales = buffers.take(objects[3]), bias = buffers.take(objects[4]), out = buffers.take(objects[5], true);
+        uint64_t fields[7];
+        require(packed.n_bytes == sizeof fields, "a request of another length");
+        std::memcpy(fields, packed.data, sizeof fields);
+        constexpr uint64_t MOST = uint64_t(1) << 31;
+        require(fields[0] < MOST && fields[1] && fields[1] <= MULTIPLY_MOST && fields[2] < MOST && fields[3] &&
+                    fields[3] < MOST && fields[3] % 16 == 0 && (fields[4] == 8 || fields[4] == 4) && fields[5] < 2,
+                "a request that contradicts itself");
+        Multiplying task;
+        task.n_rows = size_t(fields[0]), task.n_in = size_t(fields[1]), task.n_out = size_t(fields[2]);
+        task.group = size_t(fields[3]), task.bits = uint32_t(fields[4]), task.scale_format = FloatFormat(fields[5]);
+        task.is_dynamic = fields[6] != 0;
+        task.codes = codes.data, task.scales = scales.data, task.bias = bias.data;
+        require(input.n_bytes == 4 * task.n_rows * task.n_in, "inputs of another number");
+        require(codes.n_bytes == task.n_out * task.row_bytes(), "codes of another number");
+        require(scales.n_bytes == task.n_out * task.scale_bytes(), "scales of another number");
+        require(bias.data == nullptr || bias.n_bytes == 4 * task.n_out, "a bias of another number");
+        require(out.n_bytes == 4 * task.n_rows * task.n_out, "outputs of another number");
+        if (task.n_rows == 0 || task.n_out == 0) Py_RETURN_NONE;
+        {
+            Unlocked unlocked;
+            multiply_all(task, input.data, size_t(n_threads), const_cast<uint8_t*>(out.data));
+        }
+        Py_RETURN_NONE;
+    });
+}
+
+}  // namespace
+}  // namespace tricomp
