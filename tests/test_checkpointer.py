@@ -583,6 +583,42 @@ def test_where_the_previous_words_are_held(tmp_path, reference_in):
             assert file.parent is not None
 
 
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_the_previous_words_are_held_as_they_were_copied(tmp_path, monkeypatch, in_flight):
+    """No second copy is made of them, and no later save writes over them, also where one fails after it was written."""
+    run, expected = begin(), {}
+    with Checkpointer(tmp_path, in_flight=in_flight) as ckpt:
+        for step in range(8):
+            expected[step] = state(*run[:2])
+            with monkeypatch.context() as patch:
+                if step == 4:
+                    ckpt.wait()
+                    patch.setattr(ckpt.store, "_prune", lambda: 1 // 0)
+                saving = ckpt.save(step, model=run[0], optimizer=run[1])
+                train(run, 1)
+                if step == 4:
+                    with pytest.raises(ZeroDivisionError):
+                        saving.result()
+        ckpt.wait()
+        assert [ckpt.store.holds(buffer.holds) for buffer in ckpt._buffers].count(True) == 1
+        again = begin(seed=8)
+        for step, found in expected.items():
+            ckpt.restore(model=again[0], optimizer=again[1], step=step)
+            assert state(*again[:2]) == found
+            with ckpt.store.open(step) as file:
+                assert (file.parent is None) == (step == 0)
+        assert ckpt.store.verify().is_clean
+
+
+def test_no_memory_is_kept_for_words_in_the_store(tmp_path):
+    run = begin()
+    with Checkpointer(tmp_path, reference_in="store") as ckpt:
+        for step in range(3):
+            ckpt.save(step, model=run[0], optimizer=run[1]).result()
+        assert not ckpt.store.holds(lambda words: True)
+        assert [buffer._memory is None for buffer in ckpt._buffers].count(False) == 1
+
+
 def test_wrappers_of_modules_have_the_keys_of_what_they_wrap(tmp_path):
     """What torch.compile or DataParallel was trained with goes into the plain module, and the other way round."""
     model = Net()

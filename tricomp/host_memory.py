@@ -64,6 +64,11 @@ class HostBuffer:
             made.append(memory[begin : begin + array.nbytes].view(array.dtype).reshape(array.shape))
         return made, _begin(made, arrays)
 
+    def reserve_as(self, other: HostBuffer) -> None:
+        """Get as much memory as another has, from the system too, so that the next copies need not wait for that."""
+        if other._memory is not None and (self._memory is None or len(self._memory) < len(other._memory)):
+            self._reserve(len(other._memory)).fill(0)
+
     def release(self) -> None:
         """Let go of the memory."""
         self._memory = self._owner = None

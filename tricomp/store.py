@@ -16,6 +16,8 @@ from functools import partial
 from threading import Event
 from typing import Any, Literal, TypeVar
 
+import numpy as np
+
 from tricomp import codec, storage
 from tricomp.bucket import Bucket
 from tricomp.cache import Cache
@@ -129,11 +131,13 @@ class Store:
         metadata: dict[str, Any] | None = None,
         overwrite: bool = False,
         first: codec.First | None = None,
+        is_lasting: bool = False,
     ) -> Report:
         """Write a checkpoint; when this returns it is durable, and until then every other one is as it was.
 
         step: from 0. One that is there is refused unless overwrite=True; those coded against it are then rebased first.
-        first: leaves to encode before all others, see codec.First.
+        first: leaves to encode before all others, see codec.First. is_lasting: arrays of the tree will not change while
+        `holds` tells so of one of them: on the host they are then held for the next save as they are, not copied.
         Raises InvalidArgument, UnsupportedNode, UnsupportedDtype, StorageError, StoreLocked.
         """
         step = step_number(step)
@@ -151,7 +155,7 @@ class Store:
         report = self._put(step, content, parent, metadata, since_keyframe, first)
         self._previous = step
         if parent is None or self._reference == "previous":
-            self._hold(content, report)
+            self._hold(content, report, is_lasting)
         if step < max(links, default=step):
             _log.warning("%s: saved step %d below step %d, which stays the latest", self.url, step, max(links))
         try:
@@ -386,18 +390,28 @@ class Store:
         spec, engine = spec or self._spec, self._engine
         return put(self._folder, file_name(step), content, base, spec, metadata, since_keyframe, engine, first=first)
 
-    def _hold(self, content: Content, report: Report) -> None:
-        """Keep a copy of what was saved, rounded where spec rounds: if it is what a reader of the file decodes."""
+    def holds(self, is_mine: Callable[[Any], bool]) -> bool:
+        """Whether some of the words that are held for the next save are such. is_mine: told of words as they stand."""
+        return self._held is not None and any(map(is_mine, self._held.snapshot.buffers))
+
+    def _hold(self, content: Content, report: Report, is_lasting: bool) -> None:
+        """Keep what was saved, rounded where spec rounds: if it is what a reader of the file decodes."""
         self._held = None
-        if self._reference_in != "store":
-            try:
-                snapshot = codec.bounded(content.snapshot, self._spec or Spec())
-                snapshot = codec.copied(snapshot, to_host=self._reference_in == "host")
-            except OutOfDeviceMemory as error:  # the step is in the store, from where the next one can take it
-                _log.warning("this step is not held for the next one to be coded against: %s", error)
-                return
-            held = Content(content.structure, snapshot)
-            self._held = held if held.content_id == report.content_id else None
+        if self._reference_in == "store":
+            return
+        is_rounded = self._spec is not None and bool(self._spec.keep_mantissa_bits)
+        if is_lasting and not is_rounded and all(isinstance(words, np.ndarray) for words in content.snapshot.buffers):
+            self._held = Content(content.structure, content.snapshot)
+            vars(self._held)["content_id"] = report.content_id  # not told again from the words
+            return
+        try:
+            snapshot = codec.bounded(content.snapshot, self._spec or Spec())
+            snapshot = codec.copied(snapshot, to_host=self._reference_in == "host")
+        except OutOfDeviceMemory as error:  # the step is in the store, from where the next one can take it
+            _log.warning("this step is not held for the next one to be coded against: %s", error)
+            return
+        held = Content(content.structure, snapshot)
+        self._held = held if held.content_id == report.content_id else None
 
     def _prune(self) -> tuple[int, ...]:
         protected = () if self._previous is None else (self._previous,)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, LifoQueue
 from types import TracebackType
 from typing import Any, Literal
 
@@ -108,8 +109,9 @@ class Checkpointer:
             self.store = tricomp.Store(os.fspath(store), **given)
         self._budget_bytes = budget_bytes
         self._behind: Background[tricomp.Report] = Background(n_buffers)
-        self._buffers = [HostBuffer() for _ in range(n_buffers)]
-        self._free: SimpleQueue[HostBuffer] = SimpleQueue()
+        self._buffers = [HostBuffer() for _ in range(n_buffers + 1)]  # one of which the store may hold
+        self._lent: list[HostBuffer] = []
+        self._free: LifoQueue[HostBuffer] = LifoQueue()  # so that no more of them get memory than are needed
         for buffer in self._buffers:
             self._free.put(buffer)
 
@@ -197,9 +199,23 @@ class Checkpointer:
     ) -> tricomp.Report:
         try:
             with taken.saving() as first:
-                return self.store.save(step, taken.flat.tree, metadata, overwrite, first)
+                tree = taken.flat.tree
+                return self.store.save(step, tree, metadata, overwrite, first, not taken.live)
         finally:
-            self._free.put(buffer)
+            self._give_back(buffer)
+
+    def _give_back(self, buffer: HostBuffer) -> None:
+        """A save is done: free the buffers that the store holds no words of."""
+        self._lent.append(buffer)
+        for one in tuple(self._lent):
+            if not self.store.holds(one.holds):
+                self._lent.remove(one)
+                self._free.put(one)
+        if buffer in self._lent:
+            with suppress(Empty):
+                other = self._free.get_nowait()
+                other.reserve_as(buffer)
+                self._free.put(other)
 
     def restore(
         self,
