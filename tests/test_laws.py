@@ -150,6 +150,8 @@ DOORS = {
     "zarr": ("tricomp.zarr",),
     "tqdm": ("tricomp.cli.progress",),
     "shtab": ("tricomp.cli.completion",),
+    "transformers": ("tricomp_torch.transformers",),
+    "accelerate": ("tricomp_torch.accelerate",),
 }
 
 

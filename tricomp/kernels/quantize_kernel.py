@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators, no-check-untyped-defs
 """Floats to integer codes and scales, and back. Register functions, then kernels; mirrors reference/quantize.py.
 
 FORMAT.md, "Integers". Imports triton only. The hard thing: codes must be those of the other backends. So a float

@@ -36,7 +36,7 @@ from tricomp_torch.integers.weights import IntegerWeight
 from tricomp_torch.tensors import to_array, to_tensor
 from tricomp_torch.ties import TieFinder
 
-KEY = "integer_model"
+KEY = "tricomp_integer_model"
 """The key of a file's metadata with {"version": 1, "packed": ...}: deflated msgpack of {"plan", "graph", "ties"}."""
 _VERSION = 1
 _log = logging.getLogger("tricomp")
