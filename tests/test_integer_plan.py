@@ -629,7 +629,7 @@ def test_plans_are_plain_data(text_plan, digits_plan):
         {**state, "nodes": 3},
         {**state, "folds": [{"layer": "a"}]},
         {**state, "surprise": 1},
-        {**state, "nodes": [{**state["nodes"][0], "bits": 7}]},
+        {**state, "nodes": [{**state["nodes"][0], "bits": 3}]},
         {**state, "nodes": [{**state["nodes"][0], "bits": "8"}]},
         {**state, "nodes": [{**state["nodes"][0], "name": 3}]},
         {**state, "nodes": [{**state["nodes"][0], "tensors": "stem"}]},
@@ -751,7 +751,7 @@ def test_weights_that_are_integers_already():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"bits": 7}, "bits: expected 8, 4"),
+        ({"bits": 3}, "bits: expected 8, 4"),
         ({"group": 30}, "group: expected a multiple of 16"),
         ({"activations": "int8"}, "activations: expected"),
         ({"budget": 0.99}, "budget: expected a Budget, got float"),

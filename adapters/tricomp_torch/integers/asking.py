@@ -5,12 +5,12 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
 from tricomp.errors import InvalidArgument
-from tricomp_torch.integers.nodes import Budget, NodePlan
+from tricomp_torch.integers.nodes import Bits, Budget, NodePlan
 from tricomp_torch.integers.report import budget_text
 
 Select = str | Iterable[str] | Callable[[str, nn.Module | None], bool]
@@ -21,8 +21,8 @@ _N_SHOWN = 6
 
 def check(budget: Budget, bits: Any, group: Any, activations: Any, has_examples: bool) -> None:
     """Raise InvalidArgument for arguments of `plan` that are none, or do not go together."""
-    if bits not in (8, 4, "auto"):
-        raise InvalidArgument(f'bits: expected 8, 4 or "auto", got {bits!r}')
+    if bits not in (*get_args(Bits), "auto") or isinstance(bits, bool):
+        raise InvalidArgument(f'bits: expected 8, 4, one between, or "auto", got {bits!r}')
     if group is not None and (not isinstance(group, int) or group <= 0 or group % GROUP_STEP):
         raise InvalidArgument(f"group: expected a multiple of {GROUP_STEP}, got {group!r}")
     if activations not in ("auto", "float", "dynamic"):

@@ -52,7 +52,7 @@ def linear(
         out = out if bias is None else out + bias.to(out.dtype)
     elif codes.device.type == "cpu" and multiplying.is_fast(n_in):
         out = _native_linear(rows, codes, scales, bias, bits, group, is_dynamic)
-    elif is_dynamic and bits == 8 and group is None and _has_integer_product(codes):
+    elif is_dynamic and bits > 4 and group is None and _has_integer_product(codes):
         out = _integer_linear(rows, codes, scales, bias)
     else:
         rows = rounded_rows(rows) if is_dynamic else rows

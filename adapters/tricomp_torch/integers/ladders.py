@@ -25,11 +25,12 @@ def options(bits: Any, group: int | None, activations: str, has_examples: bool) 
     found: list[Option] = []
     if bits in (4, "auto"):
         found.append((4, group or _DEFAULT_GROUP, "float"))
-    if bits in (8, "auto"):
+    if bits != 4:
+        wide: Bits = 8 if bits == "auto" else bits
         if activations == "dynamic" or (activations == "auto" and has_examples):
-            found.append((8, None, "dynamic"))
+            found.append((wide, None, "dynamic"))
         if activations != "dynamic":
-            found.append((8, None, "float"))
+            found.append((wide, None, "float"))
     return found
 
 
@@ -58,8 +59,7 @@ def _in_form(node: NodePlan, bits: Bits, group: int | None, activations: Activat
     if group is not None and all(n <= group for _, n in shapes):
         group = None
     n_bytes = sum(
-        (rows * n if bits == 8 else -(-rows * n // 2))
-        + rows * -(-n // (group or max(n, 1))) * _SCALE_BYTES[scale_dtype]
+        (rows * n if bits > 4 else -(-rows * n // 2)) + rows * -(-n // (group or max(n, 1))) * _SCALE_BYTES[scale_dtype]
         for rows, n in shapes
     )
     is_dynamic = activations == "dynamic" and node.kind in _DYNAMIC_KINDS and node.place == "module"

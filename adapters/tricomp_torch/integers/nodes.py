@@ -29,7 +29,7 @@ Kind = Literal[
     "gru",
     "parameter",
 ]
-Bits = Literal[8, 4]
+Bits = Literal[8, 7, 6, 5, 4]
 Place = Literal["module", "parameter"]
 Activations = Literal["float", "dynamic"]
 Trace = Literal["export", "symbolic", "modules"]
@@ -77,7 +77,8 @@ class NodePlan:
 
     name: path of the module in the prepared model; of the parameter if kind is "parameter".
     kind: "parameter" for a weight that no module of a known kind owns.
-    bits: 8 or 4; None leaves the node in float. group: weights per scale in a row of an int4 node; None: one per row.
+    bits: 8 to 5, run as int8, or 4; None leaves the node in float. group: weights per scale in a row of an int4 node;
+    None: one per row.
     tensors: names in the prepared model's state dict of what is turned into integers, each [out, ...] unless turned.
     form: the preset form, in words, such as "batch norm folded".
     error: of the outputs (max_error) with this node alone in integers; without example inputs, the relative RMS error

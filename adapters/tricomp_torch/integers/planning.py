@@ -37,7 +37,7 @@ def plan(
     *,
     budget: Budget | None = None,
     select: asking.Select | None = None,
-    bits: Literal[8, 4, "auto"] = 8,
+    bits: Literal[8, 7, 6, 5, 4, "auto"] = 8,
     group: int | None = None,
     activations: Literal["auto", "float", "dynamic"] = "auto",
 ) -> Plan:
@@ -49,7 +49,8 @@ def plan(
     budget: None for no limit. What it does not allow stays in float.
     select: glob patterns of node names ("blocks.*.mlp.*"), or a function of name and module; None: every node.
     bits: 8 (one scale per output channel), 4 (a scale per group of weights) or "auto": 4 where the budget allows it,
-    then 8. group: weights per scale at 4 bits, a multiple of 16; None: 64.
+    then 8. 7, 6 and 5 run as 8 does, and take less in a file, since they have fewer codes. group: weights per scale at
+    4 bits, a multiple of 16; None: 64.
     activations: "dynamic" quantises the inputs of int8 linear layers too, which is what makes them fast; "float" does
     not; "auto" does where the budget allows, and only if there are example inputs to see it by.
     Raises InvalidArgument for bad arguments, inputs that the model does not take, weights that are not finite, and
