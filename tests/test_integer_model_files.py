@@ -58,7 +58,7 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "pictures": (Pictures, lambda: torch.randn(2, 3, 9, 9), {"bits": 8}),
     "pictures int4": (Pictures, lambda: torch.randn(2, 3, 9, 9), {"bits": 4, "group": 16}),
     "turned": (Turned, lambda: torch.randn(4, 20), {}),
-    "seven bits": (Turned, lambda: torch.randn(4, 20), {"bits": 7}),
+    "seven bits": (Tagger, lambda: torch.randint(0, 50, (3, 5)), {"bits": 7}),
     "layer": (lambda: nn.Linear(33, 7), lambda: torch.randn(2, 33), {"bits": 4}),
 }
 

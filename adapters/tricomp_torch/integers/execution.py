@@ -114,7 +114,7 @@ def _native_linear(
         _array(scales if scales.dtype == torch.float32 else scales.view(torch.int16)),
         None if bias is None else _array(bias.float()),
         out.numpy(),
-        bits,
+        8 if bits > 4 else 4,  # 5 to 7 bits stand a byte each, as 8 do
         group,
         is_dynamic,
         torch.get_num_threads(),
