@@ -51,8 +51,6 @@ INLINE size_t step_of(const Multiplying& task) { return task.bits == 8 ? 64 : 12
 INLINE size_t padded(const Multiplying& task) { return rounded_up(task.n_in, step_of(task)); }
 INLINE int32_t offset_of(const Multiplying& task) { return task.bits == 8 ? 128 : 8; }
 
-INLINE size_t place(uint32_t bits, size_t i) { return bits == 8 ? i : (i & ~size_t(127)) + (i & 1) * 64 + (i & 127) / 2; }
-
 // The largest magnitude, NaN if there is one: as integers, magnitudes of floats compare alike, and NaNs are above all.
 INLINE float largest_of(const uint8_t* input, size_t n) {
     uint32_t largest = 0;
@@ -245,24 +243,35 @@ INLINE __m512 float_sums_of(const __m512* v) {
         _mm512_shuffle_f32x4(eights[0], eights[1], 0x88), _mm512_shuffle_f32x4(eights[0], eights[1], 0xDD));
 }
 
-// The scales of the 16 lanes of a step: lane i holds codes of the group first + picks[i].
-INLINE __m512 lane_scales(const Multiplying& task, const uint8_t* scales, size_t first, __m512i picks) {
-    const size_t left = task.n_groups() - first;
-    const __mmask16 mask = left >= 16 ? 0xFFFF : __mmask16((1u << left) - 1);
-    __m512 held;
-    if (task.scale_format == FloatFormat::FLOAT32) {
-        held = _mm512_maskz_loadu_ps(mask, scales + 4 * first);
-    } else {
-        const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, scales + 2 * first));
-        held = _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-    }
-    return _mm512_permutexvar_ps(picks, held);
+// Up to 16 scales in a row, 0 beyond n.
+INLINE __m512 scales_from(FloatFormat format, const uint8_t* from, size_t n) {
+    const __mmask16 mask = n >= 16 ? 0xFFFF : __mmask16((1u << n) - 1);
+    if (format == FloatFormat::FLOAT32) return _mm512_maskz_loadu_ps(mask, from);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
 }
 
-// M rows by 16 / M outputs. BITS of a weight; IN_GROUPS: whether scales change within a row.
+// The scales of the 16 lanes of a step: lane i holds codes of the group first + picks[i].
+INLINE __m512 lane_scales(const Multiplying& task, const uint8_t* scales, size_t first, __m512i picks) {
+    const uint8_t* from = scales + first * float_bytes(task.scale_format);
+    return _mm512_permutexvar_ps(picks, scales_from(task.scale_format, from, task.n_groups() - first));
+}
+
+// What lane m * O + o of a tile holds of row m, or of output o.
+template <size_t M>
+INLINE __m512i lanes_of_rows() {
+    return _mm512_srli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), M == 1 ? 4 : 2);
+}
+
+template <size_t M>
+INLINE __m512 by_output(__m512 of_outputs) {
+    return M == 1 ? of_outputs : _mm512_shuffle_f32x4(of_outputs, of_outputs, 0);
+}
+
+// M rows, of which n_held are kept, by 16 / M outputs, of which n_outputs are. BITS of a weight; IN_GROUPS: whether scales
+// change within a row. out: of the first row.
 template <size_t M, uint32_t BITS, bool IN_GROUPS>
 INLINE void code_tile(const Multiplying& task, const uint8_t* const* rows, const uint8_t* const* weights,
-                      const uint8_t* const* scales, float* sums) {
+                      const uint8_t* const* scales, size_t output, size_t n_held, size_t n_outputs, uint8_t* out) {
     constexpr size_t O = 16 / M, STEP = BITS == 8 ? 64 : 128;
     const __m512i flip = _mm512_set1_epi8(BITS == 8 ? int8_t(-128) : 8), low = _mm512_set1_epi8(15);
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -273,7 +282,33 @@ INLINE void code_tile(const Multiplying& task, const uint8_t* const* rows, const
         whole[i] = _mm512_setzero_si512();
         scaled[i] = _mm512_setzero_ps();
     }
-    for (size_t at = 0, i_step = 0; at < n; at += STEP, i_step++) {
+    // One row of input: memory is what it waits for, so each row of weights is read to its end.
+    for (size_t o = 0; M == 1 && !IN_GROUPS && o < O; o++) {
+        __m512i sum = _mm512_setzero_si512();
+        size_t at = 0, i_byte = 0;
+        for (; i_byte + 64 <= n_bytes; at += STEP, i_byte += 64) {
+            const uint8_t* codes = rows[0] + sizeof(Head) + at;
+            const __m512i w = _mm512_loadu_si512(weights[o] + i_byte);
+            const __m512i even = _mm512_xor_si512(BITS == 8 ? w : _mm512_and_si512(w, low), flip);
+            sum = _mm512_dpbusd_epi32(sum, even, _mm512_load_si512(codes));
+            if (BITS == 4) {
+                const __m512i odd = _mm512_xor_si512(_mm512_and_si512(_mm512_srli_epi16(w, 4), low), flip);
+                sum = _mm512_dpbusd_epi32(sum, odd, _mm512_load_si512(codes + 64));
+            }
+        }
+        if (i_byte < n_bytes) {
+            const uint8_t* codes = rows[0] + sizeof(Head) + at;
+            const __m512i w = _mm512_maskz_loadu_epi8((__mmask64(1) << (n_bytes - i_byte)) - 1, weights[o] + i_byte);
+            const __m512i even = _mm512_xor_si512(BITS == 8 ? w : _mm512_and_si512(w, low), flip);
+            sum = _mm512_dpbusd_epi32(sum, even, _mm512_load_si512(codes));
+            if (BITS == 4) {
+                const __m512i odd = _mm512_xor_si512(_mm512_and_si512(_mm512_srli_epi16(w, 4), low), flip);
+                sum = _mm512_dpbusd_epi32(sum, odd, _mm512_load_si512(codes + 64));
+            }
+        }
+        whole[o] = sum;
+    }
+    for (size_t at = 0, i_step = 0; (M != 1 || IN_GROUPS) && at < n; at += STEP, i_step++) {
         const size_t i_byte = i_step * 64, left = n_bytes - i_byte;
         const __mmask64 mask = left >= 64 ? ~__mmask64(0) : (__mmask64(1) << left) - 1;
         __m512i x[M], odd[M], starts[M];
@@ -312,30 +347,49 @@ INLINE void code_tile(const Multiplying& task, const uint8_t* const* rows, const
             }
         }
     }
+    // What each row's head says, in the lanes of that row; padding rows say 0.
+    const __m512i of_row = lanes_of_rows<M>();
+    __m128i heads[2] = {_mm_loadl_epi64(reinterpret_cast<const __m128i*>(rows[0])), _mm_setzero_si128()};
+    if (M == 4) {
+        const __m128i second = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(rows[M > 1 ? 1 : 0]));
+        const __m128i third = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(rows[M > 2 ? 2 : 0]));
+        const __m128i fourth = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(rows[M > 3 ? 3 : 0]));
+        heads[0] = _mm_unpacklo_epi32(heads[0], second);
+        heads[1] = _mm_unpacklo_epi32(third, fourth);
+    } else {
+        heads[0] = _mm_shuffle_epi32(heads[0], 0x50);  // scale twice, sum twice
+    }
+    const __m512i factors = _mm512_castsi128_si512(_mm_unpacklo_epi64(heads[0], heads[1]));
+    const __m512i row_sums = _mm512_castsi128_si512(_mm_unpackhi_epi64(heads[0], heads[1]));
+    __m512 sums;
     if (IN_GROUPS) {
-        _mm512_storeu_ps(sums, float_sums_of(scaled));
+        sums = float_sums_of(scaled);
+    } else {
+        const __m512i offset = _mm512_set1_epi32(offset_of(task));
+        const __m512i offsets = _mm512_mullo_epi32(_mm512_permutexvar_epi32(of_row, row_sums), offset);
+        const __m512 of_outputs = scales_from(task.scale_format, scales[0], n_outputs);
+        sums = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums_of(whole), offsets)), by_output<M>(of_outputs));
+    }
+    __m512 bias = _mm512_setzero_ps();
+    if (task.bias != nullptr) bias = by_output<M>(scales_from(FloatFormat::FLOAT32, task.bias + 4 * output, n_outputs));
+    sums = _mm512_fmadd_ps(sums, _mm512_castsi512_ps(_mm512_permutexvar_epi32(of_row, factors)), bias);
+    if (M == 1) {
+        _mm512_mask_storeu_ps(out + 4 * output, __mmask16(n_outputs == 16 ? 0xFFFF : (1u << n_outputs) - 1), sums);
         return;
     }
-    int32_t offsets[16];
-    float factors[16];
-    for (size_t i = 0; i < 16; i++) {
-        Head head;
-        memcpy(&head, rows[i / O], 8);
-        offsets[i] = offset_of(task) * head.sum;
-        factors[i] = scale_at(task.scale_format, scales[i % O], 0);
-    }
-    const __m512i exact = _mm512_sub_epi32(sums_of(whole), _mm512_loadu_si512(offsets));
-    _mm512_storeu_ps(sums, _mm512_mul_ps(_mm512_cvtepi32_ps(exact), _mm512_loadu_ps(factors)));
+    float found[16];
+    _mm512_storeu_ps(found, sums);
+    for (size_t r = 0; r < n_held; r++) memcpy(out + 4 * (r * task.n_out + output), found + r * O, 4 * n_outputs);
 }
 
 #else
 
 template <size_t M, uint32_t BITS, bool IN_GROUPS>
 INLINE void code_tile(const Multiplying& task, const uint8_t* const* rows, const uint8_t* const* weights,
-                      const uint8_t* const* scales, float* sums) {
-    constexpr size_t O = 16 / M, STEP = BITS == 8 ? 64 : 128;
+                      const uint8_t* const* scales, size_t output, size_t n_held, size_t n_outputs, uint8_t* out) {
+    constexpr size_t STEP = BITS == 8 ? 64 : 128;
     const size_t each = IN_GROUPS ? task.group : task.n_in;
-    for (size_t o = 0; o < O; o++) {
+    for (size_t o = 0; o < n_outputs; o++) {
         float of_rows[M] = {};
         for (size_t at = 0, i_group = 0; at < task.n_in; at += each, i_group++) {
             const size_t end = at + each < task.n_in ? at + each : task.n_in;
@@ -360,7 +414,11 @@ INLINE void code_tile(const Multiplying& task, const uint8_t* const* rows, const
                 of_rows[m] += float(sum) * scale;
             }
         }
-        for (size_t m = 0; m < M; m++) sums[m * O + o] = of_rows[m];
+        for (size_t m = 0; m < n_held; m++) {
+            const float bias = task.bias == nullptr ? 0.0f : float_at(task.bias, output + o);
+            const float sum = of_rows[m] * float_at(rows[m], 0) + bias;
+            memcpy(out + 4 * (m * task.n_out + output + o), &sum, 4);
+        }
     }
 }
 
@@ -381,15 +439,8 @@ INLINE void multiply_codes(const Multiplying& task, const uint8_t* prepared, siz
         for (size_t m = 0; m < task.n_rows; m += M) {
             const uint8_t* rows[M];
             for (size_t r = 0; r < M; r++) rows[r] = prepared + (m + r) * row_bytes;
-            float sums[16];
-            code_tile<M, BITS, IN_GROUPS>(task, rows, weights, scales, sums);
-            for (size_t r = 0; r < M && m + r < task.n_rows; r++) {
-                const float factor = float_at(rows[r], 0);
-                for (size_t o = 0; o < n_here; o++) {
-                    const float sum = sums[r * O + o] * factor + (task.bias == nullptr ? 0.0f : float_at(task.bias, at + o));
-                    memcpy(out + 4 * ((m + r) * task.n_out + at + o), &sum, 4);
-                }
-            }
+            const size_t n_held = task.n_rows - m < M ? task.n_rows - m : M;
+            code_tile<M, BITS, IN_GROUPS>(task, rows, weights, scales, at, n_held, n_here, out + 4 * m * task.n_out);
         }
     }
 }

@@ -7,9 +7,9 @@ them as floats; and one copy to save and one to run would both stay in memory.
 Measured on one core of AMD Zen 4 with AVX512-VNNI, torch 2.13, rows of input by 4096 x 1024 weights, milliseconds:
 
     rows   float32   FBGEMM, laid out   torch._int_mm   native   inputs float: native   by torch   4 bits: native
-       1      0.56               0.08            0.10     0.12                   0.34        3.1             0.59
-      16      2.62               0.35            0.75     0.53                   1.97        6.0             2.16
-     128     13                  3.0             3.6      3.4                   12          16              12
+       1      0.56               0.08            0.10     0.07                   0.38        0.6             0.64
+      16      2.65               0.35            0.75     0.51                   1.85        2.5             2.1
+     128     12.6                2.8             3.6      3.8                   18          14              14
 
 Where inputs are not said to be float, they become int8 within these times. For one row of float32 others took, with
 weights as int8 alone, 3.4 ms (torch._weight_int8pack_mm), as int4 15 ms (torch._weight_int4pack_mm_for_cpu), and with
@@ -29,6 +29,8 @@ LARGEST = 127  # code of a row's largest magnitude
 _BLOCK_WEIGHTS = 1 << 18  # as floats they stay in a core's cache
 _MOST_TERMS = 1 << 17  # sums of more products of codes may not fit an int32
 _LEAST = 16  # torch._int_mm of torch 2.13 mistakes the strides of matrices of one column, and sums garbage
+_MANY_ROWS = 48  # of float inputs, from which BLAS on blocks of floats is faster
+_MANY_ROWS_OF_4_BITS = 512  # torch takes as long to make 4 bits floats as BLAS takes for 128 rows
 _CUDA_ROWS = 32  # cuBLAS takes more than 16 rows
 
 
@@ -50,7 +52,7 @@ def linear(
     if rows.shape[0] == 0 or n_out == 0 or n_in == 0:
         out = rows.new_zeros(rows.shape[0], n_out)
         out = out if bias is None else out + bias.to(out.dtype)
-    elif codes.device.type == "cpu" and multiplying.is_fast(n_in):
+    elif _is_native(rows, codes, bits, is_dynamic):
         out = _native_linear(rows, codes, scales, bias, bits, group, is_dynamic)
     elif is_dynamic and bits > 4 and group is None and _has_integer_product(codes):
         out = _integer_linear(rows, codes, scales, bias)
@@ -96,6 +98,12 @@ def rounded_rows(rows: torch.Tensor) -> torch.Tensor:
     """What the codes of rows [m, n] stand for, in the dtype of rows."""
     codes, scales = to_codes(rows)
     return (codes * scales).to(rows.dtype)
+
+
+def _is_native(rows: torch.Tensor, codes: torch.Tensor, bits: int, is_dynamic: bool) -> bool:
+    if codes.device.type != "cpu" or not multiplying.is_fast(rows.shape[1]):
+        return False
+    return is_dynamic or rows.shape[0] < (_MANY_ROWS if bits == 8 else _MANY_ROWS_OF_4_BITS)
 
 
 def _native_linear(
