@@ -61,7 +61,7 @@ class HostBuffer:
         memory = self._reserve(begins[-1])
         made = []
         for array, begin in zip(arrays, begins[:-1], strict=True):
-            made.append(memory[begin : begin + array.nbytes].view(array.dtype).reshape(array.shape))
+            made.append(np.ndarray(array.shape, array.dtype, memory, begin))
         return made, _begin(made, arrays)
 
     def reserve_as(self, other: HostBuffer) -> None:

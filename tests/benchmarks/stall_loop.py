@@ -51,12 +51,10 @@ class Loop:
     def __init__(self, training: Training, saver: Saver, n_between: int) -> None:
         self.training, self._saver, self._n_between = training, saver, n_between
         self._kept = [torch.empty_like(tensor) for tensor in training.tensors()]
-        for _ in range(2):
-            training.step()
-            self._copies()
+        training.step()
+        self._copies()
         _forget_peak()
-        for _ in range(2):
-            training.step()
+        training.step()
         self._own_peak = _peak_bytes()
 
     def turn(self, number: int, speed: float | None) -> Turn:

@@ -259,6 +259,8 @@ class TricompWriter(StorageWriter, AsyncStager):
         ]
         self._held = Content(content.structure, Snapshot(content.snapshot.layout, tuple(words)))
         vars(self._held)["content_id"] = content_id  # not told again from the words
+        if len(self._buffers) == 1 and words and self._buffers[0].holds(words[0]):  # the next save needs another
+            self._free_buffer().reserve_as(self._buffers[0])  # from the system now, while training is not held up
 
 
 def _content(items: list[WriteItem], planner: SavePlanner) -> tuple[Content, dict[str, Any]]:
