@@ -29,6 +29,7 @@ pytest.importorskip("triton")
 import torch
 import tricomp_torch
 from tricomp_torch import files, tensors
+from tricomp_torch.integers.weights import IntegerWeight
 
 import tricomp
 from tests.benchmarks import gpu_training
@@ -668,6 +669,27 @@ def test_saves_between_replays_of_a_graph_and_while_one_runs(tmp_path: Path) -> 
     other.synchronize()
     assert same(tricomp_torch.load(path, map_location=DEVICE), fifth)
     assert same(run.tree(), expected)
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "scale_dtype"), [(8, None, "float32"), (6, None, "bfloat16"), (4, 32, "bfloat16")]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_become_the_integers_of_the_host(
+    dtype: torch.dtype, bits: int, group: int | None, scale_dtype: str
+) -> None:
+    weight = torch.from_numpy(weights((37, 131))).to(dtype)
+    expected = IntegerWeight.of(weight, bits, group, scale_dtype=scale_dtype)
+    found = IntegerWeight.of(weight.to(DEVICE), bits, group, scale_dtype=scale_dtype)
+    assert found.codes.device == found.scales.device == DEVICE
+    for name in ("codes", "scales"):
+        here, there = getattr(expected, name), getattr(found, name)
+        assert here.dtype == there.dtype
+        assert here.view(torch.uint8).numpy().tobytes() == there.view(torch.uint8).cpu().numpy().tobytes()
+    bad = weight.clone()
+    bad[3, 5] = float("inf")
+    with pytest.raises(TricompError, match="row 3"):
+        IntegerWeight.of(bad.to(DEVICE), bits, group)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ from tricomp_torch.integers import NodePlan, Plan, convert, plan  # noqa: E402
 from tricomp_torch.integers.copies import shapes_of  # noqa: E402
 from tricomp_torch.integers.forms import input_first  # noqa: E402
 from tricomp_torch.integers.reading import apart  # noqa: E402
-from tricomp_torch.integers.weights import IntegerWeight  # noqa: E402
+from tricomp_torch.integers.weights import IntegerWeight, packed  # noqa: E402
 
 from tricomp.errors import InvalidArgument  # noqa: E402
+from tricomp.integers import pack_int4  # noqa: E402
 
 
 def convert_layer(layer, kind, names, bits=8, group=None, activations="float", **rest):
@@ -369,3 +370,12 @@ def test_weights_know_their_codes():
     turned = IntegerWeight.of(weight[:, 0], is_turned=True)
     assert turned.shape == (5, 7)
     assert turned.codes.shape == (7, 5)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 64])
+def test_codes_are_packed_where_they_are_as_the_core_packs_them(n):
+    codes = torch.randint(-7, 8, (5, n), dtype=torch.int8)
+    expected = pack_int4(codes.numpy())
+    given = codes.clone()
+    assert packed(given).numpy().tobytes() == expected.tobytes()
+    assert torch.equal(given, codes)

@@ -8,6 +8,7 @@ its codes are [out, in]: which axes are outputs is said once, when it is quantis
 from __future__ import annotations
 
 import fnmatch
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,8 +23,11 @@ from jax import lax
 
 from tricomp import dtypes
 from tricomp import integers as core
-from tricomp.errors import InvalidArgument
-from tricomp_jax.arrays import name_of, to_host, to_leaf
+from tricomp.errors import BackendError, InvalidArgument
+from tricomp.layout import DeviceArray
+from tricomp_jax.arrays import from_device_array, name_of, to_host, to_leaf
+
+_log = logging.getLogger("tricomp")
 
 Activations = str
 DimensionNumbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
@@ -276,20 +280,32 @@ def _some(paths: Sequence[str]) -> str:
     )
 
 
-def _quantized(leaf: Any, path: str, axes: tuple[int, ...], **options: Any) -> Quantized:
-    array = to_host(to_leaf(leaf, path)) if isinstance(leaf, jax.Array) else leaf
-    axes = tuple(sorted(axis % array.ndim for axis in axes))
-    if not 0 < len(set(axes)) == len(axes) < array.ndim:
+def _quantized(
+    leaf: Any, path: str, axes: tuple[int, ...], bits: int, group: int | None, threads: int | None, **options: Any
+) -> Quantized:
+    axes = tuple(sorted(axis % leaf.ndim for axis in axes))
+    if not 0 < len(set(axes)) == len(axes) < leaf.ndim:
         raise InvalidArgument(
-            f"leaf {path!r}: axes {axes} of {array.ndim} cannot be the outputs: one must be left, and none twice."
+            f"leaf {path!r}: axes {axes} of {leaf.ndim} cannot be the outputs: one must be left, and none twice."
         )
-    n_out = math.prod(array.shape[axis] for axis in axes)
-    rows = np.ascontiguousarray(np.moveaxis(array, axes, range(len(axes)))).reshape(n_out, -1 if n_out else 0)
-    found = core.quantize(rows, leaf=path, **options)
-    devices = leaf.devices() if isinstance(leaf, jax.Array) else ()
-    put = partial(jax.device_put, device=next(iter(devices)) if len(devices) == 1 else None)
-    codes = put(found.codes.astype(jnp.int4) if found.bits == 4 else found.codes)
-    return Quantized(codes, put(found.scales), found.bits, found.group, found.dtype, tuple(array.shape), axes)
+    is_jax = isinstance(leaf, jax.Array)
+    n_out = math.prod(leaf.shape[axis] for axis in axes)
+    moved = (jnp if is_jax else np).moveaxis(leaf, axes, range(len(axes))).reshape(n_out, -1 if n_out else 0)
+    rows = to_leaf(moved, path) if is_jax else np.ascontiguousarray(moved)
+    codes, scales = None, None
+    if isinstance(rows, DeviceArray):  # on a GPU, and stays there
+        try:
+            made = core.quantize_on_device(rows, bits, group=group, leaf=path, **options)
+            codes, scales = map(from_device_array, made)
+        except BackendError as error:
+            _log.warning("%s is quantised on the host: %s", path, error)
+    if codes is None or scales is None:
+        found = core.quantize(to_host(rows), bits, group=group, leaf=path, threads=threads, **options)
+        devices = leaf.devices() if is_jax else ()
+        device = next(iter(devices)) if len(devices) == 1 else None
+        codes, scales = jax.device_put(found.codes, device), jax.device_put(found.scales, device)
+    codes = codes.astype(jnp.int4) if bits == 4 else codes
+    return Quantized(codes, scales, bits, group, name_of(leaf.dtype), tuple(leaf.shape), axes)
 
 
 def _floats(quantized: Quantized) -> jax.Array:

@@ -6,6 +6,7 @@ thing: a model that is moved or cast must move codes and never cast scales, and 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Self
@@ -14,10 +15,20 @@ import numpy as np
 import torch
 from torch import nn
 
-from tricomp.errors import InvalidArgument
-from tricomp.integers import Quantized, pack_int4, quantize, unpack_int4
+from tricomp.errors import BackendError, InvalidArgument
+from tricomp.integers import Quantized, pack_int4, quantize, quantize_on_device, unpack_int4
+from tricomp.layout import DeviceArray
 from tricomp_torch.integers import operations
-from tricomp_torch.tensors import to_array, to_tensor
+from tricomp_torch.tensors import from_device_array, to_array, to_leaf, to_tensor
+
+_log = logging.getLogger("tricomp")
+
+
+def packed(codes: torch.Tensor) -> torch.Tensor:
+    """tricomp.integers.pack_int4 where the codes are: int8 [out, n] as uint8 [out, ceil(n / 2)], low bits first."""
+    low, high = codes[:, 0::2].view(torch.uint8) & 15, codes[:, 1::2].view(torch.uint8) << 4
+    low[:, : high.shape[1]] |= high
+    return low
 
 
 class IntegerWeight(nn.Module):
@@ -72,8 +83,18 @@ class IntegerWeight(nn.Module):
         is_turned: bool = False,
         name: str = "weight",
     ) -> Self:
-        """The integers of a weight [out, ...], or [in, out] if turned. Raises InvalidArgument as quantize does."""
+        """The integers of a weight [out, ...], or [in, out] if turned, found where it is. Raises as quantize does."""
         rows = (weight.detach().t() if is_turned else weight.detach()).contiguous()
+        leaf = to_leaf(rows, name)
+        if isinstance(leaf, DeviceArray):
+            try:
+                made = quantize_on_device(leaf, bits, group=group, scale_dtype=scale_dtype, leaf=name)
+            except BackendError as error:
+                _log.warning("%s is quantised on the host: %s", name, error)
+            else:
+                codes, scales = (from_device_array(array, name) for array in made)
+                codes = packed(codes.reshape(len(codes), -1)) if bits == 4 else codes
+                return cls(codes, scales, bits, group, rows.shape, weight.dtype, is_turned=is_turned)
         quantized = quantize(to_array(rows, name), bits, group=group, scale_dtype=scale_dtype, leaf=name)
         return cls.from_quantized(quantized, weight.device, is_turned=is_turned)
 
