@@ -14,6 +14,7 @@ pytest.importorskip("flax")
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import tricomp_jax
 from jax import lax
 from tricomp_jax import integers
 
@@ -155,6 +156,22 @@ def test_a_linen_model_runs_on_its_codes():
     # The products of the layers are of int8 by int8: this is no model of floats made of codes.
     text = str(jax.make_jaxpr(lambda v, ids: integers.apply(model, v, ids))(made, ids))
     assert text.count("preferred_element_type=int32") == 6
+
+
+@pytest.mark.parametrize(("bits", "group"), FORMS)
+def test_files_of_codes(tmp_path, bits, group):
+    made = integers.quantize(tree(), EVERY, bits=bits, group=group)
+    tricomp_jax.save(tmp_path / "tree.tri", made)
+    loaded = tricomp_jax.load(tmp_path / "tree.tri", target=made)
+    assert jax.tree.structure(loaded) == jax.tree.structure(made)
+    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(made)):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    arrays: dict[str, Any] = {"w": core.quantize(weights((40, 6, 8)), bits, group=group), "b": weights((40,))}
+    core.save_file(tmp_path / "flat.tri", arrays)
+    found = integers.load_file(tmp_path / "flat.tri")
+    assert np.asarray(integers.dequantize(found["w"])).tobytes() == core.dequantize(arrays["w"]).tobytes()
+    assert np.asarray(found["b"]).tobytes() == arrays["b"].tobytes()
+    assert integers.dot(jnp.ones((2, 6, 8)), found["w"]).shape == (2, 40)
 
 
 def test_a_linen_model_without_codes_is_applied_as_it_is():

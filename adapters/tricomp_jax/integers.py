@@ -10,7 +10,8 @@ from __future__ import annotations
 import fnmatch
 import logging
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -106,6 +107,29 @@ def quantize(
         for path, (_, leaf), is_chosen in zip(paths, flat, chosen)
     ]
     return jax.tree_util.tree_unflatten(treedef, leaves)
+
+
+def load_file(
+    path: str | os.PathLike[str], names: Iterable[str] | None = None, *, threads: int | None = None
+) -> dict[str, Any]:
+    """What `tricomp quantize` or tricomp.integers.save_file wrote, by name: a `Quantized` or an array of jax.
+
+    The codes come straight from the file, no floats are made; the first axis of each is its output. names, threads, and
+    what is raised: tricomp.integers.load_file. Pytrees with `Quantized` in them go through tricomp_jax.save and load.
+    """
+    found = core.load_file(path, names, threads=threads)
+    return {
+        name: _from_core(entry) if isinstance(entry, core.Quantized) else jnp.asarray(entry)
+        for name, entry in found.items()
+    }
+
+
+def _from_core(found: core.Quantized) -> Quantized:
+    codes = np.ascontiguousarray(found.codes).reshape(len(found.codes), -1 if len(found.codes) else 0)
+    placed = jax.device_put(codes.astype(jnp.int4) if found.bits == 4 else codes)
+    return Quantized(
+        placed, jax.device_put(found.scales), found.bits, found.group, found.dtype, found.codes.shape, (0,)
+    )
 
 
 def output_axes(path: str, array: Any) -> tuple[int, ...]:
