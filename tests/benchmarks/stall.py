@@ -4,7 +4,7 @@ torch.save, safetensors, torch's distributed checkpoints with and without zstd, 
 the same run of the benchmarks' GPT. Imports the modules beside it. The hard thing is to be fair: everybody has a
 process of his own that trains the same run, bit for bit, and they take turns in another order each time, so that noise
 hits them alike. Each save is read back here, in another process, and compared bit for bit before the next one begins.
-Besides the real disk there are set ones, see slow_disk.c. About seven minutes on two cores.
+Besides the real disk there are set ones, see slow_disk.c. About six minutes on two cores.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import multiprocessing
 import os
 import shutil
+import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -54,6 +55,11 @@ class Contestant:
         self._end.send((number, speed))
         self.turns.append(self.answer())
         return self.turns[-1]
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step with no save beside it, the median."""
+        return round(statistics.median(second for turn in self.turns for second in turn["quiet"]), 5)
 
     def close(self) -> None:
         """Let the process end."""
@@ -114,7 +120,9 @@ def measure(
         "n_saves": len(plan),
         "steps_between": n_between,
         "speeds": list(speeds),
-        "rows": [{"who": one.who, "turns": [_short(turn) for turn in one.turns]} for one in everybody],
+        "rows": [
+            {"who": one.who, "step": one.step, "turns": [_short(turn) for turn in one.turns]} for one in everybody
+        ],
     }
 
 
@@ -140,21 +148,16 @@ def contestants(whos: list[str], library: Path | None, *given: Any) -> Iterator[
 
 
 def _short(turn: dict[str, Any]) -> dict[str, Any]:
-    """A turn for the results file: no digest, and times in few digits."""
-
-    def rounded(value: Any) -> Any:
-        if isinstance(value, list):
-            return [rounded(entry) for entry in value]
-        return round(value, 5) if isinstance(value, float) and value < 1e6 else value
-
-    return {key: rounded(value) for key, value in turn.items() if key != "digest"}
+    """A turn for the results file: without what is put together elsewhere, and times in few digits."""
+    wanted = {key: value for key, value in turn.items() if key not in ("digest", "quiet")}
+    return {key: round(value, 5) if isinstance(value, float) else value for key, value in wanted.items()}
 
 
 def main() -> None:
     """Train or find the state, measure, write <machine>-<date>-stall.json, .md and .svg, print the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a tiny model: checks the benchmark, not the savers")
-    parser.add_argument("--cycles", type=int, default=3, help="of six saves, three of them to set disks")
+    parser.add_argument("--cycles", type=int, default=2, help="of six saves, three of them to set disks")
     parser.add_argument("--between", type=int, default=3, help="steps from one save to the next")
     parser.add_argument("--threads", type=int, default=n_cores(), help="to train with")
     parser.add_argument("--only", nargs="+", default=available(), choices=SAVERS, metavar="NAME", help="who saves")

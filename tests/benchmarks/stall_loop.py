@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tests.benchmarks import slow_disk, stall_training, training
@@ -36,6 +37,7 @@ class Turn:
     speed: float | None
     copy_fresh: float
     copy_kept: float
+    copy_torch: float
     held: float
     durable: float
     n_beside: int
@@ -59,7 +61,7 @@ class Loop:
 
     def turn(self, number: int, speed: float | None) -> Turn:
         """One save, to a disk of that speed (None: the real one, with training beside it), and the steps after it."""
-        digest, (fresh, kept) = self.training.digest(), self._copies()
+        digest, copies = self.training.digest(), self._copies()
         before = files_of(self._saver.folder)
         gc.collect()
         _forget_peak()
@@ -78,7 +80,7 @@ class Loop:
                 sync(path)
         quiet = [self.training.step() for _ in range(self._n_between - len(beside))]
         over = None if peak is None or self._own_peak is None else max(peak - self._own_peak, 0)
-        return Turn(digest, speed, fresh, kept, held, durable, len(beside), sum(beside), quiet, written, over)
+        return Turn(digest, speed, *copies, held, durable, len(beside), sum(beside), quiet, written, over)
 
     def _save(self, number: int, is_training: bool) -> tuple[float, float, list[float]]:
         beside: list[float] = []
@@ -96,8 +98,11 @@ class Loop:
             time.sleep(1e-4)
         return held, ended[0], beside
 
-    def _copies(self) -> tuple[float, float]:
-        """Seconds of one copy of the state: to fresh memory, and to memory that is there."""
+    def _copies(self) -> tuple[float, float, float]:
+        """Seconds of one copy of the state: to fresh memory; to memory that is there, by numpy in one thread; by torch.
+
+        Each is of every tensor by itself.
+        """
         tensors = self.training.tensors()
         began = time.perf_counter()
         made = [tensor.clone() for tensor in tensors]
@@ -105,8 +110,12 @@ class Loop:
         del made
         began = time.perf_counter()
         for target, tensor in zip(self._kept, tensors, strict=True):
+            np.copyto(target.numpy(), tensor.numpy())
+        kept = time.perf_counter() - began
+        began = time.perf_counter()
+        for target, tensor in zip(self._kept, tensors, strict=True):
             target.copy_(tensor)
-        return fresh, time.perf_counter() - began
+        return fresh, kept, time.perf_counter() - began
 
 
 def files_of(folder: Path) -> dict[Path, int]:

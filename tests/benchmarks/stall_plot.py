@@ -34,6 +34,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
         hold.barh(places, [1e3 * stall_table.held(row) for row in rows], color=colours)
         hold.axvline(1e3 * copy, color="black", linewidth=0.8)
         hold.set_xscale("log")
+        hold.set_xlim(left=min(1.0, 500 * copy))
+        hold.set_xticks([1, 10, 100, 1000], ["1", "10", "100", "1000"])
+        hold.minorticks_off()
         hold.set_title("loop held, ms; line: a copy of the state")
         hold.set_yticks(places, [row["who"] for row in rows])
         for speed, dot in zip(saves["speeds"], _DOTS, strict=False):

@@ -23,13 +23,8 @@ def real(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def copy_seconds(saves: dict[str, Any], kind: str) -> float:
-    """The median copy of the state, over all processes. kind: "copy_kept" or "copy_fresh"."""
+    """The median copy of the state, over all processes. kind: "copy_kept", "copy_torch", "copy_fresh"."""
     return statistics.median(turn[kind] for row in saves["rows"] for turn in row["turns"])
-
-
-def step_seconds(row: dict[str, Any]) -> float:
-    """A step with no save beside it."""
-    return statistics.median(second for turn in row["turns"] for second in turn["quiet"])
 
 
 def held(row: dict[str, Any]) -> float:
@@ -39,8 +34,7 @@ def held(row: dict[str, Any]) -> float:
 
 def lost(row: dict[str, Any]) -> float:
     """Seconds that a save takes of training: held, and what the steps beside it took more than others."""
-    step = step_seconds(row)
-    return median(real(row), lambda turn: turn["held"] + turn["beside"] - turn["n_beside"] * step)
+    return median(real(row), lambda turn: turn["held"] + turn["beside"] - turn["n_beside"] * row["step"])
 
 
 def durable(row: dict[str, Any], speed: float | None = None) -> float:
@@ -71,6 +65,11 @@ def _speeds(saves: dict[str, Any]) -> list[str]:
     return [f"{speed / 1e9:g} GB/s" for speed in saves["speeds"]]
 
 
+def _marked(row: dict[str, Any]) -> str:
+    number = f"{1e3 * held(row):.1f}"
+    return f"**{number}**" if is_ours(row["who"]) else number
+
+
 def table(results: dict[str, Any]) -> str:
     """Everything, a row a method."""
     saves = results["saves"]
@@ -81,7 +80,7 @@ def table(results: dict[str, Any]) -> str:
     for row in saves["rows"]:
         worst = max(turn["held"] for turn in row["turns"] if turn["speed"] is None)
         over = peak(row)
-        cells = [f"**{1e3 * held(row):.1f}**", f"{held(row) / copy:.2f}", f"{1e3 * worst:.0f}"]
+        cells = [_marked(row), f"{held(row) / copy:.2f}", f"{1e3 * worst:.0f}"]
         cells += [f"{1e3 * lost(row):.0f}", f"{1e3 * durable(row):.0f}"]
         cells += [f"{1e3 * durable(row, speed):.0f}" for speed in saves["speeds"]]
         cells += [f"{size:.1f}" for size in written(row)[:2]]
@@ -99,8 +98,7 @@ def readme(results: dict[str, Any]) -> str:
     lines = [f"| | {' | '.join(titles)} |", "|---|" + "---:|" * len(titles)]
     for row in saves["rows"]:
         over = peak(row)
-        number = f"{1e3 * held(row):.1f}"
-        cells = [f"**{number}**" if is_ours(row["who"]) else number, f"{held(row) / copy:.1f}"]
+        cells = [_marked(row), f"{held(row) / copy:.1f}"]
         cells += [f"{1e3 * durable(row, speed):.0f}" for speed in saves["speeds"]]
         cells += [f"{written(row)[2] / saves['n_saves']:.1f}", "" if over is None else f"{over:.0f}"]
         lines.append(f"| {row['who']} | {' | '.join(cells)} |")
@@ -123,8 +121,8 @@ def how(results: dict[str, Any]) -> str:
     """How the README's numbers came about, in a few lines."""
     kept = 1e3 * copy_seconds(results["saves"], "copy_kept")
     return (
-        f"A copy: of the state to memory that is there, {kept:.1f} ms. Medians of all saves but the first; MB: mean of "
-        "all;\nmemory: at most, beyond the loop's own.\n"
+        f"A copy: of the state to memory that is there, by numpy in one thread, {kept:.1f} ms. Medians of all\n"
+        "saves but the first; MB: mean of all; memory: at most, beyond the loop's own.\n"
     )
 
 
@@ -154,21 +152,22 @@ def verdicts(results: dict[str, Any]) -> list[tuple[str, bool]]:
 def report(results: dict[str, Any]) -> str:
     """Everything that was measured, as one Markdown page."""
     saves = results["saves"]
-    kept, fresh = (1e3 * copy_seconds(saves, kind) for kind in ("copy_kept", "copy_fresh"))
-    steps = 1e3 * statistics.median(step_seconds(row) for row in saves["rows"])
+    kept, by_torch, fresh = (1e3 * copy_seconds(saves, f"copy_{kind}") for kind in ("kept", "torch", "fresh"))
+    steps = 1e3 * statistics.median(row["step"] for row in saves["rows"])
     lines = "\n".join(f"- {'yes' if is_reached else 'no'}: {text}" for text, is_reached in verdicts(results))
     return f"""# Saves of a PyTorch training loop, {results["date"]}
 
 {origin(results)}
 {table(results)}
-loop held: by the call. In copies: of the state to memory that is there, {kept:.1f} ms (one to fresh memory takes
-{fresh:.1f} ms), medians of copies made before each save. Training lost: held, and what the steps beside the save took
-more than others, which take {steps:.0f} ms. Durable: from the call's beginning until all is on the disk: synced,
-renamed, and the folder synced, for everybody (torch's distributed writer syncs its files but not the folder; here it
-does). At so many GB/s: the same with nothing trained meanwhile, on a disk that takes so many bytes a second from when
-it is asked for them, by fsync or a request to begin, as Linux asks it; tests/benchmarks/slow_disk.c has the model, and
-stands where Python, C++ and Rust call the system. MB: first save, median of the later ones, the whole run. Memory: at
-most, beyond what the loop itself takes at its height.
+loop held: by the call. In copies: of the state to memory that is there, {kept:.1f} ms by numpy in one thread; torch
+with its threads takes {by_torch:.1f} ms, and {fresh:.1f} ms to fresh memory. Medians of copies made before each save,
+every tensor by itself. Training lost: held, and what the steps beside the save took more than others, which take
+{steps:.0f} ms. Durable: from the call's beginning until all is on the disk: synced, renamed, and the folder synced, for
+everybody (torch's distributed writer syncs its files but not the folder; here it does). At so many GB/s: the same with
+nothing trained meanwhile, on a disk that takes so many bytes a second from when it is asked for them, by fsync or a
+request to begin, as Linux asks it; tests/benchmarks/slow_disk.c has the model, and stands where Python, C++ and Rust
+call the system. MB: first save, median of the later ones, the whole run. Memory: at most, beyond what the loop itself
+takes at its height.
 
 Times are medians of all saves but the first; worst is of all on the real disk. All processes trained the same run bit
 for bit, and every save came back bit for bit in another process. Safetensors holds the optimizer's tensors by number
