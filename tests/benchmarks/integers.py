@@ -60,6 +60,7 @@ def entries(finished: Finished, folder: Path) -> Iterator[Entry]:
     yield from _torchao(finished, folder)
     yield from _dynamic(finished, folder)
     yield _tricomp("tricomp int8", finished, folder, bits=8)
+    yield _tricomp("tricomp int8 of 7 bits", finished, folder, bits=7)
     yield _tricomp("tricomp int4", finished, folder, bits=4, group=64)
 
 

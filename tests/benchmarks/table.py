@@ -159,7 +159,7 @@ def _rendered(kind: str, results: dict[str, Any]) -> str:
 
 def with_tables(readme: str, root: Path = ROOT, files: Mapping[str, str] | None = None) -> str:
     """The README's text with its tables rendered from the files that their markers name, or from others, by kind."""
-    missing = {"ratio", "files", "cpu"} - {match[1] for match in _MARKED.finditer(readme)}
+    missing = {"ratio", "files", "cpu", "stall"} - {match[1] for match in _MARKED.finditer(readme)}
     if missing:
         names = ", ".join(sorted(missing))
         raise SystemExit(f"README.md lacks <!-- table:KIND FILE --> ... <!-- /table:KIND --> for {names}")
