@@ -6,8 +6,6 @@ Each scene is what one rank does, see tests/dcp_ranks.py.
 from __future__ import annotations
 
 import os
-import signal
-import stat
 from typing import Any
 
 import accelerate
@@ -16,6 +14,8 @@ import tricomp_torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DataLoaderConfiguration
 from tricomp_torch.accelerate import ResumableLoader, load_state, save_state
+
+from tests.groups import die_in_file
 
 N_SAMPLES = 37  # 13 batches of 3, the last of one sample
 
@@ -128,16 +128,7 @@ def bits(tensors):
 
 def killed(rank, n, folder, at):
     """Dies by SIGKILL in the middle of writing a checkpoint, number at."""
-    sync, n_saves = os.fsync, 0
-
-    def dies(descriptor):
-        nonlocal n_saves
-        n_saves += stat.S_ISREG(os.fstat(descriptor).st_mode)
-        if n_saves == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        sync(descriptor)
-
-    os.fsync = dies
+    die_in_file(at)
     Run().train(tricomp_torch.Checkpointer(folder, every=3))
 
 

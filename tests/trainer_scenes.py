@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
-import stat
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +15,7 @@ import transformers
 from tricomp_torch.transformers import TricompTrainer
 
 import tricomp.store
+from tests.groups import die_in_file
 
 N_SAMPLES = 61  # 16 batches of 4, the last one short; 8 steps an epoch
 
@@ -119,16 +118,7 @@ def outcome(made):
 
 def killed(rank, n, folder, at):
     """Dies by SIGKILL in the middle of writing a checkpoint, number at."""
-    sync, n_saves = os.fsync, 0
-
-    def dies(descriptor):
-        nonlocal n_saves
-        n_saves += stat.S_ISREG(os.fstat(descriptor).st_mode)
-        if n_saves == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        sync(descriptor)
-
-    os.fsync = dies
+    die_in_file(at)
     gc.freeze()
     trainer(folder).train()
 

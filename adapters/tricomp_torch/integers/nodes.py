@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
@@ -213,11 +214,17 @@ def _plain(value: Any) -> Any:
     return value
 
 
+@cache
+def _types_of(kind: type) -> dict[str, Any]:
+    """The types of a dataclass's fields, which Python evaluates from their texts each time it is asked."""
+    return get_type_hints(kind)
+
+
 def _made(kind: Any, state: Any, where: str) -> Any:
     """A value of an annotated type, of plain values: dicts become dataclasses, lists tuples. Checks every type."""
     origin, inside = get_origin(kind), get_args(kind)
     if is_dataclass(kind) and isinstance(kind, type) and isinstance(state, Mapping):
-        kinds = get_type_hints(kind)
+        kinds = _types_of(kind)
         if unknown := [key for key in state if key not in kinds]:
             raise InvalidArgument(f"{where}: a {kind.__name__} has no {unknown[0]!r}. Plan.to_dict makes such a dict.")
         try:

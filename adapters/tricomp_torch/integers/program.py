@@ -324,10 +324,3 @@ def attach(root: nn.Module, name: str, tensor: torch.Tensor) -> None:
             module.add_module(folder, nn.Module())
         module = module.get_submodule(folder)
     module.register_buffer(last, tensor)
-
-
-def names_in(described: Mapping[str, Any]) -> Iterator[str]:
-    """Names of the tensors that a described graph uses."""
-    for node in described["nodes"]:
-        if node[1] == "tensor":
-            yield node[2]
