@@ -223,7 +223,7 @@ def rewritten(path: Path, to: Path, change: Any) -> None:
 def test_notes_that_somebody_changed_are_an_error(saved, tmp_path, change, error):
     rewritten(saved[4], tmp_path / "a.tri", change)
     with pytest.raises(error):
-        integers.load_file(tmp_path / "a.tri")
+        assert integers.load_file(tmp_path / "a.tri").integer_plan
 
 
 def test_a_cut_file_is_an_error(saved, tmp_path):

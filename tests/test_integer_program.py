@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import msgpack
@@ -12,7 +13,7 @@ torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
 from torch.export import Dim, export  # noqa: E402
-from tricomp_torch.integers import operators, program, structure  # noqa: E402
+from tricomp_torch.integers import describing, operators, program, steps, structure  # noqa: E402
 
 from tricomp.errors import CorruptFile, InvalidArgument, UnsupportedNode, UnsupportedVersion  # noqa: E402
 
@@ -64,7 +65,7 @@ def tagger():
 
 
 def stored(exported):
-    described, tensors = program.describe(exported)
+    described, tensors = describing.describe(exported)
     return msgpack.unpackb(msgpack.packb(described), strict_map_key=False), tensors
 
 
@@ -134,13 +135,50 @@ def test_a_program_is_not_trained(tagger):
         read.train()
 
 
+def test_a_program_is_copied_filled_anew_and_compiled_as_a_whole():
+    torch.manual_seed(4)
+    x = torch.randn(2, 3, 9, 9)
+    read = program.read(*stored(export(Pictures().eval(), (x,))))
+    made = copy.deepcopy(read)
+    with torch.no_grad():
+        expected = read(x)
+        assert equal(made(x), expected)
+        made.load_state_dict({name: torch.zeros_like(one) for name, one in made.state_dict().items()}, assign=True)
+        assert not equal(made(x), expected)
+        assert equal(read(x), expected)
+        compiled = torch.compile(read, backend="eager", fullgraph=True)
+        assert equal(compiled(x), expected)
+
+
+def test_what_steps_compute_is_let_go_of_after_its_last_use():
+    made: list[weakref.ref[Any]] = []
+
+    def step(*parts, last=None):
+        alive = sum(reference() is not None for reference in made)
+        assert alive <= 2, "the first, which the last step asks for, and the one before"
+        result = torch.ones(1)
+        made.append(weakref.ref(result))
+        return result
+
+    builder = steps.Builder()
+    first = before = builder.call(step, [builder.input(), builder.constant(3)], {})
+    for _ in range(5):
+        before = builder.call(step, [before], {})
+    builder.call(step, [], {})  # nobody asks for it
+    run = builder.finished([builder.call(step, [before], {"last": first})])
+    for _ in range(2):
+        made.clear()
+        assert torch.equal(*run([], [torch.zeros(1)]), torch.ones(1))
+        assert sum(reference() is not None for reference in made) == 0
+
+
 def test_control_flow_is_refused_by_name():
     class Branches(nn.Module):
         def forward(self, x):
             return torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,))
 
     with pytest.raises(UnsupportedNode, match="Save without the graph"):
-        program.describe(export(Branches(), (torch.ones(3),)))
+        describing.describe(export(Branches(), (torch.ones(3),)))
 
 
 @pytest.mark.parametrize(

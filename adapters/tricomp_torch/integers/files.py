@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import msgpack
-import numpy as np
 import torch
 from torch import nn
 
 import tricomp
 from tricomp import bounds
 from tricomp.errors import CorruptFile, InvalidArgument, UnsupportedNode, UnsupportedVersion
-from tricomp.integers import Quantized, pack_int4
-from tricomp.integers.files import entries_of, taken_apart
+from tricomp.integers.files import taken_apart
 from tricomp.integers.form import KEY as CORE_KEY
 from tricomp.integers.form import note_of
 from tricomp.notes import notes_of, with_notes
-from tricomp_torch.integers import program
+from tricomp_torch.integers import describing, program
+from tricomp_torch.integers.contents import Contents
 from tricomp_torch.integers.convert import with_integers
 from tricomp_torch.integers.examples import Batch, batches_of
 from tricomp_torch.integers.forms import prepare
@@ -33,7 +32,7 @@ from tricomp_torch.integers.graph import export
 from tricomp_torch.integers.nodes import NodePlan, Plan
 from tricomp_torch.integers.reading import APART, apart
 from tricomp_torch.integers.weights import IntegerWeight
-from tricomp_torch.tensors import to_array, to_tensor
+from tricomp_torch.tensors import to_array
 from tricomp_torch.ties import TieFinder
 
 KEY = "tricomp_integer_model"
@@ -90,7 +89,6 @@ def load_file(
     Raises InvalidArgument for a file without a graph if no model is given, for a model of other names or shapes, and
     for a file that save_file did not write; CorruptFile, CorruptFrame, UnsupportedVersion.
     """
-    device = torch.device(device)
     with tricomp.open(os.fspath(filename), threads=threads) as file:
         note = _told(file)
         if model is None and note.get("graph") is None:
@@ -98,17 +96,13 @@ def load_file(
                 f"{file.name}: holds no graph. Give model=, the float model that was planned, or save it with "
                 "example_inputs=."
             )
-        found = entries_of(file)
+        contents = Contents(file, torch.device(device))
+        for alias, first in note["ties"].items():
+            contents.tie(alias, first)
         name = file.name
-    for alias, first in note["ties"].items():
-        if not isinstance(alias, str) or first not in found:
-            raise CorruptFile(f"{name}: {alias!r} is tied to {first!r}, which is not in the file. Fetch it again.")
-        found[alias] = found[first]
     if model is None:
-        made = program.read(note["graph"], _Tensors(found, device), device, name)
-        made.__dict__["integer_plan"] = Plan.from_dict(note["plan"])
-        return made
-    return _filled(model, note.get("plan"), found, device, name)
+        return program.read(note["graph"], contents.tensors, device, name, note["plan"])
+    return _filled(model, note["plan"], contents, name)
 
 
 def _told(file: tricomp.File) -> dict[str, Any]:
@@ -131,7 +125,7 @@ def _told(file: tricomp.File) -> dict[str, Any]:
 def _graph_of(model: nn.Module, batch: Batch) -> tuple[dict[str, Any] | None, dict[str, torch.Tensor]]:
     try:
         with apart(model):
-            graph, tensors = program.describe(export(model, batch), lambda name: name.replace(f"{APART}.", "."))
+            graph, tensors = describing.describe(export(model, batch), lambda name: name.replace(f"{APART}.", "."))
     except UnsupportedNode as error:
         why = str(error)
     except Exception as error:  # torch.export raises whatever the model or its own passes raise
@@ -175,63 +169,16 @@ def _entries(model: nn.Module, constants: Mapping[str, torch.Tensor]) -> tuple[d
     return entries, {**ties, **finder.ties}
 
 
-class _Tensors(Mapping[str, torch.Tensor]):
-    """The tensors of a graph by name, made when they are asked for: of "fc.weight.codes", the codes of "fc.weight"."""
-
-    def __init__(self, entries: Mapping[str, Any], device: torch.device) -> None:
-        self._entries, self._device = entries, device
-        self._made: dict[int, torch.Tensor] = {}
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        array = self._array(name)
-        if id(array) not in self._made:
-            self._made[id(array)] = to_tensor(_packed(array), name, self._device)
-        return self._made[id(array)]
-
-    def _array(self, name: str) -> Any:
-        entry = self._entries.get(name)
-        if isinstance(entry, np.ndarray):
-            return entry
-        owner, _, part = name.rpartition(".")
-        entry = self._entries.get(owner)
-        if not isinstance(entry, Quantized) or part not in ("codes", "scales"):
-            raise KeyError(name)
-        return entry if part == "codes" else entry.scales
-
-    def __contains__(self, name: object) -> bool:
-        try:
-            self._array(str(name))
-        except KeyError:
-            return False
-        return True
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-
-def _packed(entry: Any) -> np.ndarray[Any, Any]:
-    """The codes of a Quantized, two a byte at 4 bits; another array as it is."""
-    if not isinstance(entry, Quantized):
-        array: np.ndarray[Any, Any] = entry
-        return array
-    codes = np.ascontiguousarray(entry.codes)
-    return pack_int4(codes.reshape(len(codes), -1)) if entry.bits == 4 else codes
-
-
-def _filled(model: nn.Module, told: Any, entries: Mapping[str, Any], device: torch.device, where: str) -> nn.Module:
+def _filled(model: nn.Module, told: Any, contents: Contents, where: str) -> nn.Module:
     """The model in its preset form, with the file's integers and other tensors in it."""
     plan = Plan.from_dict(told)
 
     def weight_of(name: str, node: NodePlan, held: torch.Tensor) -> IntegerWeight:
-        quantized = entries.get(name)
-        if not isinstance(quantized, Quantized) or quantized.bits != node.bits:
+        if name not in contents.forms or contents.forms[name].bits != node.bits:
             raise CorruptFile(
                 f"{where}: {name!r} is planned as int{node.bits}, but the file holds none. Fetch it again."
             )
-        made = IntegerWeight.from_quantized(quantized, device, is_turned=name in node.turned)
+        made = contents.weight(name, is_turned=name in node.turned)
         if made.shape != held.shape:
             raise InvalidArgument(
                 f"{where}: {name!r} is {list(made.shape)} in the file, {list(held.shape)} in the model. Give the model "
@@ -246,21 +193,20 @@ def _filled(model: nn.Module, told: Any, entries: Mapping[str, Any], device: tor
         for part in ("codes", "scales")
         if isinstance(module, IntegerWeight)
     }
-    arrays: dict[int, torch.Tensor] = {}
+    parameters: dict[int, nn.Parameter] = {}
     missing = []
     for table, named in (("_parameters", made.named_parameters), ("_buffers", made.named_buffers)):
         for name, held in list(named(remove_duplicate=False)):
             if name in inside:
                 continue
-            array = entries.get(name)
-            if not isinstance(array, np.ndarray) or array.shape != tuple(held.shape):
+            tensor = contents.tensors.get(name)
+            if tensor is None or tensor.shape != held.shape:
                 missing.append(f"{name} {list(held.shape)}")
                 continue
-            if id(array) not in arrays:
-                tensor = to_tensor(array, name, device)
-                arrays[id(array)] = nn.Parameter(tensor, requires_grad=False) if table == "_parameters" else tensor
+            if table == "_parameters":
+                tensor = parameters.setdefault(id(tensor), nn.Parameter(tensor, requires_grad=False))
             owner, _, last = name.rpartition(".")
-            getattr(made.get_submodule(owner), table)[last] = arrays[id(array)]
+            getattr(made.get_submodule(owner), table)[last] = tensor
     if missing:
         raise InvalidArgument(
             f"{where}: the model has {', '.join(missing[:5])}, which the file does not. Give the model that was "

@@ -6,6 +6,7 @@ looked up: none that reads files, resizes or exchanges storages, runs other code
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import re
@@ -70,11 +71,8 @@ def operator_of(name: str, where: str) -> Operator:
             f"{where}: the graph in the file calls {name!r}, which is none of the operators a file may name. Load with "
             "model=, or save the model again."
         )
-    if name in _PLAIN:
-        return _PLAIN[name]
-    namespace, packet, overload = name.split(".")
-    found = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
-    if not isinstance(found, torch._ops.OpOverload) or _takes_refused(found):
+    found = _PLAIN.get(name) or _of_torch(name)
+    if found is None:
         raise CorruptFile(
             f"{where}: the graph in the file calls {name!r}, which torch {torch.__version__} does not have. Load "
             "it with the version of torch that wrote it, or with model=."
@@ -82,6 +80,14 @@ def operator_of(name: str, where: str) -> Operator:
     return found
 
 
+@functools.lru_cache(4096)
+def _of_torch(name: str) -> Operator | None:
+    namespace, packet, overload = name.split(".")
+    found = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
+    return found if isinstance(found, torch._ops.OpOverload) and not _takes_refused(found) else None
+
+
+@functools.lru_cache(4096)
 def _is_allowed(name: str) -> bool:
     if name in _PLAIN:
         return True

@@ -1,26 +1,25 @@
-"""A model's graph as plain values, and a module that runs it: what lets a file be loaded without the model's code.
+"""A module that runs a graph of plain values: what lets a file be loaded without the model's code.
 
 Imports torch and errors. No pickle: a graph is a list of nodes that name operators, see operators. The hard thing: the
-reader must end with a graph that torch.fx runs or with an error that says what is wrong, whatever the file holds.
+reader must end with steps that can be run or with an error that says what is wrong, whatever the file holds.
 """
 
 from __future__ import annotations
 
 import itertools
 import keyword
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
-from tricomp.errors import CorruptFile, InvalidArgument, UnsupportedNode, UnsupportedVersion
+from tricomp.errors import CorruptFile, InvalidArgument, UnsupportedVersion
 from tricomp_torch.integers import operations, operators, structure
-
-VERSION = 1
-assert operations  # its operators are registered when it is imported
-_KINDS: dict[str, type] = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
+from tricomp_torch.integers.describing import KINDS, VERSION
+from tricomp_torch.integers.nodes import Plan
+from tricomp_torch.integers.steps import Builder, Steps
 
 
 class Program(nn.Module):
@@ -29,24 +28,35 @@ class Program(nn.Module):
     Called like the model was when it was exported: arguments by position or by name. Output classes come back as dicts.
     """
 
-    def __init__(self, run: Callable[..., Any], tensors: nn.Module, form: Form) -> None:
-        """run: the graph's function of a module and flat inputs. tensors: a module that holds what the graph uses."""
+    def __init__(
+        self, steps: Steps, form: Form, tensors: Mapping[str, torch.Tensor], places: Iterable[tuple[str, int]]
+    ) -> None:
+        """tensors: those that the graph uses, by name. places: the name of each, and its place in the steps."""
         super().__init__()
-        # All names but this one are free for the model's own.
-        self.__dict__["_tricomp_program"] = (run, form)
-        self._modules.update(tensors._modules)
-        self._buffers.update(tensors._buffers)
-        self.eval()
+        tables = _attached(self, tensors)
+        # Tensors are looked up where they stand at each call, for they may be moved. All names but these are free
+        # for the model's own.
+        self.__dict__["_tricomp_program"] = (steps, form, [(place, *tables[name]) for name, place in places])
+        self.training = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs. Raises InvalidArgument naming the input that is missing, unknown or of another form."""
-        run, form = self.__dict__["_tricomp_program"]
+        steps, form, places = self.__dict__["_tricomp_program"]
         values = form.bound(args, kwargs)
         leaves = itertools.chain.from_iterable(
             structure.leaves_of(values[name], nest, name) for name, nest in zip(form.names, form.structures)
         )
         flat = [_checked(value, facts) for value, facts in zip(leaves, form.leaves)]
-        return structure.rebuilt(iter(run(self, *flat)), form.output)
+        tensors = ((place, table[name]) for place, table, name in places)
+        return structure.rebuilt(iter(steps(tensors, flat)), form.output)
+
+    @property
+    def integer_plan(self) -> Plan | None:
+        """What became of each node of the float model; None if nobody told. Raises InvalidArgument if it is damaged."""
+        told: Plan | Mapping[str, Any] | None = self.__dict__["_tricomp_plan"]
+        if isinstance(told, Mapping):  # read when it is asked for, which most never do
+            told = self.__dict__["_tricomp_plan"] = Plan.from_dict(told)
+        return told
 
     def train(self, mode: bool = True) -> Program:
         """A program is for inference: eval() is allowed, train() is not."""
@@ -115,105 +125,14 @@ def _checked(value: Any, facts: Mapping[str, Any]) -> Any:
     return value
 
 
-def describe(
-    exported: torch.export.ExportedProgram, name_of: Callable[[str], str] = str
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """A graph as plain values, and its parameters, buffers and constants by name.
-
-    name_of: what a tensor is to be called, by its name in the graph.
-    Raises UnsupportedNode for control flow, operators of other libraries, and containers that have no names.
-    """
-    graph_module = exported.module(check_guards=False)
-    signature = exported.module_call_graph[0].signature
-    assert signature is not None
-    arguments, keywords = signature.in_spec.children()
-    specs = [*arguments.children(), *keywords.children()]
-    names = list(signature.forward_arg_names or [f"input{i}" for i in range(len(specs))])
-    nodes: list[Any] = []
-    leaves: list[Any] = []
-    tensors: dict[str, torch.Tensor] = {}
-    result: Any = None
-    for node in graph_module.graph.nodes:
-        where = f"node {node.name!r}"
-        if node.op == "placeholder":
-            leaves.append({"name": node.name, **_facts(node.meta.get("val"), where)})
-        elif node.op == "get_attr":
-            name = name_of(node.target)
-            tensors[name] = _tensor(graph_module, node.target, where)
-            nodes.append([node.name, "tensor", name])
-        elif node.op == "call_function":
-            name = operators.name_of(node.target, where)
-            keyword_arguments = {key: _plain(value, where) for key, value in node.kwargs.items()}
-            nodes.append([node.name, name, _plain(list(node.args), where), keyword_arguments])
-        elif node.op == "output":
-            flat = torch.utils._pytree.tree_leaves(node.args[0])
-            result = [_plain(value, where) for value in flat]
-        else:
-            raise UnsupportedNode(f"{where}: a {node.op} cannot be described in a file. Save without the graph.")
-    return {
-        "version": VERSION,
-        "torch": str(torch.__version__),
-        "inputs": {
-            "names": names,
-            "structures": [structure.describe(spec, "input") for spec in specs],
-            "leaves": leaves,
-        },
-        "nodes": nodes,
-        "result": result,
-        "output": structure.describe(signature.out_spec, "output"),
-    }, tensors
-
-
-def _facts(value: Any, where: str) -> dict[str, Any]:
-    if isinstance(value, torch.Tensor):
-        # A size that torch.export found to be a certain one is a SymInt too, of that number.
-        shape = [n.node.maybe_as_int() if isinstance(n, torch.SymInt) else int(n) for n in value.shape]
-        return {"dtype": str(value.dtype)[6:], "shape": shape}
-    if value is None or isinstance(value, bool | int | float | str):
-        return {"value": value}
-    raise UnsupportedNode(
-        f"{where}: an input of {type(value).__name__} cannot be described in a file. Make it a tensor."
-    )
-
-
-def _tensor(module: nn.Module, target: str, where: str) -> torch.Tensor:
-    found = module
-    for part in target.split("."):
-        found = getattr(found, part)
-    if not isinstance(found, torch.Tensor):
-        raise UnsupportedNode(
-            f"{where}: {target!r} is a {type(found).__name__}, not a tensor (control flow inside the graph?). Save "
-            "without the graph."
-        )
-    return found.detach()
-
-
-def _plain(value: Any, where: str) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, fx.Node):
-        return {"node": value.name}
-    if isinstance(value, list):
-        return [_plain(part, where) for part in value]
-    if isinstance(value, tuple):
-        return {"tuple": [_plain(part, where) for part in value]}
-    if isinstance(value, slice):
-        return {"slice": [_plain(part, where) for part in (value.start, value.stop, value.step)]}
-    if isinstance(value, torch.device):
-        return {"device": str(value)}
-    for kind, of in _KINDS.items():
-        if isinstance(value, of):
-            return {kind: str(value)[6:]}
-    raise UnsupportedNode(f"{where}: an argument of {type(value).__name__} cannot be described in a file.")
-
-
 def read(
     described: Mapping[str, Any],
     tensors: Mapping[str, torch.Tensor],
     device: torch.device | str = "cpu",
     where: str = "graph",
+    plan: Mapping[str, Any] | None = None,
 ) -> Program:
-    """The module that runs a described graph on tensors of these names.
+    """The module that runs a described graph on tensors of these names. plan: what Plan.to_dict gave.
 
     Raises CorruptFile, UnsupportedVersion.
     """
@@ -223,12 +142,14 @@ def read(
             f"{where}: version {version!r} of the graph, this tricomp reads {VERSION}. Update tricomp."
         )
     try:
-        return _Reader(tensors, torch.device(device), where).program(described)
+        made = _Reader(tensors, torch.device(device), where).program(described)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CorruptFile(
             f"{where}: the graph in the file is not one that can be run: {type(error).__name__}: {error}. The file is "
             "damaged; save it again, or load with model=."
         ) from error
+    made.__dict__["_tricomp_plan"] = plan
+    return made
 
 
 class _Reader:
@@ -236,10 +157,9 @@ class _Reader:
         self.tensors = tensors
         self.device = device
         self.where = where
-        self.root = nn.Module()
-        self.graph = fx.Graph()
-        self.made: dict[str, fx.Node] = {}
-        self.attached: set[str] = set()
+        self.builder = Builder()
+        self.made: dict[str, int] = {}
+        self.attached: list[tuple[str, int]] = []
 
     def program(self, described: Mapping[str, Any]) -> Program:
         inputs = described["inputs"]
@@ -249,7 +169,7 @@ class _Reader:
         if n_inputs != len(inputs["leaves"]) or len(inputs["names"]) != len(inputs["structures"]):
             raise CorruptFile(f"{self.where}: {n_inputs} inputs by their structure, {len(inputs['leaves'])} described.")
         for facts in inputs["leaves"]:
-            self._keep(facts["name"], self.graph.placeholder(self._identifier(facts["name"])))
+            self._keep(self._identifier(facts["name"]), self.builder.input())
         for node in described["nodes"]:
             self._keep(node[0], self._node(node))
         output = structure.require(described["output"], f"{self.where}: output")
@@ -257,70 +177,102 @@ class _Reader:
             raise CorruptFile(
                 f"{self.where}: the graph has {len(described['result'])} outputs, their structure differs."
             )
-        self.graph.output(tuple(self._value(value) for value in described["result"]))
-        self.graph.lint()
+        steps = self.builder.finished([self._place(value) for value in described["result"]])
         form = Form(inputs["names"], inputs["structures"], inputs["leaves"], output)
-        return Program(type(fx.GraphModule(self.root, self.graph)).forward, self.root, form)
+        return Program(steps, form, {name: self.tensors[name] for name, _ in self.attached}, self.attached)
 
-    def _keep(self, name: str, node: fx.Node) -> None:
+    def _keep(self, name: str, place: int) -> None:
         if not isinstance(name, str) or name in self.made:
             raise CorruptFile(f"{self.where}: two nodes of the graph are called {name!r}.")
-        self.made[name] = node
+        self.made[name] = place
 
-    def _node(self, node: Any) -> fx.Node:
+    def _node(self, node: Any) -> int:
         name, target, *rest = node
-        where = f"{self.where}: node {name!r}"
         if target == "tensor":
-            return self._attribute(rest[0], where)
+            return self._attribute(rest[0], name)
         arguments, keywords = rest
-        function = operators.operator_of(target, where)
-        named = {self._identifier(key): self._value(value) for key, value in keywords.items()}
-        return self.graph.call_function(function, tuple(self._value(arguments)), named)
+        function = operations.DIRECT.get(target) or operators.operator_of(target, f"{self.where}: node {name!r}")
+        if not isinstance(arguments, list):
+            raise CorruptFile(f"{self.where}: node {name!r} has no list of arguments.")
+        named = {self._identifier(key): self._place(value) for key, value in keywords.items()}
+        return self.builder.call(function, [self._place(value) for value in arguments], named)
 
-    def _attribute(self, target: str, where: str) -> fx.Node:
+    def _attribute(self, target: str, name: str) -> int:
         if target not in self.tensors:
-            raise CorruptFile(f"{where}: the graph uses the tensor {target!r}, which is not in the file.")
-        if target not in self.attached:
-            for part in target.split("."):
-                self._identifier(part if not part.isdecimal() else f"_{part}")
-                if hasattr(nn.Module, part):
-                    raise CorruptFile(f"{where}: {target!r} is no name of a tensor of a model. Save the model again.")
-            attach(self.root, target, self.tensors[target])
-            self.attached.add(target)
-        return self.graph.get_attr(target)
+            raise CorruptFile(f"{self.where}: node {name!r} uses the tensor {target!r}, which is not in the file.")
+        for part in target.split("."):
+            self._identifier(part if not part.isdecimal() else f"_{part}")
+            if hasattr(nn.Module, part):
+                raise CorruptFile(f"{self.where}: {target!r} is no name of a tensor of a model. Save the model again.")
+        self.attached.append((target, self.builder.constant(None)))
+        return self.attached[-1][1]
 
     def _identifier(self, name: Any) -> str:
-        # torch.fx writes these into the Python code that it compiles: nothing but a name may come out of a file.
         if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
             raise CorruptFile(f"{self.where}: {str(name)[:80]!r} is no name. The file is damaged; do not trust it.")
         return name
 
-    def _value(self, value: Any) -> Any:
+    def _place(self, value: Any) -> int:
+        """Of an argument: a node's result, a plain value, or a nest of both, which a step of its own makes."""
+        if not _has_node(value):
+            return self.builder.constant(self._plain(value))
         if isinstance(value, list):
-            return [self._value(part) for part in value]
-        if not isinstance(value, Mapping):
-            return value
+            return self.builder.call(_listed, [self._place(part) for part in value], {})
         ((kind, inside),) = value.items()
         if kind == "node":
             return self.made[inside]
-        if kind == "tuple":
-            return tuple(self._value(part) for part in inside)
-        if kind == "slice":
-            return slice(*(self._value(part) for part in inside))
+        return self.builder.call(_NESTS[kind], [self._place(part) for part in inside], {})
+
+    def _plain(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self._plain(part) for part in value]
+        if not isinstance(value, Mapping):
+            return value
+        ((kind, inside),) = value.items()
+        if kind in _NESTS:
+            return _NESTS[kind](*(self._plain(part) for part in inside))
         if kind == "device":
             return self.device  # what was made on the exporting machine's device is made on this one's
         made = getattr(torch, inside)
-        if not isinstance(made, _KINDS[kind]):
+        if not isinstance(made, KINDS[kind]):
             raise CorruptFile(f"{self.where}: {inside!r} is no {kind}.")
         return made
 
 
-def attach(root: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Register a tensor as a buffer under a dotted name, with empty modules on the way."""
-    *folders, last = name.split(".")
-    module = root
-    for folder in folders:
-        if folder not in module._modules:
-            module.add_module(folder, nn.Module())
-        module = module.get_submodule(folder)
-    module.register_buffer(last, tensor)
+def _has_node(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return "node" in value or any(map(_has_node, value.values()))
+    return isinstance(value, list) and any(map(_has_node, value))
+
+
+def _listed(*parts: Any) -> list[Any]:
+    return list(parts)
+
+
+def _tupled(*parts: Any) -> tuple[Any, ...]:
+    return parts
+
+
+_NESTS: dict[str, Callable[..., Any]] = {"tuple": _tupled, "slice": slice}
+
+
+def _attached(root: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[dict[str, Any], str]]:
+    """Make buffers of dotted names, with empty modules on the way. The table that holds each, and its name in there."""
+    folders: dict[str, nn.Module] = {"": root}
+    tables: dict[str, tuple[dict[str, Any], str]] = {}
+    for name, tensor in tensors.items():
+        path, _, last = name.rpartition(".")
+        buffers = _folder(folders, path)._buffers
+        buffers[last] = tensor
+        tables[name] = buffers, last
+    return tables
+
+
+def _folder(folders: dict[str, nn.Module], path: str) -> nn.Module:
+    if path not in folders:
+        parent, _, last = path.rpartition(".")
+        made = nn.Module()
+        made.training = False
+        _folder(folders, parent)._modules[last] = made
+        folders[path] = made
+    return folders[path]
