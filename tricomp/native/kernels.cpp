@@ -21,8 +21,7 @@ const Kernels TRICOMP_JOIN(TRICOMP_ISA, _kernels) = {
     TRICOMP_ISA::encode_stream, TRICOMP_ISA::decode_stream, TRICOMP_ISA::stats::price_tables,
     TRICOMP_ISA::stats::majority,
     {TRICOMP_ISA::quantizing::quantize_row, TRICOMP_ISA::quantizing::dequantize_row},
-    {TRICOMP_ISA::multiplying::prepared_bytes, TRICOMP_ISA::multiplying::scratch_bytes, TRICOMP_ISA::multiplying::prepare,
-     TRICOMP_ISA::multiplying::multiply},
+    {TRICOMP_ISA::multiplying::blocks, TRICOMP_ISA::multiplying::prepare, TRICOMP_ISA::multiplying::multiply},
     {TRICOMP_ISA::stats::stats_of<uint8_t>(), TRICOMP_ISA::stats::stats_of<uint16_t>(),
      TRICOMP_ISA::stats::stats_of<uint32_t>(), TRICOMP_ISA::stats::stats_of<uint64_t>()},
 };

@@ -24,21 +24,23 @@ struct Multiplying {
     size_t scale_bytes() const { return n_groups() * float_bytes(scale_format); }
 };
 
-constexpr size_t MULTIPLY_ALIGN = 64;      // bytes, of prepared rows
-constexpr size_t MULTIPLY_ROWS = 4;        // rows are prepared and multiplied by so many
+constexpr size_t MULTIPLY_ALIGN = 64;      // bytes, of prepared blocks of rows and of scratch
 constexpr size_t MULTIPLY_OUTPUTS = 16;    // outputs are shared among threads by multiples of so many
 constexpr size_t MULTIPLY_MOST = 1 << 16;  // codes of a row, so that an int32 holds their sum of products
 
+// How rows are made ready: in blocks of so many, the last of fewer; each takes so much memory, a multiple of
+// MULTIPLY_ALIGN. scratch_bytes: what each thread needs besides.
+struct MultiplyBlocks {
+    size_t n_rows, n_bytes, scratch_bytes;
+};
+
 struct MultiplyKernels {
-    // Bytes of one prepared row, a multiple of MULTIPLY_ALIGN.
-    size_t (*prepared_bytes)(const Multiplying&);
-    // Bytes of memory that each thread needs to multiply.
-    size_t (*scratch_bytes)(const Multiplying&);
-    // One row of input, float32[n_in], made ready.
-    void (*prepare)(const Multiplying&, const uint8_t* input, uint8_t* prepared);
-    // Outputs first to last of all rows; rows beyond n_rows, up to a multiple of MULTIPLY_ROWS, are prepared too. out:
-    // float32[n_rows][n_out].
-    void (*multiply)(const Multiplying&, const uint8_t* prepared, size_t first, size_t last, uint8_t* scratch, uint8_t* out);
+    MultiplyBlocks (*blocks)(const Multiplying&);
+    // A block of n_rows rows of input, float32[n_rows][n_in], made ready.
+    void (*prepare)(const Multiplying&, const uint8_t* input, size_t n_rows, uint8_t* scratch, uint8_t* block);
+    // Outputs first to last of n_rows rows in whole blocks, but for the last. out: float32[n_rows][n_out].
+    void (*multiply)(const Multiplying&, const uint8_t* blocks, size_t n_rows, size_t first, size_t last, uint8_t* scratch,
+                     uint8_t* out);
 };
 
 }  // namespace tricomp

@@ -9,6 +9,7 @@
 #include <dlfcn.h>
 #endif
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 
@@ -20,6 +21,7 @@ namespace tricomp {
 namespace {
 
 constexpr size_t MULTIPLY_SHARE = size_t(1) << 15;  // elements that are worth a thread
+constexpr size_t MULTIPLY_ROUNDS = 4;                // blocks for each thread, from which threads share blocks evenly
 
 // Call work() in so many threads at once.
 template <class Work>
@@ -49,25 +51,44 @@ struct Aligned {
     uint8_t* start;
 };
 
-// Inputs made ready, then outputs, by so many threads.
+// Inputs made ready, then outputs, by so many threads. Where blocks are many, a thread takes a block through all outputs,
+// so that it stays in its cache; else all blocks are made ready, and threads share the outputs.
 inline void multiply_all(const Multiplying& task, const uint8_t* input, size_t n_threads, uint8_t* out) {
     const MultiplyKernels& multiplying = kernels().multiplying;
-    const size_t n_padded = (task.n_rows + MULTIPLY_ROWS - 1) / MULTIPLY_ROWS * MULTIPLY_ROWS;
-    const size_t row_bytes = multiplying.prepared_bytes(task), scratch_bytes = multiplying.scratch_bytes(task);
-    const size_t n_each = (task.n_out / (n_threads * 4) / MULTIPLY_OUTPUTS + 1) * MULTIPLY_OUTPUTS;
-    Aligned prepared(n_padded * row_bytes), scratch(n_threads * scratch_bytes);
-    std::memset(prepared.start + task.n_rows * row_bytes, 0, (n_padded - task.n_rows) * row_bytes);
-    std::atomic<size_t> next_row{0}, next{0}, i_thread{0};
-    in_threads(task.n_rows * task.n_in < MULTIPLY_SHARE ? 1 : n_threads, [&] {
-        for (size_t row = next_row++; row < task.n_rows; row = next_row++)
-            multiplying.prepare(task, input + row * 4 * task.n_in, prepared.start + row * row_bytes);
+    const MultiplyBlocks each = multiplying.blocks(task);
+    const size_t n_blocks = (task.n_rows + each.n_rows - 1) / each.n_rows;
+    const size_t scratch_bytes = (each.scratch_bytes + MULTIPLY_ALIGN - 1) / MULTIPLY_ALIGN * MULTIPLY_ALIGN;
+    const auto rows_of = [&](size_t i) { return std::min(task.n_rows - i * each.n_rows, each.n_rows); };
+    const auto prepare = [&](size_t i, uint8_t* scratch, uint8_t* block) {
+        multiplying.prepare(task, input + i * each.n_rows * 4 * task.n_in, rows_of(i), scratch, block);
+    };
+    if (task.n_rows * task.n_out < MULTIPLY_SHARE * 16 / task.n_in) n_threads = 1;
+    std::atomic<size_t> next_block{0}, next{0}, i_thread{0};
+    if (each.n_rows > 1 && n_blocks >= MULTIPLY_ROUNDS * n_threads) {
+        const Aligned memory(n_threads * (scratch_bytes + each.n_bytes));
+        in_threads(n_threads, [&] {
+            uint8_t* scratch = memory.start + (i_thread++) * (scratch_bytes + each.n_bytes);
+            uint8_t* block = scratch + scratch_bytes;
+            for (size_t i = next_block++; i < n_blocks; i = next_block++) {
+                prepare(i, scratch, block);
+                multiplying.multiply(task, block, rows_of(i), 0, task.n_out, scratch, out + 4 * i * each.n_rows * task.n_out);
+            }
+        });
+        return;
+    }
+    const Aligned memory(n_threads * scratch_bytes + n_blocks * each.n_bytes);
+    uint8_t* blocks = memory.start + n_threads * scratch_bytes;
+    in_threads(n_blocks == 1 || task.n_rows * task.n_in < MULTIPLY_SHARE ? 1 : n_threads, [&] {
+        uint8_t* scratch = memory.start + (i_thread++) * scratch_bytes;
+        for (size_t i = next_block++; i < n_blocks; i = next_block++) prepare(i, scratch, blocks + i * each.n_bytes);
     });
-    const bool is_small = task.n_rows * task.n_out < MULTIPLY_SHARE * 16 / task.n_in;
-    in_threads(is_small ? 1 : n_threads, [&] {
-        uint8_t* mine = scratch.start + (i_thread++) * scratch_bytes;
-        for (size_t first = n_each * next++; first < task.n_out; first = n_each * next++) {
-            const size_t last = first + n_each < task.n_out ? first + n_each : task.n_out;
-            multiplying.multiply(task, prepared.start, first, last, mine, out);
+    i_thread = 0;
+    const size_t n_outputs = (task.n_out / (n_threads * 4) / MULTIPLY_OUTPUTS + 1) * MULTIPLY_OUTPUTS;
+    in_threads(n_threads, [&] {
+        uint8_t* scratch = memory.start + (i_thread++) * scratch_bytes;
+        for (size_t first = n_outputs * next++; first < task.n_out; first = n_outputs * next++) {
+            const size_t last = std::min(first + n_outputs, task.n_out);
+            multiplying.multiply(task, blocks, task.n_rows, first, last, scratch, out);
         }
     });
 }
