@@ -183,6 +183,68 @@ def test_sizes_that_the_model_fixes_are_told(tmp_path, caplog):
         integers.load_file(tmp_path / "a.tri")(torch.randn(4, 40))
 
 
+class Speaker(nn.Module):
+    """As language models are: further arguments by name, and outputs that hold a cache of a class of its own."""
+
+    class Cache:
+        pass
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(50, 32), nn.Linear(32, 50)
+
+    def forward(self, ids, **further):
+        x = self.embedding(ids) * further.get("mask", torch.ones(1)).unsqueeze(-1)
+        return {"logits": self.head(x.cumsum(1)), "cache": [Speaker.Cache(), x.sum()]}
+
+
+def test_models_that_take_and_give_more_than_tensors(tmp_path, caplog):
+    model = learnt(Speaker())
+    given = {"ids": torch.randint(0, 50, (3, 7)), "mask": torch.ones(3, 7)}
+    with caplog.at_level(logging.WARNING, "tricomp"):
+        converted = integers.convert(model, integers.plan(model, given))
+        integers.save_file(converted, tmp_path / "a.tri", given)
+    assert [record.message for record in caplog.records] == [
+        "the graph of Speaker gives None for its output['cache'][0], a Cache"
+    ]
+    loaded = integers.load_file(tmp_path / "a.tri")
+    rows = {name: torch.cat([one, one]) for name, one in given.items()}
+    with torch.no_grad():
+        found, expected = loaded(**rows), converted(**rows)
+    assert bits([found["logits"], found["cache"][1]]) == bits([expected["logits"], expected["cache"][1]])
+    assert found["cache"][0] is None
+    with torch.no_grad():
+        assert isinstance(converted(**given)["cache"][0], Speaker.Cache), "the model is as it was"
+
+
+def test_arguments_without_names_of_their_own(tmp_path):
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(40, 8)
+
+        def forward(self, first, *rest):
+            return sum((self.layer(one) for one in rest), self.layer(first))
+
+    model, given = learnt(Sum()), (torch.randn(3, 40), torch.randn(3, 40), torch.randn(3, 40))
+    converted = integers.convert(model, integers.plan(model, given))
+    integers.save_file(converted, tmp_path / "a.tri", given)
+    rows = [torch.cat([one, one]) for one in given]
+    with torch.no_grad():
+        assert bits(integers.load_file(tmp_path / "a.tri")(*rows)) == bits(converted(*rows))
+
+
+def test_sizes_that_are_to_stay_open_can_be_asked_for(tmp_path):
+    model, x = learnt(Speaker()), torch.randint(0, 50, (3, 7))
+    converted = integers.convert(model, integers.plan(model, x))
+    open_sizes = {"ids": {0: torch.export.Dim("rows"), 1: torch.export.Dim("length")}}
+    integers.save_file(converted, tmp_path / "a.tri", x, dynamic_shapes=open_sizes)
+    longer = torch.randint(0, 50, (2, 12))
+    with torch.no_grad():
+        found = integers.load_file(tmp_path / "a.tri")(longer)
+        assert bits(found["logits"]) == bits(converted(longer)["logits"])
+
+
 def test_the_wrong_thing_is_refused_and_named(saved, tmp_path):
     _, model, converted, x, path, _ = saved
     with pytest.raises(InvalidArgument, match=r"expected a model from integers\.convert"):

@@ -47,14 +47,17 @@ def save_file(
     example_inputs: Any = None,
     metadata: Mapping[str, str] | None = None,
     *,
+    dynamic_shapes: Any = None,
     threads: int | None = None,
 ) -> tricomp.Report:
     """Write a converted model to a `.tri` file, atomically: entropy-coded integers, other tensors bit for bit.
 
     model: what `convert` returned. example_inputs: as for `plan`; with them the file holds the graph too, and needs no
     code of the model to be loaded. Give at least two rows: torch takes an axis of one for one of that size. A model
-    that cannot be traced, or that calls what files may not name, is written without a graph, with a warning. metadata:
-    text by text key. threads: see tricomp.open.
+    that cannot be traced, or that calls what files may not name, is written without a graph, with a warning; outputs
+    that are no tensors nor numbers, such as caches of keys and values, become None. metadata: text by text key.
+    dynamic_shapes: which sizes of inputs the graph is to leave open, as torch.export.export takes them; None: the first
+    axis of each. threads: see tricomp.open.
     Raises InvalidArgument for a model that `convert` did not make; StorageError.
     """
     plan = getattr(model, "integer_plan", None)
@@ -66,7 +69,7 @@ def save_file(
     graph: dict[str, Any] | None = None
     constants: dict[str, torch.Tensor] = {}
     if example_inputs is not None:
-        graph, constants = _graph_of(model, batches_of(example_inputs)[0])
+        graph, constants = _graph_of(model, batches_of(example_inputs)[0], dynamic_shapes)
     entries, ties = _entries(model, constants)
     packed, forms = taken_apart(entries)
     told = msgpack.packb({"plan": plan.to_dict(), "graph": graph, "ties": ties})
@@ -122,10 +125,12 @@ def _told(file: tricomp.File) -> dict[str, Any]:
     return told
 
 
-def _graph_of(model: nn.Module, batch: Batch) -> tuple[dict[str, Any] | None, dict[str, torch.Tensor]]:
+def _graph_of(model: nn.Module, batch: Batch, shapes: Any) -> tuple[dict[str, Any] | None, dict[str, torch.Tensor]]:
     try:
         with apart(model):
-            graph, tensors = describing.describe(export(model, batch), lambda name: name.replace(f"{APART}.", "."))
+            graph, tensors = describing.describe(
+                export(model, batch, shapes), lambda name: name.replace(f"{APART}.", ".")
+            )
     except UnsupportedNode as error:
         why = str(error)
     except Exception as error:  # torch.export raises whatever the model or its own passes raise

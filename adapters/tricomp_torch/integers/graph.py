@@ -9,6 +9,7 @@ tells whether it took the transpose.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import io
 import logging
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import keystr, tree_map, tree_map_with_path
 
 from tricomp_torch.integers.examples import Batch, leaves_of, quiet_random
 from tricomp_torch.integers.nodes import Trace
@@ -43,6 +44,7 @@ _WEIGHT_AT = {
 _PASSED_ON = ("detach", "alias", "contiguous", "clone", "_to_copy", "to", "type_as", "float", "lift_fresh_copy")
 _TURNS = ("t", "numpy_T", "transpose", "permute", "swapaxes")
 _N_NOTE = 160
+_log = logging.getLogger("tricomp")
 
 
 @dataclass(frozen=True)
@@ -100,16 +102,63 @@ def trace(model: nn.Module, batch: Batch | None) -> Graph:
     return Graph("modules", "; ".join(notes), (), first_names, paths)
 
 
-def export(model: nn.Module, batch: Batch) -> torch.export.ExportedProgram:
-    """The model as torch.export has it, the first axis of every input of any size. Raises what torch.export raises."""
-    inputs = inspect.signature(model.forward).parameters
-    has_rest = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in inputs.values())
-    shapes: Any = None
-    if not has_rest:  # what *args hold has no name to give a dynamic shape to
-        args = dict(zip(inputs, map(_dynamic, batch.args)))
-        shapes = {**args, **{key: _dynamic(value) for key, value in batch.kwargs.items()}}
-    with _plain_attention(), quiet_random(), torch.no_grad(), _silence():
+def export(model: nn.Module, batch: Batch, shapes: Any = None) -> torch.export.ExportedProgram:
+    """The model as torch.export has it. Raises what torch.export raises.
+
+    shapes: torch.export's dynamic_shapes; None: the first axis of every input may be of any size. Outputs that are no
+    tensors nor numbers (a language model's cache of keys and values, say) become None, with a warning.
+    """
+    signature = _spelt_out(inspect.signature(model.forward), batch)
+    if shapes is None:
+        bound = signature.bind(*batch.args, **batch.kwargs)
+        shapes = {name: _dynamic(value) for name, value in bound.arguments.items()}
+    with _plain_outputs(model, signature), _plain_attention(), quiet_random(), torch.no_grad(), _silence():
         return torch.export.export(model, batch.args, dict(batch.kwargs), dynamic_shapes=shapes, strict=False)
+
+
+def _spelt_out(signature: inspect.Signature, batch: Batch) -> inspect.Signature:
+    """With a name for each of what *args and **kwargs take: torch.export gives those no dynamic shape."""
+    n_named = sum(one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD) for one in signature.parameters.values())
+    made: list[inspect.Parameter] = []
+    for one in signature.parameters.values():
+        if one.kind is one.VAR_POSITIONAL:
+            names = [f"{one.name}_{i}" for i in range(len(batch.args) - n_named)]
+            made = [other.replace(kind=one.POSITIONAL_ONLY) if names else other for other in made]
+            made += [inspect.Parameter(name, one.POSITIONAL_ONLY) for name in names]
+        elif one.kind is one.VAR_KEYWORD:
+            names = [name for name in batch.kwargs if name not in signature.parameters]
+            made += [inspect.Parameter(name, one.KEYWORD_ONLY) for name in names]
+        else:
+            made.append(one)
+    return inspect.Signature(made)
+
+
+@contextlib.contextmanager
+def _plain_outputs(model: nn.Module, signature: inspect.Signature) -> Iterator[None]:
+    """Meanwhile the model gives None for what a graph cannot give, and says that it takes what signature has."""
+    forward, was_own = model.forward, "forward" in model.__dict__
+    lost: dict[str, str] = {}
+
+    def kept(path: Any, leaf: Any) -> Any:
+        if leaf is None or isinstance(leaf, (torch.Tensor, bool, int, float, str, torch.SymInt, torch.SymFloat)):
+            return leaf
+        lost[keystr(path)] = type(leaf).__name__
+        return None
+
+    @functools.wraps(forward)
+    def plain(*args: Any, **kwargs: Any) -> Any:
+        return tree_map_with_path(kept, forward(*args, **kwargs))
+
+    plain.__dict__["__signature__"] = signature
+    model.__dict__["forward"] = plain
+    try:
+        yield
+    finally:
+        del model.__dict__["forward"]
+        if was_own:
+            model.__dict__["forward"] = forward
+    for name, kind in lost.items():
+        _log.warning("the graph of %s gives None for its output%s, a %s", type(model).__name__, name, kind)
 
 
 def _exported(
