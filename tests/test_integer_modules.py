@@ -293,7 +293,7 @@ def test_the_original_is_as_it_was(mixed):
     assert isinstance(model.head, nn.Linear)
     assert model.head.weight is model.embedding.weight
     error = (made(ids) - model(ids)).norm() / model(ids).norm()
-    assert error < 0.02
+    assert error < 0.03
 
 
 def test_states_copies_and_casts(mixed, tmp_path):

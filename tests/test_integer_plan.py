@@ -20,8 +20,10 @@ from tricomp_torch import integers
 from tricomp_torch.integers import Budget, Fold, Plan
 from tricomp_torch.integers.choice import Unit, choose, nodes_on, usage
 from tricomp_torch.integers.effect import Examples
+from tricomp_torch.integers.eighth import with_eighth_bits
 from tricomp_torch.integers.examples import batches_of
 from tricomp_torch.integers.forms import OutputFirstConvTranspose, input_first, output_first
+from tricomp_torch.integers.ladders import options, units_of
 from tricomp_torch.integers.nodes import Effect, NodePlan
 from tricomp_torch.integers.trials import Trials
 
@@ -453,6 +455,85 @@ def test_auto_mixes_4_and_8_bits(text_plan, text_model, tokens):
     assert four.measured.cosine < eight.measured.cosine
 
 
+def test_int8_takes_7_bits_and_8_where_an_error_is_out_of_proportion(digits_model, images):
+    plans = {bits: make_plan(digits_model, images[:1], bits=bits) for bits in ("int8", 7, 8)}
+    found = {node.name: node.bits for node in plans["int8"].nodes}
+    assert set(found.values()) == {7, 8}
+    assert found["stem.0"] == found["head"] == 8
+    assert found["hidden"] == 7  # it has most of the bytes
+    losses = {bits: 1 - plan.measured.cosine for bits, plan in plans.items()}
+    assert losses[8] < losses["int8"] < losses[7]
+    assert losses["int8"] - losses[8] < (losses[7] - losses[8]) / 2
+    assert all(node.activations == "dynamic" for node in plans["int8"].nodes if node.kind == "linear")
+    text = str(plans["int8"])
+    assert "int8 (7 bits) x int8" in text
+    alone = make_plan(digits_model)
+    assert {"stem.0", "head"} <= {node.name for node in alone.nodes if node.bits == 8}
+    assert alone["hidden"].bits == 7
+    tight = make_plan(digits_model, images[:1], budget=Budget(cosine=1 - 1.5 * losses[8]))
+    assert tight.measured.cosine >= 1 - 1.5 * losses[8]
+    assert {node.name for node in tight.nodes if node.bits == 8} > {"stem.0", "head"}
+
+
+def test_weights_of_which_few_are_large_keep_8_bits():
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256))
+    with torch.no_grad():
+        model[2].weight[:, 3] *= 30
+    for inputs in (None, torch.randn(64, 256)):
+        plan = make_plan(model, inputs)
+        assert [(node.bits, node.weight_error > 0.02) for node in plan.nodes] == [(7, False), (8, True)]
+        assert {node.bits for node in make_plan(model, inputs, bits=7).nodes} == {7}
+    assert {node.bits for node in make_plan(model, budget=Budget(weight_error=0.1)).nodes} == {7}
+
+
+def test_the_eighth_bit_is_judged_by_error_for_each_byte():
+    def unit(name, at7, n_bytes, weight_error=0.015):
+        forms: list[Any] = [(7, 1 - at7), (8, None)]
+        nodes = [
+            NodePlan(name, "linear", bits, None, (name,), "", 0.0, cosine, 4 * n_bytes, n_bytes)
+            for bits, cosine in forms
+        ]
+        nodes = [dataclasses.replace(node, weight_error=weight_error) for node in nodes]
+        return Unit((*((node,) for node in nodes), (nodes[0].in_float(""),)))
+
+    def measured(unit, rung):
+        name = unit.rungs[0][0].name
+        asked.append(name)
+        nodes = tuple(dataclasses.replace(node, cosine=1 - at8[name]) for node in unit.rungs[rung])
+        return Unit((*unit.rungs[:rung], nodes, *unit.rungs[rung + 1 :]))
+
+    asked: list[str] = []
+    at8 = {"small": 1e-4, "inputs": 3.99e-4}
+    units = [
+        unit("small", 4e-4, 1000),
+        unit("inputs", 4e-4, 1000),
+        unit("large", 4e-4, 1_000_000),
+        unit("tail", 1e-6, 1_000_000, weight_error=0.03),
+    ]
+    found = with_eighth_bits(units, measured, None)
+    assert [unit.rungs[0][0].bits for unit in found] == [8, 7, 7, 8]
+    assert asked == ["small", "inputs"]
+    assert [unit.rungs[0][0].bits for unit in with_eighth_bits(units, measured, 0.05)] == [8, 7, 7, 7]
+    blind = with_eighth_bits(units, None, None)
+    assert [unit.rungs[0][0].bits for unit in blind] == [8, 8, 7, 8]
+    only = [unit("one", 1.0, 1000)]
+    assert with_eighth_bits(only, measured, None) == only
+
+
+def test_what_a_form_costs():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Embedding(64, 64))
+    nodes = make_plan(model).nodes
+    units = units_of(nodes, options("int8", None, "auto", has_examples=True), Trials(prepare(model, make_plan(model))))
+    forms = [[(unit.rungs[i][0].bits, unit.rungs[i][0].activations) for i in range(len(unit.rungs))] for unit in units]
+    assert forms[0] == [(7, "dynamic"), (8, "dynamic"), (7, "float"), (8, "float"), (None, "float")]
+    assert forms[1] == [(7, "float"), (8, "float"), (None, "float")]
+    for unit in units:
+        costs = [unit.cost(i) for i in range(len(unit.rungs))]
+        assert costs == sorted(set(costs))
+    assert units[0].n_bytes(0) == units[0].n_bytes(2) == units[0].n_bytes(1) * 7 / 8
+
+
 def test_bytes_are_those_of_codes_and_scales(text_model, tokens):
     from tricomp_torch.tensors import to_array
 
@@ -751,7 +832,8 @@ def test_weights_that_are_integers_already():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"bits": 3}, "bits: expected 8, 4"),
+        ({"bits": 3}, 'bits: expected "int8", "auto", 8, 4'),
+        ({"bits": "int7"}, "bits: expected"),
         ({"group": 30}, "group: expected a multiple of 16"),
         ({"activations": "int8"}, "activations: expected"),
         ({"budget": 0.99}, "budget: expected a Budget, got float"),

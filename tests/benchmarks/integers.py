@@ -59,8 +59,8 @@ def entries(finished: Finished, folder: Path) -> Iterator[Entry]:
     yield _plain("bfloat16", finished, copy.deepcopy(finished.model).bfloat16(), folder, is_half=True)
     yield from _torchao(finished, folder)
     yield from _dynamic(finished, folder)
-    yield _tricomp("tricomp int8", finished, folder, bits=8)
-    yield _tricomp("tricomp int8 of 7 bits", finished, folder, bits=7)
+    yield _tricomp("tricomp int8", finished, folder)
+    yield _tricomp("tricomp int8 of 8 bits", finished, folder, bits=8)
     yield _tricomp("tricomp int4", finished, folder, bits=4, group=64)
 
 

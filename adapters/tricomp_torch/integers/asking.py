@@ -21,8 +21,8 @@ _N_SHOWN = 6
 
 def check(budget: Budget, bits: Any, group: Any, activations: Any, has_examples: bool) -> None:
     """Raise InvalidArgument for arguments of `plan` that are none, or do not go together."""
-    if bits not in (*get_args(Bits), "auto") or isinstance(bits, bool):
-        raise InvalidArgument(f'bits: expected 8, 4, one between, or "auto", got {bits!r}')
+    if bits not in (*get_args(Bits), "int8", "auto") or isinstance(bits, bool):
+        raise InvalidArgument(f'bits: expected "int8", "auto", 8, 4 or one between, got {bits!r}')
     if group is not None and (not isinstance(group, int) or group <= 0 or group % GROUP_STEP):
         raise InvalidArgument(f"group: expected a multiple of {GROUP_STEP}, got {group!r}")
     if activations not in ("auto", "float", "dynamic"):

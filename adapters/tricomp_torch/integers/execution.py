@@ -103,7 +103,7 @@ def rounded_rows(rows: torch.Tensor) -> torch.Tensor:
 def _is_native(rows: torch.Tensor, codes: torch.Tensor, bits: int, is_dynamic: bool) -> bool:
     if codes.device.type != "cpu" or not multiplying.is_fast(rows.shape[1]):
         return False
-    return is_dynamic or rows.shape[0] < (_MANY_ROWS if bits == 8 else _MANY_ROWS_OF_4_BITS)
+    return is_dynamic or rows.shape[0] < (_MANY_ROWS if bits > 4 else _MANY_ROWS_OF_4_BITS)
 
 
 def _native_linear(

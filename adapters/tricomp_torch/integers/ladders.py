@@ -25,12 +25,11 @@ def options(bits: Any, group: int | None, activations: str, has_examples: bool) 
     found: list[Option] = []
     if bits in (4, "auto"):
         found.append((4, group or _DEFAULT_GROUP, "float"))
-    if bits != 4:
-        wide: Bits = 8 if bits == "auto" else bits
-        if activations == "dynamic" or (activations == "auto" and has_examples):
-            found.append((wide, None, "dynamic"))
-        if activations != "dynamic":
-            found.append((wide, None, "float"))
+    wide: list[Bits] = [7, 8] if bits in ("int8", "auto") else [] if bits == 4 else [bits]
+    if activations == "dynamic" or (activations == "auto" and has_examples):
+        found += [(each, None, "dynamic") for each in wide]
+    if activations != "dynamic":
+        found += [(each, None, "float") for each in wide]
     return found
 
 

@@ -20,6 +20,7 @@ from tricomp_torch.integers.candidates import candidates
 from tricomp_torch.integers.choice import Choice, Unit, choose, nodes_on, usage
 from tricomp_torch.integers.copies import check_finite, frozen_copy, shapes_of
 from tricomp_torch.integers.effect import Examples
+from tricomp_torch.integers.eighth import with_eighth_bits
 from tricomp_torch.integers.examples import batches_of
 from tricomp_torch.integers.folding import folds_of, turns_of
 from tricomp_torch.integers.forms import in_preset_form
@@ -37,7 +38,7 @@ def plan(
     *,
     budget: Budget | None = None,
     select: asking.Select | None = None,
-    bits: Literal[8, 7, 6, 5, 4, "auto"] = 8,
+    bits: Literal[8, 7, 6, 5, 4, "int8", "auto"] = "int8",
     group: int | None = None,
     activations: Literal["auto", "float", "dynamic"] = "auto",
 ) -> Plan:
@@ -48,9 +49,12 @@ def plan(
     data are worth most. None: errors of weights are told instead, and only Budget's weight_error and size can be asked.
     budget: None for no limit. What it does not allow stays in float.
     select: glob patterns of node names ("blocks.*.mlp.*"), or a function of name and module; None: every node.
-    bits: 8 (one scale per output channel), 4 (a scale per group of weights) or "auto": 4 where the budget allows it,
-    then 8. 7, 6 and 5 run as 8 does, and take less in a file, since they have fewer codes. group: weights per scale at
-    4 bits, a multiple of 16; None: 64.
+    bits: "int8": codes of 7 bits, with a scale per output channel, and of 8 where 7 cost too much. Both run as int8; 7
+    take an eighth less in a file. 8 are for nodes whose error for each byte, at 7, is over 4 times the average (small
+    first and last layers, mostly), for weights whose own error at 7 is over 2 %, and for what the budget does not allow
+    at 7. Without example inputs, a node's share of the error is that of its weights, each node counting alike. "auto":
+    4 bits, with a scale per group of weights, where the budget allows it, then 7, then 8. A number: just that; 5 to 8
+    run as int8. group: weights per scale at 4 bits, a multiple of 16; None: 64.
     activations: "dynamic" quantises the inputs of int8 linear layers too, which is what makes them fast; "float" does
     not; "auto" does where the budget allows, and only if there are example inputs to see it by.
     Raises InvalidArgument for bad arguments, inputs that the model does not take, weights that are not finite, and
@@ -78,6 +82,7 @@ def plan(
     units = ladders.units_of(nodes, options, trials)
     allowed = [ladders.within(unit, budget) for unit in units]
     if examples is None:
+        allowed = with_eighth_bits(allowed, None, budget.weight_error)
         chosen, effect, measure = nodes_on(allowed, [0] * len(allowed)), None, None
     else:
         measure = _Measure(trials, examples)
@@ -106,11 +111,16 @@ class _Measure:
 def _measured_choice(units: list[Unit], budget: Budget, measure: _Measure) -> tuple[list[Unit], Choice]:
     """Units with the effect of each form that was tried, and a rung for each."""
     units = [_alone(unit, [0] if len(unit.rungs) > 1 else [], measure) for unit in units]
+    units = with_eighth_bits(units, lambda unit, rung: _alone(unit, [rung], measure), budget.weight_error)
     smallest = Choice(tuple(0 for _ in units), measure(nodes_on(units, [0] * len(units))))
     if usage(smallest.effect, budget) <= 1:
         return units, smallest
-    units = [_alone(unit, range(1, len(unit.rungs) - 1), measure) for unit in units]
+    units = [_alone(unit, _not_measured(unit), measure) for unit in units]
     return units, choose(units, budget, measure)
+
+
+def _not_measured(unit: Unit) -> list[int]:
+    return [rung for rung, nodes in enumerate(unit.rungs[:-1]) if all(node.cosine is None for node in nodes)]
 
 
 def _alone(unit: Unit, rungs: Iterable[int], measure: _Measure) -> Unit:

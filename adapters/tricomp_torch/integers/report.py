@@ -55,7 +55,8 @@ def type_of(node: NodePlan) -> str:
     if node.bits is None:
         return "float"
     group = f" per {node.group}" if node.group else ""
-    return f"int{node.bits}{group}" + (" x int8" if node.activations == "dynamic" else "")
+    name = f"int{node.bits}" if node.bits in (4, 8) else f"int8 ({node.bits} bits)"
+    return f"{name}{group}" + (" x int8" if node.activations == "dynamic" else "")
 
 
 def _row(node: NodePlan) -> Sequence[str]:
