@@ -1,6 +1,5 @@
 """Accelerate's states in a store: a run that was cut goes on bit for bit, or says why it cannot."""
 
-import gc
 import importlib
 import shutil
 import sys
@@ -16,7 +15,7 @@ from accelerate.utils import DistributedType
 from tricomp_torch import accelerate as adapter
 
 from tests.accelerate_scenes import Net, Run, bits
-from tests.groups import Groups
+from tests.groups import Groups, quick
 from tricomp.checkpoint import put
 from tricomp.errors import InvalidArgument, MissingParent, MissingStep, StorageError, TricompError
 
@@ -27,14 +26,9 @@ LOADERS: dict[str, dict[str, Any]] = {"unseeded": {}, "seeded": {"use_seedable_s
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick(groups):
-    """One thread for small tensors; accelerate's many collections need not look at what is imported."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(n_threads)
+def in_one_thread(groups):
+    with quick():
+        yield
 
 
 @pytest.fixture(scope="module")

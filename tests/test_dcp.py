@@ -1,11 +1,8 @@
 """Distributed checkpoints on real process groups of one machine: any sharding comes back bit for bit on any other."""
 
-import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from tricomp_torch.dcp import rebasing
 import tricomp
 from tests.dcp_ranks import begin, blank, state_of
 from tests.dcp_scenes import PLAIN, noted, same
+from tests.groups import Groups
 from tricomp.checkpoint import put
 from tricomp.container import check_of
 from tricomp.errors import (
@@ -36,39 +34,15 @@ from tricomp.errors import (
     UnsupportedVersion,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
 stock: Any = torch_checkpoint
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
-class Groups:
-    """Starts groups of ranks, one at a time."""
-
-    def __init__(self):
-        code = "from tests.dcp_ranks import serve; from tests.dcp_scenes import SCENES; serve(SCENES)"
-        environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ
-        )
-
-    def ask(self, n, scene, folder, codes=None, **options):
-        """Play a scene on n ranks. codes: what each is to end with."""
-        asked = {"n": n, "scene": scene, "folder": str(folder), "options": options}
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(asked) + "\n")
-        self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
-        texts = sorted(answer["texts"], key=lambda text: "gloo/transport" in text)  # what failed first, first
-        assert answer["codes"] == (codes or [0] * n), texts[0][-4000:]
-
-
 @pytest.fixture(scope="module")
 def groups():
-    asked = Groups()
+    asked = Groups("tests.dcp_scenes")
     yield asked
-    asked.process.kill()
-    asked.process.communicate()
+    asked.end()
 
 
 @pytest.fixture(scope="module")

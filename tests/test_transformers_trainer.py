@@ -3,7 +3,6 @@
 Runs are compared by all that they leave: weights, moments, learning rate, what was logged, random states.
 """
 
-import gc
 import importlib
 import os
 import shutil
@@ -22,7 +21,7 @@ import tricomp_torch
 from tricomp_torch.transformers import TricompTrainer, TricompTrainerMixin
 
 import tricomp
-from tests.groups import Groups
+from tests.groups import Groups, quick
 from tests.trainer_scenes import model, outcome, run, trainer
 from tricomp.checkpoint import put
 from tricomp.errors import (
@@ -49,14 +48,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick(groups):
-    """One thread for small tensors; accelerate's many collections need not look at what is imported."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(n_threads)
+def in_one_thread(groups):
+    with quick():
+        yield
 
 
 @pytest.fixture(scope="module")
