@@ -19,7 +19,13 @@ from typing import Any
 
 from tests.cases import ROOT
 
-MODULES = ("test_kernels_encode", "test_kernels_decode", "test_device", "test_kernels_quantize")
+MODULES = (
+    "test_kernels_encode",
+    "test_kernels_decode",
+    "test_device",
+    "test_kernels_quantize",
+    "test_kernels_multiply",
+)
 
 _COMPILE = """
 import json, sys

@@ -33,6 +33,7 @@ KERNELS = (
     "tests/test_kernels_encode.py",
     "tests/test_kernels_decode.py",
     "tests/test_kernels_quantize.py",
+    "tests/test_kernels_multiply.py",
     "tests/test_device.py",
 )
 

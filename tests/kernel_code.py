@@ -138,14 +138,14 @@ def measure(variant: Variant, target: str) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    pointers = [i for i, (_, kind) in enumerate(variant.signature) if kind.startswith("*")]
+    aligned = [i for i, (name, kind) in enumerate(variant.signature) if kind.startswith("*") or name in variant.even]
     source = ASTSource(
         variant.function(),
         signature=dict(variant.signature),
         constexprs=dict(variant.constants),
-        attrs={(i,): [["tt.divisibility", 16]] for i in pointers},  # as a launch finds torch's memory
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},  # as a launch finds torch's memory
     )
-    options = {"num_warps": WARPS, "enable_fp_fusion": False}
+    options = {"num_warps": variant.warps, "enable_fp_fusion": False}
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     code = _nvidia(compiled.asm["cubin"]) if "cubin" in compiled.asm else _amd(compiled.asm["amdgcn"])
     names = {"variant": variant.name, "target": target, "triton": triton.__version__}

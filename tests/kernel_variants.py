@@ -15,6 +15,7 @@ from typing import Any
 
 from tricomp import dtypes
 from tricomp.kernels.frame import Kind, flow_of, kind_of
+from tricomp.kernels.tiles import FEW, MANY, MANY_OF_MORE, SOME, constants_of
 from tricomp.plan import Plan
 
 C = 8  # chunks a program, and warps that code them, as kernels.device has them
@@ -45,7 +46,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel with its constants. case: the plan's, if it codes words; argument types as Triton writes them."""
+    """One kernel with its constants. case: the plan's, if it codes words; argument types as Triton writes them.
+
+    even: arguments that are multiples of 16, beside pointers.
+    """
 
     name: str
     module: str
@@ -54,6 +58,8 @@ class Variant:
     constants: tuple[tuple[str, int], ...]
     is_hot: bool = False
     case: Case | None = None
+    warps: int = WARPS
+    even: tuple[str, ...] = ()
 
     def function(self) -> Any:
         """The kernel; imports triton."""
@@ -237,10 +243,48 @@ def _quantizers() -> Iterator[Variant]:
         yield _variant(f"dequantize {name}", "quantize_kernel", "dequantize_kernel", back, constants)
 
 
+def _multipliers() -> Iterator[Variant]:
+    """Products of inputs with integer weights: of few rows and many, in whole steps or not, of every kind of input.
+
+    Not in the committed table.
+    """
+    names = ("n_rows", "n_out", "n_in", "row_stride", "piece_stride", "code_stride", "n_groups")
+    sizes = tuple((name, "i32") for name in names)
+    for given, to, bits, group, n_in, tile in (
+        ("codes", "bf16", 8, 0, 4096, MANY[0]),
+        ("codes", "bf16", 4, 32, 4096, FEW[2]),
+        ("bf16", "bf16", 8, 0, 4096, FEW[0]),
+        ("fp16", "fp16", 4, 128, 4096, MANY_OF_MORE[0]),
+        ("fp32", "fp32", 8, 0, 4096, SOME[0]),
+        ("codes", "fp32", 8, 0, 4095, FEW[0]),
+        ("codes", "fp16", 8, 16, 4096, SOME[1]),
+        ("fp32", "fp32", 4, 64, 4090, FEW[1]),
+    ):
+        is_dynamic, is_long = given == "codes", given == "fp32"
+        constants = constants_of(tile, n_in, bits, group, is_dynamic, 3 if is_long else 1)
+        constants |= {"HAS_BIAS": int(to != "fp32"), "IS_WIDENED": 0, "HAS_CAST": int(not is_long)}
+        rows, scales = {"codes": "*i8", "fp32": "*bf16"}.get(given, f"*{given}"), "*bf16" if group else "*fp32"
+        inputs = (("p_rows", rows), ("p_factors", "*fp32"), ("p_codes", "*i8"), ("p_scales", scales))
+        pointers = (*inputs, ("p_bias", f"*{to}"), ("p_out", f"*{to}"))
+        name = f"multiply {given} by {bits} bits{f' in groups of {group}' if group else ''}, {tile} to {to}"
+        found = _variant(name, "multiply_kernel", "product_kernel", (*pointers, *sizes), constants)
+        yield replace(found, warps=tile.warps, even=names[2:6] if constants["IS_EVEN"] else ())
+    shape = (("n_rows", "i32"), ("n_in", "i32"), ("row_stride", "i32"))
+    size = {"ROWS": 1, "SIZE": 2048}
+    arguments: tuple[tuple[str, str], ...] = (("p_rows", "*bf16"), ("p_codes", "*i8"), ("p_factors", "*fp32"), *shape)
+    yield _variant("codes of rows", "multiply_kernel", "codes_kernel", arguments, size)
+    arguments = (("p_rows", "*fp32"), ("p_pieces", "*bf16"), *shape)
+    yield _variant("pieces of rows", "multiply_kernel", "pieces_kernel", arguments, {"PIECES": 3, **size})
+    results = (("p_bias", "*bf16"), ("p_out", "*bf16"), *sizes[:2])
+    arguments = (("p_sums", "*i32"), ("p_factors", "*fp32"), ("p_scales", "*fp32"), *results)
+    size = {"HAS_BIAS": 1, "ROWS": 1, "OUTS": 256}
+    yield _variant("outputs of sums", "multiply_kernel", "finish_kernel", arguments, size)
+
+
 @cache
 def variants() -> dict[str, Variant]:
     """All variants by name."""
-    found = [*_encoders(), *_collectors(), *_decoders(), *_surveyors(), *_quantizers()]
+    found = [*_encoders(), *_collectors(), *_decoders(), *_surveyors(), *_quantizers(), *_multipliers()]
     assert len({variant.name for variant in found}) == len(found)
     return {variant.name: variant for variant in found}
 
@@ -249,9 +293,10 @@ def tasks() -> list[tuple[str, str]]:
     """What the table has and a test compiles again: hot variants for all targets, the others for one.
 
     Of the others, those of partial chunks are left out: they are the same but for masks, and the last chunks of leaves.
-    Those that quantise have a test of their own.
+    Those that quantise, and those that multiply, have tests of their own.
     """
     hot = [(variant.name, target) for variant in variants().values() if variant.is_hot for target in TARGETS]
-    known = [variant for variant in variants().values() if variant.module != "quantize_kernel"]
+    apart = ("quantize_kernel", "multiply_kernel")
+    known = [variant for variant in variants().values() if variant.module not in apart]
     others = [variant.name for variant in known if not variant.is_hot and "partial" not in variant.name]
     return [*hot, *((name, "sm_90") for name in others)]

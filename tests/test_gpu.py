@@ -7,6 +7,8 @@ need no card of their own run on the CPU under Triton's interpreter, at tiny siz
 
 from __future__ import annotations
 
+import copy
+import gc
 import os
 import shutil
 import subprocess
@@ -29,6 +31,7 @@ pytest.importorskip("triton")
 import torch
 import tricomp_torch
 from tricomp_torch import files, tensors
+from tricomp_torch.integers import convert, execution, fastest, plan
 from tricomp_torch.integers.weights import IntegerWeight
 
 import tricomp
@@ -690,6 +693,98 @@ def test_weights_become_the_integers_of_the_host(
     bad[3, 5] = float("inf")
     with pytest.raises(TricompError, match="row 3"):
         IntegerWeight.of(bad.to(DEVICE), bits, group)
+
+
+FORMS = [(8, None, "dynamic"), (8, None, "float"), (4, 64, "float")]
+
+
+def integer_model(bits: Any, group: int | None, activations: Any, dtype: torch.dtype) -> tuple[Any, torch.Tensor]:
+    """Linear layers on integers, on the host, and inputs for them."""
+    n = size(1024, 64)
+    torch.manual_seed(bits)
+    model = torch.nn.Sequential(torch.nn.Linear(n, 4 * n), torch.nn.GELU(), torch.nn.Linear(4 * n, n + 3)).to(dtype)
+    made = convert(model, plan(model, bits=bits, group=group, activations=activations))
+    return made, torch.randn(size(300, 5), n).to(dtype)
+
+
+@pytest.mark.parametrize(("bits", "group", "activations"), FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_models_of_integers_give_the_outputs_of_the_host(
+    dtype: torch.dtype, bits: int, group: int | None, activations: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every number of rows that has tiles of its own; and the card holds integers alone."""
+    made, x = integer_model(bits, group, activations, dtype)
+    n_each = [1, 2, len(x)] if IS_REHEARSAL else [1, 16, 17, 64, len(x)]
+    with torch.no_grad():
+        expected = [made(x[:n]).float() for n in n_each]
+        if IS_REHEARSAL:
+            monkeypatch.setattr(execution, "_is_on_gpu", lambda codes: True)
+        other = copy.deepcopy(made).to(DEVICE)
+        for n, wanted in zip(n_each, expected, strict=True):
+            found = other(x[:n].to(DEVICE)).float().cpu()
+            # A hidden number between two codes may become either: one step of some hundreds.
+            bound = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+            bound = max(bound, 5e-3) if activations == "dynamic" else bound
+            assert (found - wanted).abs().max() <= bound * wanted.abs().max(), n
+        if HAS_CARD:  # what libraries keep to work in, they have by now
+            assert any(fastest.chosen().values()), fastest.chosen()
+            del other
+            gc.collect()
+            before = torch.cuda.memory_allocated()
+            made.to(DEVICE)
+            for n in n_each:
+                made(x[:n].to(DEVICE))
+            held = torch.cuda.memory_allocated() - before
+            n_bytes = sum(tensor.nbytes for tensor in made.state_dict().values())
+            assert held <= 1.1 * n_bytes + (1 << 16), (held, n_bytes)
+
+
+@on_a_card
+@pytest.mark.parametrize("n_rows", [1, 16, 48, 1000])
+@pytest.mark.parametrize(("bits", "group"), [(8, None), (4, 32), (8, 128)])
+def test_every_way_of_a_large_product(bits: int, group: int | None, n_rows: int) -> None:
+    """Those of codes give the same bytes, those of floats are as exact as sums of float32 are."""
+    from tricomp.codec import multiplying_there
+
+    n_in, n_out = 4096, 3080
+    torch.manual_seed(bits)
+    weight = IntegerWeight.of(torch.randn(n_out, n_in, device=DEVICE) * 0.02, bits, group)
+    bias = torch.randn(n_out, device=DEVICE)
+    rows = torch.randn(n_rows, n_in, device=DEVICE)
+    exact = (
+        rows.double() @ execution.values(weight.row_codes, weight.scales, bits, n_in, group, torch.float64).t()
+        + bias.double()
+    )
+    for is_dynamic in (True, False):
+        ways = multiplying_there.ways(rows, weight.row_codes, weight.scales, bias, bits, group, is_dynamic)
+        assert len(ways) >= 2
+        found = {name: way() for name, way in ways.items()}
+        for name, out in found.items():
+            error = (out.double() - exact).norm() / exact.norm()
+            assert error <= (2e-2 if is_dynamic else 2e-6), (name, error)
+        if is_dynamic:
+            assert len({raw(out) for out in found.values()}) == 1, list(found)
+            assert ("torch._int_mm" in found) == (group is None and n_rows > 16)
+
+
+@on_a_card
+@pytest.mark.parametrize(("bits", "group", "activations"), FORMS)
+def test_models_of_integers_in_a_graph_and_compiled(bits: int, group: int | None, activations: str) -> None:
+    """Nothing on the way waits for the device: a CUDA graph captures it; torch.compile sees one operator a layer."""
+    made, x = integer_model(bits, group, activations, torch.bfloat16)
+    made.to(DEVICE)
+    given = x.to(DEVICE)
+    with torch.no_grad():
+        expected = made(given)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = made(given)
+        given.neg_()
+        graph.replay()
+        assert torch.equal(out, made(given))
+        assert not torch.equal(out, expected)
+        compiled = torch.compile(made, fullgraph=True)
+        assert (compiled(given) - out).abs().max() <= 2e-2 * out.abs().max()
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:

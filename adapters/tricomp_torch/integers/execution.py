@@ -1,8 +1,9 @@
 """Products with integer weights: which way is taken for which shape and place, all here. Imports torch and the codec.
 
-On the CPU the core's native kernel reads the codes as they are saved. The hard thing: kernels that want weights in a
-layout of their own are not used. Laying out 4 million weights took oneDNN 23 ms and FBGEMM 14 ms, longer than to read
-them as floats; and one copy to save and one to run would both stay in memory.
+On the CPU the core's native kernel reads the codes as they are saved, on a GPU its Triton kernels do, or torch where
+that was timed to be faster. The hard thing: kernels that want weights in a layout of their own are not used. Laying out
+4 million weights took oneDNN 23 ms and FBGEMM 14 ms, longer than to read them as floats; and one copy to save and one
+to run would both stay in memory.
 
 Measured on one core of AMD Zen 4 with AVX512-VNNI, torch 2.13, rows of input by 4096 x 1024 weights, milliseconds:
 
@@ -18,20 +19,24 @@ signed inputs 89 ms (torch.ops.onednn.qlinear_pointwise).
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from tricomp.codec import multiplying
+from tricomp.codec import multiplying, multiplying_there
+from tricomp_torch.integers import fastest
 
 LARGEST = 127  # code of a row's largest magnitude
 _BLOCK_WEIGHTS = 1 << 18  # as floats they stay in a core's cache
+_GPU_BLOCK_WEIGHTS = 1 << 23  # and these keep a GPU busy
 _MOST_TERMS = 1 << 17  # sums of more products of codes may not fit an int32
 _LEAST = 16  # torch._int_mm of torch 2.13 mistakes the strides of matrices of one column, and sums garbage
 _MANY_ROWS = 48  # of float inputs, from which BLAS on blocks of floats is faster
 _MANY_ROWS_OF_4_BITS = 512  # torch takes as long to make 4 bits floats as BLAS takes for 128 rows
 _CUDA_ROWS = 32  # cuBLAS takes more than 16 rows
+_LEAST_BUCKET, _MOST_BUCKET = 16, 1 << 14  # of rows, whose numbers share a choice between powers of 2
 
 
 def linear(
@@ -52,13 +57,12 @@ def linear(
     if rows.shape[0] == 0 or n_out == 0 or n_in == 0:
         out = rows.new_zeros(rows.shape[0], n_out)
         out = out if bias is None else out + bias.to(out.dtype)
+    elif _is_on_gpu(codes):
+        out = _gpu_linear(rows, codes, scales, bias, bits, group, is_dynamic)
     elif _is_native(rows, codes, bits, is_dynamic):
         out = _native_linear(rows, codes, scales, bias, bits, group, is_dynamic)
-    elif is_dynamic and bits > 4 and group is None and _has_integer_product(codes):
-        out = _integer_linear(rows, codes, scales, bias)
     else:
-        rows = rounded_rows(rows) if is_dynamic else rows
-        out = _float_linear(rows, codes, scales, bias, bits, group)
+        out = _torch_linear(rows, codes, scales, bias, bits, group, is_dynamic)
     return out.reshape(*input.shape[:-1], n_out)
 
 
@@ -100,6 +104,32 @@ def rounded_rows(rows: torch.Tensor) -> torch.Tensor:
     return (codes * scales).to(rows.dtype)
 
 
+def _is_on_gpu(codes: torch.Tensor) -> bool:
+    return codes.is_cuda
+
+
+def _gpu_linear(
+    rows: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int,
+    group: int | None,
+    is_dynamic: bool,
+) -> torch.Tensor:
+    """By the fastest of the core's kernels and torch's; nothing is waited for but where they are timed, once a shape.
+
+    Dynamic products are the same bytes whichever that is. Others differ in how sums are rounded.
+    """
+    arguments = (rows, codes, scales, bias, bits, group)
+    ways = multiplying_there.ways(*arguments, is_dynamic)
+    if ways and not is_dynamic:
+        ways["torch of floats"] = partial(_float_linear, *arguments)
+    bucket = min(max(1 << (len(rows) - 1).bit_length(), _LEAST_BUCKET), _MOST_BUCKET)
+    key = (bucket, rows.shape[1], len(codes), rows.dtype, bits, group, is_dynamic, bias is not None)
+    return fastest.run(key, ways, partial(_torch_linear, *arguments, is_dynamic), codes.device)
+
+
 def _is_native(rows: torch.Tensor, codes: torch.Tensor, bits: int, is_dynamic: bool) -> bool:
     if codes.device.type != "cpu" or not multiplying.is_fast(rows.shape[1]):
         return False
@@ -134,6 +164,21 @@ def _array(tensor: torch.Tensor) -> Any:
     return tensor.detach().contiguous().numpy()
 
 
+def _torch_linear(
+    rows: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int,
+    group: int | None,
+    is_dynamic: bool,
+) -> torch.Tensor:
+    """By torch alone, wherever the codes are."""
+    if is_dynamic and bits > 4 and group is None and _has_integer_product(codes):
+        return _integer_linear(rows, codes, scales, bias)
+    return _float_linear(rounded_rows(rows) if is_dynamic else rows, codes, scales, bias, bits, group)
+
+
 def _has_integer_product(codes: torch.Tensor) -> bool:
     n_out, n_in = codes.shape
     if not _LEAST <= n_in <= _MOST_TERMS or n_out < _LEAST:
@@ -163,7 +208,7 @@ def _float_linear(
 ) -> torch.Tensor:
     """A block of weights at a time becomes floats, for as long as it is used."""
     n_in, n_out = rows.shape[1], len(codes)
-    n_each = max(1, _BLOCK_WEIGHTS // n_in)
+    n_each = max(1, (_GPU_BLOCK_WEIGHTS if codes.is_cuda else _BLOCK_WEIGHTS) // n_in)
     out = rows.new_empty(len(rows), n_out)
     for first in range(0, n_out, n_each):
         last = min(first + n_each, n_out)
