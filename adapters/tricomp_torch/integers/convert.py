@@ -82,9 +82,9 @@ def swapped(layer: nn.Module, node: NodePlan, weights: dict[str, IntegerWeight])
     if isinstance(layer, nn.MultiheadAttention):
         return IntegerMultiheadAttention(layer, weights, is_dynamic=is_dynamic)
     if isinstance(layer, nn.LSTM):
-        return IntegerLSTM(layer, weights)
+        return IntegerLSTM(layer, weights, is_dynamic=is_dynamic)
     if isinstance(layer, nn.GRU):
-        return IntegerGRU(layer, weights)
+        return IntegerGRU(layer, weights, is_dynamic=is_dynamic)
     return convolution.converted(layer, weights["weight"])
 
 

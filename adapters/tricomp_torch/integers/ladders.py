@@ -17,6 +17,7 @@ from tricomp_torch.integers.trials import Trials
 Option = tuple[Bits, int | None, Activations]
 _DEFAULT_GROUP = 64
 _DYNAMIC_KINDS = ("linear", "attention")  # whose inputs can become int8 too
+_LEAST_STATE = 320  # units of a recurrent layer: of fewer, one row's steps take longer than torch's own in float
 _SCALE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -61,7 +62,7 @@ def _in_form(node: NodePlan, bits: Bits, group: int | None, activations: Activat
         (rows * n if bits > 4 else -(-rows * n // 2)) + rows * -(-n // (group or max(n, 1))) * _SCALE_BYTES[scale_dtype]
         for rows, n in shapes
     )
-    is_dynamic = activations == "dynamic" and node.kind in _DYNAMIC_KINDS and node.place == "module"
+    is_dynamic = activations == "dynamic" and node.place == "module" and _can_be_dynamic(node, shapes)
     made = replace(
         node,
         bits=bits,
@@ -72,6 +73,15 @@ def _in_form(node: NodePlan, bits: Bits, group: int | None, activations: Activat
     )
     error = trials.weight_error(made)
     return replace(made, weight_error=error, error=error)
+
+
+def _can_be_dynamic(node: NodePlan, shapes: Sequence[tuple[int, int]]) -> bool:
+    """Whether the inputs of a node's module can become int8 too, and gain by it. shapes: of tensors, as rows."""
+    if node.kind not in ("lstm", "gru"):
+        return node.kind in _DYNAMIC_KINDS
+    states = [n for name, (_, n) in zip(node.tensors, shapes, strict=True) if "weight_hh" in name]
+    is_projected = any("weight_hr" in name for name in node.tensors)
+    return not is_projected and min(states) >= _LEAST_STATE
 
 
 def in_place(node: NodePlan) -> NodePlan:

@@ -16,10 +16,12 @@ import torch
 from torch import nn
 
 from tricomp.errors import CorruptFile, InvalidArgument, UnsupportedVersion
-from tricomp_torch.integers import operations, operators, structure
+from tricomp_torch.integers import operations, operators, recurrences, structure
 from tricomp_torch.integers.describing import KINDS, VERSION
 from tricomp_torch.integers.nodes import Plan
 from tricomp_torch.integers.steps import Builder, Steps
+
+_DIRECT = {**operations.DIRECT, **recurrences.DIRECT}
 
 
 class Program(nn.Module):
@@ -191,7 +193,7 @@ class _Reader:
         if target == "tensor":
             return self._attribute(rest[0], name)
         arguments, keywords = rest
-        function = operations.DIRECT.get(target) or operators.operator_of(target, f"{self.where}: node {name!r}")
+        function = _DIRECT.get(target) or operators.operator_of(target, f"{self.where}: node {name!r}")
         if not isinstance(arguments, list):
             raise CorruptFile(f"{self.where}: node {name!r} has no list of arguments.")
         named = {self._identifier(key): self._place(value) for key, value in keywords.items()}

@@ -1,7 +1,8 @@
 """LSTM and GRU layers that hold integers. Imports torch and the weights' module.
 
-Inputs stay float: one layer's weights at a time become floats, for a whole sequence, and torch's own kernels run it.
-The hard thing: torch numbers weights by layer and direction in one flat list, and states are stacked in that order too.
+Run on integers, inputs and states too, by recurrences; or inputs stay float, and one layer's weights at a time become
+floats, for a whole sequence, which torch's own kernels run: packed sequences and projections always so. The hard thing:
+torch numbers weights by layer and direction in one flat list, and states are stacked in that order too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from tricomp.errors import InvalidArgument
-from tricomp_torch.integers import operations
+from tricomp_torch.integers import operations, recurrences
 from tricomp_torch.integers.weights import IntegerWeight
 
 _SHARED = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "bidirectional", "proj_size")
@@ -31,9 +32,15 @@ class _IntegerRecurrent(nn.Module):
     bidirectional: bool
     proj_size: int
 
-    def __init__(self, layer: nn.LSTM | nn.GRU, weights: Mapping[str, IntegerWeight]) -> None:
-        """Of a float layer, whose biases are taken, and its weights in integers by their names."""
+    def __init__(
+        self, layer: nn.LSTM | nn.GRU, weights: Mapping[str, IntegerWeight], *, is_dynamic: bool = True
+    ) -> None:
+        """Of a float layer, whose biases are taken, and its weights in integers by their names.
+
+        is_dynamic: each row of inputs and states becomes int8 too.
+        """
         super().__init__()
+        self.is_dynamic = is_dynamic
         for name in _SHARED:
             setattr(self, name, getattr(layer, name))
         self._names = tuple(name for names in layer._all_weights for name in names)
@@ -47,7 +54,8 @@ class _IntegerRecurrent(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, batch_first={self.batch_first}, "
-            f"bidirectional={self.bidirectional}, bias={self.bias}"
+            f"bidirectional={self.bidirectional}, bias={self.bias}, "
+            f"inputs={'int8 rows' if self.is_dynamic and not self.proj_size else 'float'}"
         )
 
     def _flat(self, layer: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -60,7 +68,38 @@ class _IntegerRecurrent(nn.Module):
         raise NotImplementedError
 
     def _run_layer(self, input: Any, states: Any, flat: list[torch.Tensor], batch_sizes: Any) -> tuple[Any, Any]:
+        """Of float weights."""
         raise NotImplementedError
+
+    def _run_integers(self, input: Any, states: Any, *weights: Any) -> tuple[Any, ...]:
+        """One direction of one layer: outputs and states. weights: what recurrences take after the states."""
+        raise NotImplementedError
+
+    def _run_directions(
+        self, layer: int, input: torch.Tensor, states: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """One layer on integers: what _run_layer gives."""
+        n_each = len(self._names) // self.num_layers
+        n_directions = 2 if self.bidirectional else 1
+        names = self._names[layer * n_each : (layer + 1) * n_each]
+        in_steps = input.transpose(0, 1) if self.batch_first else input
+        outs, ends = [], []
+        for i in range(n_directions):
+            mine = [getattr(self, name) for name in names[i * n_each // n_directions :][: n_each // n_directions]]
+            held = [tensor for weight in mine[:2] for tensor in (weight.row_codes, weight.scales)]
+            biases = mine[2:4] if self.bias else [None, None]
+            own = tuple(state[i] for state in states)
+            out, *end = self._run_integers(in_steps, own, held, biases, mine[0].bits, mine[0].group, bool(i))
+            outs.append(out)
+            ends.append(end)
+        whole = outs[0] if n_directions == 1 else torch.cat(outs, -1)
+        lasts = tuple(torch.stack(parts) for parts in zip(*ends, strict=True))
+        return whole.transpose(0, 1) if self.batch_first else whole, lasts
+
+    def _is_in_integers(self, packed: PackedSequence | None) -> bool:
+        weights = [getattr(self, name) for name in self._names if name.startswith("weight")]
+        is_whole = all(isinstance(weight, IntegerWeight) for weight in weights)
+        return self.is_dynamic and is_whole and packed is None and not self.proj_size
 
     def _run(self, input: Any, states: tuple[torch.Tensor, ...] | None) -> tuple[Any, tuple[torch.Tensor, ...]]:
         """Outputs and the last states, each [layers * directions, batch, ...], of any form of input."""
@@ -96,7 +135,10 @@ class _IntegerRecurrent(nn.Module):
         for layer in range(self.num_layers):
             at = slice(layer * n_directions, (layer + 1) * n_directions)
             inward = tuple(state[at].contiguous() for state in states)
-            data, outward = self._run_layer(data, inward, self._flat(layer, data.dtype), sizes)
+            if self._is_in_integers(packed):
+                data, outward = self._run_directions(layer, data, inward)
+            else:
+                data, outward = self._run_layer(data, inward, self._flat(layer, data.dtype), sizes)
             last.append(outward)
         ends = tuple(torch.cat(parts) for parts in zip(*last, strict=True))
         if packed is not None:
@@ -130,6 +172,9 @@ class IntegerLSTM(_IntegerRecurrent):
         out, hidden, cell = run(input, *sizes, states, flat, *self._options(batch_sizes))
         return out, (hidden, cell)
 
+    def _run_integers(self, input: Any, states: Any, *weights: Any) -> tuple[Any, ...]:
+        return recurrences.lstm(input, *states, *weights)
+
 
 class IntegerGRU(_IntegerRecurrent):
     """nn.GRU on integer weights, with packed sequences as there."""
@@ -147,3 +192,6 @@ class IntegerGRU(_IntegerRecurrent):
         sizes = () if batch_sizes is None else (batch_sizes,)
         out, hidden = run(input, *sizes, states[0], flat, *self._options(batch_sizes))
         return out, (hidden,)
+
+    def _run_integers(self, input: Any, states: Any, *weights: Any) -> tuple[Any, ...]:
+        return recurrences.gru(input, *states, *weights)
