@@ -23,6 +23,7 @@ TESTS = (
     "native_damage",
     "native_gathered",
     "native_quantize",
+    "native_convolve",
     "planner",
     "codec",
     "damage",

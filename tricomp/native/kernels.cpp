@@ -2,6 +2,7 @@
 
 #include "chunk_encode.h"
 #include "compare.h"
+#include "convolve.h"
 #include "kernels.h"
 #include "multiply.h"
 #include "quantize.h"
@@ -22,6 +23,9 @@ const Kernels TRICOMP_JOIN(TRICOMP_ISA, _kernels) = {
     TRICOMP_ISA::stats::majority,
     {TRICOMP_ISA::quantizing::quantize_row, TRICOMP_ISA::quantizing::dequantize_row},
     {TRICOMP_ISA::multiplying::blocks, TRICOMP_ISA::multiplying::prepare, TRICOMP_ISA::multiplying::multiply},
+    {TRICOMP_ISA::convolving::LANES, TRICOMP_ISA::convolving::packed_bytes, TRICOMP_ISA::convolving::code_bytes,
+     TRICOMP_ISA::convolving::pack_steps, TRICOMP_ISA::convolving::pack, TRICOMP_ISA::convolving::largest,
+     TRICOMP_ISA::convolving::quantize, TRICOMP_ISA::convolving::convolve},
     {TRICOMP_ISA::stats::stats_of<uint8_t>(), TRICOMP_ISA::stats::stats_of<uint16_t>(),
      TRICOMP_ISA::stats::stats_of<uint32_t>(), TRICOMP_ISA::stats::stats_of<uint64_t>()},
 };

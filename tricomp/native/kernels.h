@@ -2,6 +2,7 @@
 #pragma once
 
 #include "chunk.h"
+#include "convolve_kernels.h"
 #include "multiply_kernels.h"
 #include "quantize_kernels.h"
 #include "stats_kernels.h"
@@ -26,6 +27,7 @@ struct Kernels {
     Majority* majority;
     QuantizeKernels quantizing;
     MultiplyKernels multiplying;
+    ConvolveKernels convolving;
     Stats stats[4];  // of words of 8, 16, 32 and 64 bits
 };
 

@@ -20,6 +20,7 @@
 #include "kernels.h"
 #include "module_parts.h"
 #include "planner_module.h"
+#include "convolve_module.h"
 #include "multiply_module.h"
 #include "quantize_module.h"
 #include "side_module.h"
@@ -381,6 +382,7 @@ PyMethodDef METHODS[] = {
     {"quantize", quantize, METH_VARARGS, "Codes and scales of rows of floats, by so many threads: whether all are finite."},
     {"dequantize", dequantize, METH_VARARGS, "The floats that codes and scales stand for, by so many threads."},
     {"multiply", multiply, METH_VARARGS, "Products of rows of floats with integer weights, by so many threads."},
+    {"convolve", convolve, METH_VARARGS, "Convolutions of float pictures with integer weights, by so many threads."},
     {"is_equal", equal, METH_VARARGS, "Whether two buffers hold the same bytes."},
     {nullptr, nullptr, 0, nullptr},
 };
