@@ -85,7 +85,7 @@ def swapped(layer: nn.Module, node: NodePlan, weights: dict[str, IntegerWeight])
         return IntegerLSTM(layer, weights, is_dynamic=is_dynamic)
     if isinstance(layer, nn.GRU):
         return IntegerGRU(layer, weights, is_dynamic=is_dynamic)
-    return convolution.converted(layer, weights["weight"])
+    return convolution.converted(layer, weights["weight"], is_dynamic=is_dynamic)
 
 
 def _put_everywhere(model: nn.Module, held: nn.Parameter, weight: IntegerWeight) -> None:

@@ -1,11 +1,13 @@
 """Convolutions that hold integers. Imports torch, the preset form's transposed convolution and the weights' module.
 
-Inputs stay float, and the weights become floats for each call: a convolution uses each weight once for every place of
-its output, so that this costs a few parts in a hundred (measured: 3 % at 256 channels of 14 x 14, batch 1; less above).
+Where inputs become codes too, products are those of `convolving`. Where they stay float, weights become floats for each
+call: a convolution uses each weight once for every place of its output, so that this costs a few parts in a hundred
+(measured: 3 % at 256 channels of 14 x 14, batch 1; less above). Transposed convolutions always do.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +21,7 @@ from tricomp_torch.integers.weights import IntegerWeight
 
 # It reads output_padding of its first argument, and nothing else.
 _output_padding: Any = nn.ConvTranspose2d._output_padding
+_LEAST_PRODUCTS = 6  # for each float read or written, from which codes are faster; measured
 
 
 class _IntegerConvolution(nn.Module):
@@ -35,6 +38,7 @@ class _IntegerConvolution(nn.Module):
     groups: int
     weight: IntegerWeight
     bias: nn.Parameter | None
+    is_dynamic = False
 
     def __init__(self, layer: nn.Module, weight: IntegerWeight) -> None:
         """Of a float layer, whose bias is taken, and its weight in integers."""
@@ -48,7 +52,8 @@ class _IntegerConvolution(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}"
+            f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}, "
+            f"inputs={'int8 samples' if self.is_dynamic else 'float'}"
         )
 
 
@@ -58,15 +63,29 @@ class _IntegerConv(_IntegerConvolution):
     padding_mode: str
     _reversed_padding_repeated_twice: list[int]
 
+    def __init__(self, layer: nn.Module, weight: IntegerWeight, *, is_dynamic: bool = False) -> None:
+        """is_dynamic: each sample of the input becomes int8 too, where the weight has 8 bits and one scale a row."""
+        super().__init__(layer, weight)
+        self.is_dynamic = is_dynamic and weight.bits > 4 and weight.group is None
+        # Before and after each axis; torch keeps them the other way round, the last axis first.
+        before, after = self._reversed_padding_repeated_twice[::2], self._reversed_padding_repeated_twice[1::2]
+        pairs = zip(reversed(before), reversed(after), strict=True)
+        self._zeros = [n if self.padding_mode == "zeros" else 0 for pair in pairs for n in pair]
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """What the float layer computes. input: float [batch, in, ...] or [in, ...]."""
-        operations.refuse_gradients(input)
-        padding = self.padding
+        padding, weight = self.padding, self.weight
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0,) * len(self.kernel_size)
-        weight = self.weight().to(input.dtype)
-        return type(self)._run(input, weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        if self.is_dynamic:
+            return operations.convolve(
+                *(input, weight.codes, weight.scales, self.bias),
+                *(self.stride, self._zeros, self.dilation, self.groups),
+            )
+        operations.refuse_gradients(input)
+        floats = weight().to(input.dtype)
+        return type(self)._run(input, floats, self.bias, self.stride, padding, self.dilation, self.groups)
 
 
 class IntegerConv1d(_IntegerConv):
@@ -99,8 +118,20 @@ class IntegerConvTranspose(_IntegerConvolution):
         return run(input, weight, self.bias, self.stride, self.padding, padding, self.groups, self.dilation)
 
 
-def converted(layer: nn.Module, weight: IntegerWeight) -> nn.Module:
+def converted(layer: nn.Module, weight: IntegerWeight, *, is_dynamic: bool = False) -> nn.Module:
     """The module that runs a layer of the prepared model on an integer weight."""
     if isinstance(layer, OutputFirstConvTranspose):
         return IntegerConvTranspose(layer, weight)
-    return (IntegerConv1d if isinstance(layer, nn.Conv1d) else IntegerConv2d)(layer, weight)
+    made = IntegerConv1d if isinstance(layer, nn.Conv1d) else IntegerConv2d
+    return made(layer, weight, is_dynamic=is_dynamic)
+
+
+def gains_by_codes(layer: nn.Module) -> bool:
+    """Whether a float layer is a convolution that runs faster on inputs as codes.
+
+    A layer with little to do for each float, such as one of a channel a group, makes codes for longer than it gains.
+    """
+    if not isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+        return False
+    n_in, n_out = layer.in_channels // layer.groups, layer.out_channels // layer.groups
+    return n_in * n_out * math.prod(layer.kernel_size) >= _LEAST_PRODUCTS * (n_in + n_out)

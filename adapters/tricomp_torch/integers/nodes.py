@@ -87,7 +87,8 @@ class NodePlan:
     float_bytes, integer_bytes: of tensors, before entropy coding, scales included; 0 for a node tied to another.
     place: "module": `convert` swaps the module. "parameter": the module stays (its weights are used by others too, or
     it has hooks), and each tensor becomes an attribute that is dequantised whenever it is read.
-    activations: "dynamic": inputs are quantised too, to int8 per row (symmetric, by each row's largest magnitude).
+    activations: "dynamic": inputs are quantised too, to int8 per row, in convolutions per sample (symmetric, by the
+    largest magnitude of each).
     aliases: further paths of the same module object, or of the same parameter.
     tied: name of the earlier node that holds the same tensors; same bits, group and scale_dtype; codes are shared.
     turned: tensors that are [in, out] in the model and quantised as their transpose (x @ w).

@@ -1,17 +1,18 @@
-"""The products of execution as operators of torch, so that torch.export and torch.compile see one call each.
+"""The products of execution and convolving as operators of torch: torch.export and torch.compile see one call each.
 
-Called directly where nothing is traced, which saves the dispatch. Imports torch and execution. The hard thing: a traced
+Called directly where nothing is traced, which saves the dispatch. Imports torch and those two. The hard thing: a traced
 graph holds names and plain arguments, so an operator takes codes and scales and never a module.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from tricomp.errors import InvalidArgument
-from tricomp_torch.integers import execution
+from tricomp_torch.integers import convolving, execution
 
 _library: Any = torch.library.Library("tricomp", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(
@@ -20,6 +21,10 @@ _library.define(
 )
 _library.define(
     "integer_values(Tensor codes, Tensor scales, int bits, int n_in, int? group, ScalarType dtype) -> Tensor"
+)
+_library.define(
+    "integer_convolution(Tensor input, Tensor codes, Tensor scales, Tensor? bias, int[] stride, int[] padding,"
+    " int[] dilation, int groups) -> Tensor"
 )
 
 
@@ -48,6 +53,26 @@ def values(
         return torch.ops.tricomp.integer_values(codes, scales, bits, n_in, group, dtype)  # type: ignore[no-any-return]
     with torch.no_grad():
         return execution.values(codes, scales, bits, n_in, group, dtype)
+
+
+def convolve(
+    input: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> torch.Tensor:
+    """convolving.convolve, of inputs without gradients. Raises InvalidArgument for those that require them."""
+    if torch.compiler.is_compiling():
+        return torch.ops.tricomp.integer_convolution(input, codes, scales, bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
+    if not torch.is_grad_enabled():  # as in most calls; to say so again would take as long as a small layer
+        return convolving.convolve(input, codes, scales, bias, stride, padding, dilation, groups)
+    refuse_gradients(input)
+    with torch.no_grad():
+        return convolving.convolve(input, codes, scales, bias, stride, padding, dilation, groups)
 
 
 def refuse_gradients(input: torch.Tensor) -> None:
@@ -79,11 +104,14 @@ def _fake_values(
 
 _library.impl("integer_linear", execution.linear, "CompositeExplicitAutograd")
 _library.impl("integer_values", execution.values, "CompositeExplicitAutograd")
+_library.impl("integer_convolution", convolving.convolve, "CompositeExplicitAutograd")
 torch.library.register_fake("tricomp::integer_linear", _fake_linear, lib=_library)
 torch.library.register_fake("tricomp::integer_values", _fake_values, lib=_library)
+torch.library.register_fake("tricomp::integer_convolution", convolving.fake, lib=_library)
 
 # By the names that graphs in files have for them: called so, eager programs save the dispatch too.
 DIRECT: dict[str, Any] = {
     "tricomp.integer_linear.default": linear,
     "tricomp.integer_values.default": values,
+    "tricomp.integer_convolution.default": convolve,
 }

@@ -55,8 +55,8 @@ def plan(
     at 7. Without example inputs, a node's share of the error is that of its weights, each node counting alike. "auto":
     4 bits, with a scale per group of weights, where the budget allows it, then 7, then 8. A number: just that; 5 to 8
     run as int8. group: weights per scale at 4 bits, a multiple of 16; None: 64.
-    activations: "dynamic" quantises the inputs of int8 linear layers too, which is what makes them fast; "float" does
-    not; "auto" does where the budget allows, and only if there are example inputs to see it by.
+    activations: "dynamic" quantises the inputs of int8 linear layers and convolutions too, which is what makes them
+    fast; "float" does not; "auto" does where the budget allows, and only if there are example inputs to see it by.
     Raises InvalidArgument for bad arguments, inputs that the model does not take, weights that are not finite, and
     models that cannot be copied or have no nodes; BudgetError if the budget allows no node at all, or not the size.
     """

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from tricomp_torch.integers.convert import quantized_weight, swapped
+from tricomp_torch.integers.convolution import gains_by_codes
 from tricomp_torch.integers.forms import replaced
 from tricomp_torch.integers.nodes import NodePlan
 from tricomp_torch.integers.weights import IntegerWeight
@@ -33,6 +34,10 @@ class Trials:
         weight = self._weights[name]
         n_rows = weight.shape[1 if name in node.turned else 0]
         return n_rows, weight.numel() // max(1, n_rows)
+
+    def gains_by_codes(self, node: NodePlan) -> bool:
+        """Whether a node is a convolution that runs faster with its inputs as codes."""
+        return gains_by_codes(self.model.get_submodule(node.name))
 
     def weight_error(self, node: NodePlan) -> float:
         """Relative RMS error of a node's weights: of the root of all squared errors to that of all squares."""
