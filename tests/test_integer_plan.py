@@ -497,11 +497,14 @@ def test_the_eighth_bit_is_judged_by_error_for_each_byte():
         nodes = [dataclasses.replace(node, weight_error=weight_error) for node in nodes]
         return Unit((*((node,) for node in nodes), (nodes[0].in_float(""),)))
 
-    def measured(unit, rung):
-        name = unit.rungs[0][0].name
-        asked.append(name)
-        nodes = tuple(dataclasses.replace(node, cosine=1 - at8[name]) for node in unit.rungs[rung])
-        return Unit((*unit.rungs[:rung], nodes, *unit.rungs[rung + 1 :]))
+    def measured(units, rungs):
+        made = list(units)
+        for i, (rung,) in rungs.items():
+            name = units[i].rungs[0][0].name
+            asked.append(name)
+            nodes = tuple(dataclasses.replace(node, cosine=1 - at8[name]) for node in units[i].rungs[rung])
+            made[i] = Unit((*units[i].rungs[:rung], nodes, *units[i].rungs[rung + 1 :]))
+        return made
 
     asked: list[str] = []
     at8 = {"small": 1e-4, "inputs": 3.99e-4}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from tricomp_torch.integers.nodes import Budget, Effect, NodePlan
 
 _MOST_PUT_DOWN = 32  # measurements
+_MOST_EXPECTED = 1.5  # of the budget, from which on nothing is measured
 # A byte of codes takes 0.07 ms with int8 inputs, 0.38 with float ones, and its 4 bytes of floats 0.56: see operations.
 _FLOAT_INPUTS = 2  # bytes
 Measure = Callable[[Sequence[NodePlan]], Effect]
@@ -70,7 +71,8 @@ def nodes_on(units: Sequence[Unit], rungs: Sequence[int]) -> list[NodePlan]:
 def choose(units: Sequence[Unit], budget: Budget, measure: Measure) -> Choice:
     """The smallest choice found that keeps the budget; all in float keeps any, but for how the preset form rounds.
 
-    Calls measure about log2 of all steps times, and then up to 32 times to put nodes down again.
+    Calls measure about log2 of all steps times, and then up to 32 times to put nodes down again; not where what nodes
+    cost alone says that the budget would be broken by far.
     """
 
     def measured(rungs: tuple[int, ...]) -> Choice:
@@ -125,6 +127,8 @@ def _put_down(
     n_left = _MOST_PUT_DOWN
     for i in order:
         for lower in range(found.rungs[i]):
+            if _expected(units[i], lower, found, i, budget) > _MOST_EXPECTED:
+                continue
             n_left -= 1
             if n_left < 0:
                 return found
@@ -133,6 +137,21 @@ def _put_down(
                 found = tried
                 break
     return found
+
+
+def _expected(unit: Unit, lower: int, found: Choice, i: int, budget: Budget) -> float:
+    """How much of the budget would be used with a unit on a lower rung, if what units cost alone added up.
+
+    Errors of any kind are taken to grow as the root of that cost, or, where the budget is of the cosine, as it does.
+    """
+    lost = 1.0 - found.effect.cosine
+    more = unit.loss(lower) - unit.loss(found.rungs[i])
+    if lost <= 0.0 or more <= 0.0:
+        return 0.0
+    effect, times = found.effect, 1 + more / lost
+    root = math.sqrt(times)
+    top1 = None if effect.top1 is None else 1 - (1 - effect.top1) * root
+    return usage(Effect(effect.max_error * root, 1 - lost * times, top1), budget)
 
 
 def usage(effect: Effect, budget: Budget) -> float:

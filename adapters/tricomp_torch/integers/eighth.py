@@ -7,7 +7,7 @@ of the bytes. So nodes are judged by their error for each byte, and those far ab
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from tricomp_torch.integers.choice import Unit
 
@@ -15,27 +15,27 @@ from tricomp_torch.integers.choice import Unit
 _MOST_TIMES = 4.0
 _MOST_WEIGHT_ERROR = 0.02  # at 7 bits; 0.010 to 0.016 is usual, more shows rows with few large weights
 
+Measured = Callable[[Sequence[Unit], Mapping[int, Sequence[int]]], list[Unit]]
 
-def with_eighth_bits(
-    units: Sequence[Unit], measured: Callable[[Unit, int], Unit] | None, weight_error: float | None
-) -> list[Unit]:
+
+def with_eighth_bits(units: Sequence[Unit], measured: Measured | None, weight_error: float | None) -> list[Unit]:
     """The units, without forms of 7 bits where 8 are worth it.
 
-    units: with the effect of their first rung, if effects are measured. measured: a unit with the effect of another
-    rung too; None where only the errors of weights are known. weight_error: what the budget allows of it.
+    units: with the effect of their first rung, if effects are measured. measured: gives them with the effects of
+    further rungs; None where only the errors of weights are known. weight_error: what the budget allows of it.
     """
     most = _MOST_WEIGHT_ERROR if weight_error is None else weight_error
     made = list(units)
     rungs = {i: rung for i, unit in enumerate(units) if (rung := _rung_of_8_bits(unit)) is not None}
     losses = {i: _loss(units[i], measured is not None) for i in rungs}
     for_each = _MOST_TIMES * sum(losses.values()) / max(1.0, sum(units[i].n_bytes(0) for i in rungs))
-    for i, rung in rungs.items():
-        limit = for_each * units[i].n_bytes(0)
-        is_far_off = losses[i] > limit
-        if is_far_off and measured is not None:  # better weights do not help where it is inputs that are rounded
-            made[i] = measured(units[i], rung)
-            is_far_off = losses[i] - made[i].loss(rung) > limit
-        if is_far_off or _weight_error(units[i]) > most:
+    limits = {i: for_each * units[i].n_bytes(0) for i in rungs}
+    far_off = {i for i in rungs if losses[i] > limits[i]}
+    if measured is not None:  # better weights do not help where it is inputs that are rounded
+        made = measured(units, {i: [rungs[i]] for i in sorted(far_off)})
+        far_off = {i for i in far_off if losses[i] - made[i].loss(rungs[i]) > limits[i]}
+    for i in rungs:
+        if i in far_off or _weight_error(units[i]) > most:
             made[i] = Unit(tuple(nodes for nodes in made[i].rungs if nodes[0].bits != 7))
     return made
 

@@ -7,14 +7,16 @@ nodes as they will run, one alone at first, so that the report says what each co
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 from torch import nn
 
-from tricomp.errors import InvalidArgument
+from tricomp.progress import OnProgress
 from tricomp_torch.integers import asking, ladders
+from tricomp_torch.integers.alone import Alone
 from tricomp_torch.integers.budgets import require_kept
 from tricomp_torch.integers.candidates import candidates
 from tricomp_torch.integers.choice import Choice, Unit, choose, nodes_on, usage
@@ -26,6 +28,7 @@ from tricomp_torch.integers.folding import folds_of, turns_of
 from tricomp_torch.integers.forms import in_preset_form
 from tricomp_torch.integers.graph import trace
 from tricomp_torch.integers.nodes import Budget, Effect, NodePlan, Plan
+from tricomp_torch.integers.progress import Progress
 from tricomp_torch.integers.trials import Trials
 
 _log = logging.getLogger("tricomp")
@@ -41,6 +44,7 @@ def plan(
     bits: Literal[8, 7, 6, 5, 4, "int8", "auto"] = "int8",
     group: int | None = None,
     activations: Literal["auto", "float", "dynamic"] = "auto",
+    on_progress: OnProgress | None = None,
 ) -> Plan:
     """Which nodes of a model become integers, so that its outputs on the example inputs stay within a budget.
 
@@ -57,11 +61,14 @@ def plan(
     run as int8. group: weights per scale at 4 bits, a multiple of 16; None: 64.
     activations: "dynamic" quantises the inputs of int8 linear layers and convolutions too, which is what makes them
     fast; "float" does not; "auto" does where the budget allows, and only if there are example inputs to see it by.
+    on_progress: gets (runs of the model done, of so many); there may be more as the search for what the budget allows
+    goes on. The log "tricomp" has a line every few seconds, at INFO.
     Raises InvalidArgument for bad arguments, inputs that the model does not take, weights that are not finite, and
     models that cannot be copied or have no nodes; BudgetError if the budget allows no node at all, or not the size.
     """
     asked, budget = budget, budget or Budget()
     asking.check(budget, bits, group, activations, has_examples=example_inputs is not None)
+    progress = Progress(on_progress)
     copy = frozen_copy(model)
     check_finite(copy)
     batches = batches_of(example_inputs) if example_inputs is not None else []
@@ -77,6 +84,7 @@ def plan(
     del copy  # tracing may have left its marks on it
     prepared = in_preset_form(frozen_copy(model), folds, turns)
     nodes = asking.selected(candidates(prepared, graph, folds, turns), prepared, select)
+    progress.tell("%d nodes, %s", len(nodes), "traced" if graph.calls else "not traced")
     trials = Trials(prepared)
     options = ladders.options(bits, group, activations, has_examples=examples is not None)
     units = ladders.units_of(nodes, options, trials)
@@ -85,57 +93,49 @@ def plan(
         allowed = with_eighth_bits(allowed, None, budget.weight_error)
         chosen, effect, measure = nodes_on(allowed, [0] * len(allowed)), None, None
     else:
-        measure = _Measure(trials, examples)
-        allowed, choice = _measured_choice(allowed, budget, measure)
+        measure = _Together(trials, examples, progress)
+        alone = Alone(trials, examples, progress, is_traced=graph.trace != "modules")
+        allowed, choice = _measured_choice(allowed, budget, alone, measure)
         chosen, effect = nodes_on(allowed, choice.rungs), choice.effect
         units = [known if len(known.rungs) > 1 else unit for known, unit in zip(allowed, units, strict=True)]
     n_bytes = sum({id(tensor): tensor.nbytes for tensor in [*prepared.parameters(), *prepared.buffers()]}.values())
     other_bytes = n_bytes - sum(node.float_bytes for node in nodes)
     in_order = _in_order(nodes, chosen)
     made = Plan(in_order, folds, turns, graph.trace, graph.note, asked, effect, other_bytes, shapes_of(model))
+    progress.tell("%d of %d nodes in integers", len(made.integer_nodes), len(nodes))
     require_kept(made, units, budget, measure)
     return made
 
 
-class _Measure:
-    """What nodes do to the outputs, all together."""
+class _Together:
+    """What nodes do to the outputs, all together, on all batches."""
 
-    def __init__(self, trials: Trials, examples: Examples) -> None:
-        self._trials, self._examples = trials, examples
+    def __init__(self, trials: Trials, examples: Examples, progress: Progress) -> None:
+        self._trials, self._examples, self._progress = trials, examples, progress
 
-    def __call__(self, nodes: Sequence[NodePlan], n_batches: int | None = None) -> Effect:
+    def __call__(self, nodes: Sequence[NodePlan], *, until_broken: bool = False) -> Effect:
         with self._trials.applied(nodes) as model:
-            return self._examples.effect(model, n_batches)
+            found = self._examples.effect(model, until_broken=until_broken)
+        self._progress.step(len(self._examples.batches))
+        return found
 
 
-def _measured_choice(units: list[Unit], budget: Budget, measure: _Measure) -> tuple[list[Unit], Choice]:
+def _measured_choice(units: list[Unit], budget: Budget, alone: Alone, together: _Together) -> tuple[list[Unit], Choice]:
     """Units with the effect of each form that was tried, and a rung for each."""
-    units = [_alone(unit, [0] if len(unit.rungs) > 1 else [], measure) for unit in units]
-    units = with_eighth_bits(units, lambda unit, rung: _alone(unit, [rung], measure), budget.weight_error)
-    smallest = Choice(tuple(0 for _ in units), measure(nodes_on(units, [0] * len(units))))
+    units = alone.measured(units, {i: [0] for i, unit in enumerate(units) if len(unit.rungs) > 1})
+    units = with_eighth_bits(units, alone.measured, budget.weight_error)
+    smallest = Choice(tuple(0 for _ in units), together(nodes_on(units, [0] * len(units))))
     if usage(smallest.effect, budget) <= 1:
         return units, smallest
-    units = [_alone(unit, _not_measured(unit), measure) for unit in units]
-    return units, choose(units, budget, measure)
+    units = alone.measured(units, {i: _not_measured(unit) for i, unit in enumerate(units)})
+    found = choose(units, budget, partial(together, until_broken=True))
+    if usage(found.effect, budget) > 1:  # nothing keeps the budget, and this effect is not that of all batches
+        found = replace(found, effect=together(found.nodes(units)))
+    return units, found
 
 
 def _not_measured(unit: Unit) -> list[int]:
     return [rung for rung, nodes in enumerate(unit.rungs[:-1]) if all(node.cosine is None for node in nodes)]
-
-
-def _alone(unit: Unit, rungs: Iterable[int], measure: _Measure) -> Unit:
-    """The unit with what some of its forms do to the outputs if all else is float."""
-    made = list(unit.rungs)
-    for rung in rungs:
-        try:
-            effect = measure(made[rung], _ALONE_BATCHES)
-        except InvalidArgument:  # the model read the weight of a module itself, which no trace has shown
-            made = [tuple(map(ladders.in_place, nodes)) for nodes in made]
-            effect = measure(made[rung], _ALONE_BATCHES)
-        made[rung] = tuple(
-            replace(node, error=effect.max_error, cosine=effect.cosine, top1=effect.top1) for node in made[rung]
-        )
-    return Unit(tuple(made))
 
 
 def _in_order(nodes: Sequence[NodePlan], chosen: Sequence[NodePlan]) -> tuple[NodePlan, ...]:

@@ -15,7 +15,6 @@ from torch import nn
 
 from tricomp_torch.integers.convert import quantized_weight, swapped
 from tricomp_torch.integers.convolution import gains_by_codes
-from tricomp_torch.integers.forms import replaced
 from tricomp_torch.integers.nodes import NodePlan
 from tricomp_torch.integers.weights import IntegerWeight
 
@@ -28,6 +27,10 @@ class Trials:
         self._weights = dict(model.named_parameters(remove_duplicate=False))
         self._errors: dict[tuple[str, int | None, int | None], float] = {}
         self._made: dict[tuple[int, bool, int | None, int | None], IntegerWeight] = {}
+        self._places: dict[int, list[tuple[nn.Module, str]]] = {}  # where each module stands
+        for owner in model.modules():
+            for attribute, module in owner._modules.items():
+                self._places.setdefault(id(module), []).append((owner, attribute))
 
     def rows(self, name: str, node: NodePlan) -> tuple[int, int]:
         """Rows that have scales of their own, and the weights in each."""
@@ -56,7 +59,7 @@ class Trials:
         """The model with these nodes in integers. Nodes left in float are passed over."""
         model = self.model
         parameters: list[tuple[nn.Module, str, nn.Parameter]] = []
-        layers: list[tuple[str, nn.Module]] = []
+        layers: list[nn.Module] = []
         try:
             for node in nodes:
                 if node.is_integer and node.place == "parameter" and node.tied is None:
@@ -66,12 +69,16 @@ class Trials:
                     layer = model.get_submodule(node.name)
                     n_before = len(node.name) + 1 if node.name else 0
                     weights = {name[n_before:]: self._integers(name, node) for name in node.tensors}
-                    model = replaced(model, node.name, swapped(layer, node, weights))
-                    layers.append((node.name, layer))
+                    made = swapped(layer, node, weights)
+                    layers.append(layer)
+                    for owner, attribute in self._places.get(id(layer), ()):
+                        setattr(owner, attribute, made)
+                    model = made if layer is model else model
             yield model
         finally:
-            for path, layer in reversed(layers):
-                model = replaced(model, path, layer)
+            for layer in layers:
+                for owner, attribute in self._places.get(id(layer), ()):
+                    setattr(owner, attribute, layer)
             for owner, attribute, parameter in parameters:
                 setattr(owner, attribute, parameter)
 
