@@ -142,7 +142,7 @@ def measure(variant: Variant, target: str) -> dict[str, Any]:
     source = ASTSource(
         variant.function(),
         signature=dict(variant.signature),
-        constexprs=dict(variant.constants),
+        constexprs=variant.constants_on(target),
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},  # as a launch finds torch's memory
     )
     options = {"num_warps": variant.warps, "enable_fp_fusion": False}

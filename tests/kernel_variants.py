@@ -61,6 +61,11 @@ class Variant:
     warps: int = WARPS
     even: tuple[str, ...] = ()
 
+    def constants_on(self, target: str) -> dict[str, int]:
+        """The constants of a launch there: some kernels are told whose card it is."""
+        known = dict(self.constants)
+        return known | {"IS_NVIDIA": int(target.startswith("sm"))} if "IS_NVIDIA" in known else known
+
     def function(self) -> Any:
         """The kernel; imports triton."""
         return getattr(import_module(f"tricomp.kernels.{self.module}"), self.kernel)
@@ -262,7 +267,7 @@ def _multipliers() -> Iterator[Variant]:
     ):
         is_dynamic, is_long = given == "codes", given == "fp32"
         constants = constants_of(tile, n_in, bits, group, is_dynamic, 3 if is_long else 1)
-        constants |= {"HAS_BIAS": int(to != "fp32"), "IS_WIDENED": 0, "HAS_CAST": int(not is_long)}
+        constants |= {"HAS_BIAS": int(to != "fp32"), "IS_WIDENED": 0, "IS_NVIDIA": 1}
         rows, scales = {"codes": "*i8", "fp32": "*bf16"}.get(given, f"*{given}"), "*bf16" if group else "*fp32"
         inputs = (("p_rows", rows), ("p_factors", "*fp32"), ("p_codes", "*i8"), ("p_scales", scales))
         pointers = (*inputs, ("p_bias", f"*{to}"), ("p_out", f"*{to}"))

@@ -100,14 +100,14 @@ def multiply(rows: torch.Tensor, weight: Weight, is_dynamic: bool, tile: Tile) -
         len(rows),
         weight.n_out,
         weight.n_in,
-        given.stride(-2),
         given.stride(0),
+        weight.n_in,
         codes.stride(0),
         scales.numel() // weight.n_out,
         **constants_of(tile, weight.n_in, weight.bits, weight.shared, is_dynamic, n_pieces),
         HAS_BIAS=int(weight.bias is not None),
         IS_WIDENED=int(IS_INTERPRETED),
-        HAS_CAST=int(torch.version.hip is None),
+        IS_NVIDIA=int(torch.version.hip is None and not IS_INTERPRETED),
     )
     return out
 
@@ -124,9 +124,9 @@ def to_codes(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def to_pieces(rows: torch.Tensor, n_pieces: int) -> torch.Tensor:
-    """bfloat16 [n_pieces, m, n] of float32 rows whose elements follow one another: numbers that add up to them."""
+    """bfloat16 [m, n_pieces, n] of float32 rows whose elements follow one another: numbers that add up to them."""
     m, n = rows.shape
-    pieces = rows.new_empty(n_pieces, m, n, dtype=torch.bfloat16)
+    pieces = rows.new_empty(m, n_pieces, n, dtype=torch.bfloat16)
     size, each = _shape(n)
     grid = (-(-m // each), -(-n // size))
     _device(rows.device).launch(

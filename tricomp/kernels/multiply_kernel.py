@@ -46,18 +46,29 @@ def shortened(b_x):
 
 
 @triton.jit
-def unpacked(b_bytes):
+def unpacked(b_bytes, IS_NVIDIA: tl.constexpr):
     """16 times codes of 4 bits, int8 [OUTS, 2 * BYTES], of int8 [OUTS, BYTES]: low bits first."""
-    return tl.interleave(b_bytes << 4, b_bytes & -16)
+    if IS_NVIDIA:  # four bytes of a register at once, which the compiler does not find
+        b_low, b_high = tl.inline_asm_elementwise(
+            "{ .reg .b32 low; shl.b32 low, $2, 4; and.b32 $0, low, 0xF0F0F0F0; and.b32 $1, $2, 0xF0F0F0F0; }",
+            "=r,=r,r",
+            [b_bytes],
+            dtype=(tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
+        )
+        return tl.interleave(b_low, b_high)
+    else:
+        return tl.interleave(b_bytes << 4, b_bytes & -16)
 
 
 @triton.jit
-def exact(b_code, dtype: tl.constexpr, HAS_CAST: tl.constexpr):
-    """Codes of 8 bits as floats, which hold them exactly. HAS_CAST: for bfloat16 the card is quick by itself."""
+def exact(b_code, dtype: tl.constexpr, IS_NVIDIA: tl.constexpr):
+    """Codes of 8 bits as floats, which hold them exactly."""
     if dtype == tl.float16:  # the code is written into the mantissa of 1024, and 1152 is taken off
         b_word = (b_code.to(tl.int16) & 0xFF) ^ 0x6480
         return b_word.to(tl.float16, bitcast=True) - 1152.0
-    elif dtype == tl.bfloat16 and not HAS_CAST:
+    elif dtype == tl.bfloat16 and not IS_NVIDIA:
         return shortened(b_code.to(tl.float32))
     else:
         return b_code.to(dtype)
@@ -116,14 +127,14 @@ def codes_kernel(p_rows, p_codes, p_factors, n_rows, n_in, row_stride, ROWS: tl.
 def pieces_kernel(
     p_rows, p_pieces, n_rows, n_in, row_stride, PIECES: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr
 ):
-    """bfloat16 [PIECES, n_rows, n_in], 8 bits each of rows of float32; three add up to all above 2^-133."""
+    """bfloat16 [n_rows, PIECES, n_in], 8 bits each of rows of float32; three add up to all above 2^-133."""
     o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     o_in = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
     m_in = (o_row < n_rows)[:, None] & (o_in < n_in)[None, :]
     b_x = tl.load(p_rows + o_row.to(tl.int64)[:, None] * row_stride + o_in[None, :], mask=m_in, other=0)
-    p_here = p_pieces + o_row.to(tl.int64)[:, None] * n_in + o_in[None, :]
+    p_here = p_pieces + o_row.to(tl.int64)[:, None] * (PIECES * n_in) + o_in[None, :]
     for piece in tl.static_range(PIECES):
-        tl.store(p_here + piece * n_rows.to(tl.int64) * n_in, shortened(upper(b_x)), mask=m_in)
+        tl.store(p_here + piece * n_in, shortened(upper(b_x)), mask=m_in)
         b_x = tl.where(tl.abs(b_x) < float("inf"), b_x, 0.0)
         b_x = b_x - upper(b_x)
 
@@ -150,7 +161,7 @@ def product_kernel(
     HAS_BIAS: tl.constexpr,
     IS_EVEN: tl.constexpr,
     IS_WIDENED: tl.constexpr,
-    HAS_CAST: tl.constexpr,
+    IS_NVIDIA: tl.constexpr,
     STEP: tl.constexpr,
     DEPTH: tl.constexpr,
     ROWS: tl.constexpr,
@@ -162,7 +173,7 @@ def product_kernel(
     p_rows: IS_DYNAMIC: int8, with p_factors, float32 [n_rows]; else bfloat16 or float16, in so many PIECES. p_codes:
     int8, at 4 bits two a byte. p_scales: float32 or bfloat16 [n_out, n_groups]. GROUP: inputs that share a scale, 0:
     all. DEPTH: of tiles, of which STEP are used: the tensor cores want 16 or 32. IS_EVEN: STEP divides n_in, and DEPTH
-    is STEP. IS_WIDENED: short floats are multiplied as float32, as the interpreter must. HAS_CAST: see exact.
+    is STEP. IS_WIDENED: short floats are multiplied as float32, as the interpreter must.
     """
     tl.static_assert(GROUP % STEP == 0, "a step belongs to one group")
     tl.static_assert(DEPTH >= STEP, "a tile holds a step")
@@ -190,9 +201,9 @@ def product_kernel(
         else:
             b_code = tl.load(p_here, mask=(o_byte * (8 // BITS) < n_left)[None, :], other=0)
         if BITS == 4:
-            b_code = unpacked(b_code)
+            b_code = unpacked(b_code, IS_NVIDIA)
         if not IS_DYNAMIC:
-            b_code = exact(b_code, tl.float32 if IS_WIDENED else p_rows.dtype.element_ty, HAS_CAST)
+            b_code = exact(b_code, tl.float32 if IS_WIDENED else p_rows.dtype.element_ty, IS_NVIDIA)
         b_code = tl.trans(b_code)  # [DEPTH, OUTS]
         for piece in tl.static_range(PIECES):
             p_piece = p_row + (piece * piece_stride + first + o_in)[None, :]

@@ -27,7 +27,7 @@ class Tile:
 
 
 # Few rows: every weight is used once, so that memory is all, and programs must be many. Many rows: arithmetic is all.
-FEW = (Tile(16, 32, 256, 4, 4), Tile(16, 16, 256, 4, 4), Tile(16, 64, 128, 4, 4))
+FEW = (Tile(16, 32, 256, 2, 4), Tile(16, 16, 256, 1, 4), Tile(16, 64, 128, 4, 4))
 SOME = (Tile(64, 64, 128, 4, 3), Tile(64, 32, 128, 4, 3))
 MANY = (Tile(128, 128, 128, 8, 3), Tile(64, 64, 128, 4, 3))
 MANY_OF_MORE = (Tile(128, 64, 128, 8, 3), Tile(64, 64, 128, 4, 3))
