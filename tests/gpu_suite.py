@@ -1,7 +1,7 @@
 """All that a borrowed card is needed for, in one call: `python -m tests.gpu_suite OUT [--minutes 9]`.
 
-Runs the tests marked gpu, then the benchmark, and leaves under OUT: tests.xml (JUnit), the log of everything, and the
-benchmark's results as JSON and Markdown; prints a screen of summary. Standard library only; torch, triton, pytest,
+Runs the tests marked gpu, then the benchmarks, and leaves under OUT: tests.xml (JUnit), the log of everything, and the
+benchmarks' results as JSON and Markdown; prints a screen of summary. Standard library only; torch, triton, pytest,
 hypothesis and the native module must be there. The hard thing is time: a card is lent for minutes, and a few hundred
 kernels take seconds each to compile. So the tests whose kernels are many run side by side, one process a part, those
 that need the card to themselves after them, and whatever is late is ended, so that the rest still runs.
@@ -171,12 +171,15 @@ def main() -> None:
             run_all(alone, 1)
             jobs += alone
         if not options.tests_only:
-            left = seconds - (time.perf_counter() - began) - 10
-            command = [sys.executable, "-m", "tests.benchmarks.gpu", "--out", str(options.out)]
-            command += ["--seconds", f"{left - 15:.0f}", *(["--sweep"] if options.sweep else [])]
-            command += ["--small"] if options.rehearse else []
-            jobs.append(Job("benchmark", command, folder / "benchmark.log", left))
-            run_all(jobs[-1:], 1)
+            for name, module, part, more in (
+                ("products", "gpu_products", 0.2, []),
+                ("benchmark", "gpu", 1.0, ["--sweep"] if options.sweep else []),
+            ):
+                left = part * (seconds - (time.perf_counter() - began) - 10)
+                command = [sys.executable, "-m", f"tests.benchmarks.{module}", "--out", str(options.out), *more]
+                command += ["--seconds", f"{max(left - 15, 5):.0f}", *(["--small"] if options.rehearse else [])]
+                jobs.append(Job(name, command, folder / f"{name}.log", left))
+                run_all(jobs[-1:], 1)
         counts, failures = merged(folder, options.out / "tests.xml")
         with (options.out / "suite.log").open("w") as log:
             log.write(head + "\n")
@@ -187,7 +190,7 @@ def main() -> None:
             for job in jobs
             if job.is_late or (job.process is not None and job.process.returncode)
         ]
-    pages = sorted(options.out.glob("*gpu*.md"), key=lambda path: path.stat().st_mtime)
+    pages = sorted(options.out.glob("*gpu*.md"), key=lambda path: path.stat().st_mtime)  # the products' first
     if pages and not options.tests_only:
         text = pages[-1].read_text()
         for title in ("## Verdict", "## Speed", "## The training loop"):

@@ -14,6 +14,8 @@ from tests.cases import ROOT
 
 pytest.importorskip("torch")
 pytest.importorskip("triton")
+from tests.benchmarks.gpu_products import FORMS
+
 INTERPRETED = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
@@ -55,6 +57,16 @@ def test_the_benchmark_measures_and_tells_everything(tmp_path: Path) -> None:
     assert results["nvcomp"] or "nvCOMP was not installed" in page
     for line in (row["work"], *(one["who"] for one in held["rows"])):
         assert f"\n| {line}" in page
+
+
+def test_the_benchmark_of_products_measures_every_way(tmp_path: Path) -> None:
+    run("tests.benchmarks.gpu_products", "--small", "--out", str(tmp_path))
+    (file,) = tmp_path.glob("*-gpu-products-small.json")
+    rows = json.loads(file.read_text())["products"]
+    assert [row for row in rows if "why_not" in row] == []
+    assert {row["who"] for row in rows} >= {"torch", "tricomp", "torch._int_mm"}
+    assert {row["form"] for row in rows} == {"floats", *(form.name for form in FORMS)}
+    assert min(row["call"] for row in rows) > 0
 
 
 def test_kernels_are_noted_so_that_they_can_be_compiled_ahead() -> None:

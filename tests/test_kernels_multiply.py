@@ -284,6 +284,7 @@ def test_kernels_compile_for_every_target(tmp_path: Any) -> None:
     assert {(row["variant"], row["target"]): row["spilt_bytes"] for row in rows if row["spilt_bytes"]} == {}
     found = [path.read_text() for path in tmp_path.rglob("*.ptx")]
     assert len(found) == sum(target.startswith("sm") for _, target in tasks)
+    assert any("0xF0F0F0F0" in text for text in found)  # four bits, four bytes at a time
     for text in found:
         assert not any(word in text for word in (".ftz", "div.full", "div.approx", "fma.rn.f32"))
         assert "product_kernel" not in text or any(word in text for word in ("wgmma", "mma.sync", "tcgen05.mma"))

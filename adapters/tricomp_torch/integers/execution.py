@@ -57,7 +57,7 @@ def linear(
     if rows.shape[0] == 0 or n_out == 0 or n_in == 0:
         out = rows.new_zeros(rows.shape[0], n_out)
         out = out if bias is None else out + bias.to(out.dtype)
-    elif _is_on_gpu(codes):
+    elif _is_on_gpu(codes) and rows.device == codes.device:  # else torch says what is wrong
         out = _gpu_linear(rows, codes, scales, bias, bits, group, is_dynamic)
     elif _is_native(rows, codes, bits, is_dynamic):
         out = _native_linear(rows, codes, scales, bias, bits, group, is_dynamic)
