@@ -139,6 +139,15 @@ def test_no_samples():
     assert made(torch.zeros(0, 6, 7, 8)).shape == (0, 9, 4, 4)
 
 
+@pytest.mark.parametrize("shape", [(5, 70, 3, 2), (1, 70, 3, 2), (70, 3, 2), (0, 70, 3, 2)])
+def test_a_kernel_as_large_as_the_picture(shape):
+    made, exact = dynamic(nn.Conv2d(70, 33, (3, 2), stride=2))
+    x = torch.randn(shape)
+    close(made(x), exact(rounded(x, exact)))
+    with pytest.raises(InvalidArgument, match="is larger than the input"):
+        dynamic(nn.Conv2d(70, 33, (3, 2), dilation=2))[0](x)
+
+
 def test_weights_of_groups_take_floats():
     layer = nn.Conv2d(16, 9, 3)
     made, exact = dynamic(layer, bits=4, group=16)

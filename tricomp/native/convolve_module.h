@@ -5,7 +5,9 @@
 // share each sample.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
+#include <initializer_list>
 #include <vector>
 
 #include "multiply_module.h"
@@ -14,7 +16,7 @@ namespace tricomp {
 namespace {
 
 constexpr size_t CONVOLVE_SHARE = size_t(1) << 21;  // products that are worth a thread
-constexpr size_t CONVOLVE_ROWS = 4;                 // rows of a sample that are quantised together
+constexpr size_t CONVOLVE_PART = size_t(1) << 13;   // floats that are read at a time where threads share a sample
 
 // A task, its memory and who does what.
 class Convolution {
@@ -28,7 +30,8 @@ class Convolution {
           packed_(kernels_.packed_bytes(task)) {
         const double n_products = double(task.n_samples) * double(task.n_positions()) * double(task.n_out) *
                                   double(task.in_each() * task.n_taps());
-        n_threads_ = n_products < double(CONVOLVE_SHARE) ? 1 : n_threads;
+        const double worth = n_products / double(CONVOLVE_SHARE);
+        n_threads_ = worth < 2 ? 1 : worth < double(n_threads) ? size_t(worth) : n_threads;
     }
 
     void run() {
@@ -44,7 +47,7 @@ class Convolution {
     template <class Work>
     void share_out(size_t n, const Work& work) {
         std::atomic<size_t> next{0};
-        in_threads(n_threads_ < n ? n_threads_ : n, [&] {
+        in_threads(std::min(n_threads_, n), [&] {
             for (size_t item = next++; item < n; item = next++) work(item);
         });
     }
@@ -55,7 +58,7 @@ class Convolution {
     void by_samples() {
         share_out(n_vectors_, [&](size_t i) { kernels_.pack(task_, i, i + 1, packed_.start); });
         const size_t n_positions = task_.n_positions(), most = (task_.n_samples + n_threads_ - 1) / n_threads_;
-        const size_t wanted = (CONVOLVE_CHUNK + n_positions - 1) / n_positions, each = wanted < most ? wanted : most;
+        const size_t each = std::min((CONVOLVE_CHUNK + n_positions - 1) / n_positions, most);
         Aligned codes(n_threads_ * each * sample_bytes_);
         std::vector<float> scales(n_threads_ * each);
         std::atomic<size_t> next{0}, i_thread{0};
@@ -63,7 +66,7 @@ class Convolution {
             const size_t mine = (i_thread++) * each;
             uint8_t* const my_codes = codes.start + mine * sample_bytes_;
             for (size_t first = each * next++; first < task_.n_samples; first = each * next++) {
-                const size_t n = task_.n_samples - first < each ? task_.n_samples - first : each;
+                const size_t n = std::min(task_.n_samples - first, each);
                 for (size_t i = 0; i < n; i++) {
                     const float largest = kernels_.largest(sample(first + i), task_.n_in * task_.n_pixels());
                     scales[mine + i] = kernels_.quantize(task_, sample(first + i), largest, 0, task_.padded_height(),
@@ -76,7 +79,8 @@ class Convolution {
     }
 
     void together() {
-        const size_t n = task_.n_samples, n_floats = task_.n_in * task_.n_pixels(), n_slices = 2 * n_threads_;
+        const size_t n = task_.n_samples, n_floats = task_.n_in * task_.n_pixels();
+        const size_t n_slices = std::min(2 * n_threads_, n_floats / CONVOLVE_PART + 1);
         Aligned codes(n * sample_bytes_);
         std::vector<float> found(n * n_slices), scales(n);
         share_out(n_vectors_ + n * n_slices, [&](size_t i) {
@@ -88,10 +92,10 @@ class Convolution {
         std::vector<float> largest(n);
         for (size_t i = 0; i < n; i++)  // of magnitudes again, so that NaN is the largest
             largest[i] = kernels_.largest(reinterpret_cast<const uint8_t*>(found.data() + i * n_slices), n_slices);
-        const size_t height = task_.padded_height(), n_parts = (height + CONVOLVE_ROWS - 1) / CONVOLVE_ROWS;
+        const size_t height = task_.padded_height(), rows = CONVOLVE_PART / (task_.padded_width() * task_.n_in) + 1;
+        const size_t n_parts = (height + rows - 1) / rows;
         share_out(n * n_parts, [&](size_t item) {
-            const size_t i = item / n_parts, first = item % n_parts * CONVOLVE_ROWS;
-            const size_t last = first + CONVOLVE_ROWS < height ? first + CONVOLVE_ROWS : height;
+            const size_t i = item / n_parts, first = item % n_parts * rows, last = std::min(first + rows, height);
             const float scale = kernels_.quantize(task_, sample(i), largest[i], first, last, codes.start + i * sample_bytes_);
             if (first == 0) scales[i] = scale;
         });
@@ -102,8 +106,8 @@ class Convolution {
         share_out(n_rows * n_columns, [&](size_t item) {
             const size_t first = item % n_rows * chunks_at_once * CONVOLVE_CHUNK, vector = item / n_rows * vectors_at_once;
             const size_t last = first + chunks_at_once * CONVOLVE_CHUNK, end = vector + vectors_at_once;
-            kernels_.convolve(task_, packed_.start, codes.start, scales.data(), first, last < n_positions ? last : n_positions,
-                              vector, end < n_vectors_ ? end : n_vectors_, out_);
+            kernels_.convolve(task_, packed_.start, codes.start, scales.data(), first, std::min(last, n_positions), vector,
+                              std::min(end, n_vectors_), out_);
         });
     }
 

@@ -50,6 +50,11 @@ def convolve(
     order. Raises InvalidArgument for an input of another form, or smaller than the kernel.
     """
     samples = input if input.ndim == codes.ndim else input.unsqueeze(0)
+    if samples.shape[1:] == codes.shape[1:] and not any(padding) and max(dilation) == 1:
+        # A kernel as large as the picture: a linear layer, which need not lay weights out for a single use of each.
+        out = execution.linear(samples.flatten(1), codes.flatten(1), scales, bias, 8, None, True)
+        out = out.reshape(*out.shape, *[1] * (codes.ndim - 2))
+        return out if samples is input else out.squeeze(0)
     if samples.numel() and samples.device.type == "cpu" and codes.device.type == "cpu":
         is_last = has_channels_last(samples), has_channels_last(codes)
         task = (tuple(stride), tuple(padding), tuple(dilation), groups)
