@@ -70,6 +70,8 @@ def test_the_fastest_is_taken_from_then_on(clock: Clock) -> None:
     assert fastest.run(("a",), ways, clock.way("", 0), GPU).item() == 5
     assert clock.calls == ["three"]
     assert fastest.chosen() == {(GPU, "a"): "three"}
+    del ways["three"]  # which a call with other strides, say, does not have
+    assert fastest.run(("a",), ways, clock.way("", 0), GPU).item() == 3
     fastest.run(("b",), {"one": ways["one"]}, clock.way("", 0), GPU)  # one way needs no clock
     assert clock.calls.count("wait") == 0
     assert fastest.chosen()[GPU, "b"] == "one"

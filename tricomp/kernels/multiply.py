@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -88,7 +88,7 @@ def multiply(rows: torch.Tensor, weight: Weight, is_dynamic: bool, tile: Tile) -
         given = to_pieces(rows, n_pieces)
     codes, scales = _in_line(weight.codes.view(torch.int8)), weight.scales.contiguous()
     n_tiles = -(-len(rows) // tile.rows) * -(-weight.n_out // tile.outs)
-    replace(_device(rows.device), warps=tile.warps).launch(
+    _device(rows.device, tile.warps).launch(
         product_kernel,
         (n_tiles,),
         given,
@@ -193,5 +193,5 @@ def _is_tf32() -> bool:
 
 
 @cache
-def _device(handle: torch.device) -> Device:
-    return Device(handle)
+def _device(handle: torch.device, warps: int = 4) -> Device:
+    return Device(handle, warps=warps)

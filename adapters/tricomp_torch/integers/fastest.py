@@ -33,7 +33,9 @@ def run(key: tuple[Hashable, ...], ways: Mapping[str, Way], otherwise: Way, devi
         if not _may_time(device):
             return _first(ways, otherwise)
         name = _chosen[key] = _fastest(ways, device)
-    return ways[name]() if name in ways else otherwise()
+    if name in ways:
+        return ways[name]()
+    return _first(ways, otherwise) if name else otherwise()
 
 
 def chosen() -> dict[Hashable, str]:
