@@ -83,14 +83,17 @@ INLINE void to_codes(const uint8_t* input, size_t n, float scale, int8_t* codes)
     size_t at = 0;
     if (scale > 1e-30f && scale < 1e30f) {  // the reciprocal is a normal number
         const __m512 reciprocal = _mm512_set1_ps(1.0f / scale), half = _mm512_set1_ps(NEAR_HALF);
-        const __m512 magnitude = _mm512_castsi512_ps(_mm512_set1_epi32(0x7FFFFFFF));
+        const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
         for (; at + 64 <= n; at += 64) {
+            __m512i whole[4];
             __m512 farthest = _mm512_setzero_ps();
-            for (size_t i = 0; i < 64; i += 16) {
-                const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(input + 4 * (at + i)), reciprocal);
-                farthest = _mm512_max_ps(farthest, _mm512_and_ps(_mm512_reduce_ps(x, 0), magnitude));
-                _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + at + i), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
+            for (size_t i = 0; i < 4; i++) {
+                const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(input + 4 * (at + 16 * i)), reciprocal);
+                farthest = _mm512_range_ps(farthest, _mm512_reduce_ps(x, 0), 11);  // the larger magnitude
+                whole[i] = _mm512_cvtps_epi32(x);
             }
+            const __m512i low = _mm512_packs_epi32(whole[0], whole[1]), high = _mm512_packs_epi32(whole[2], whole[3]);
+            _mm512_storeu_si512(codes + at, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high)));
             if (_mm512_cmp_ps_mask(farthest, half, _CMP_GT_OQ)) divided_to_codes(input + 4 * at, 64, scale, codes + at);
         }
     }

@@ -121,6 +121,9 @@ INLINE void lay_out(const Multiplying& task, const int8_t* codes, size_t stride,
 
 // ---- Panels by outputs
 
+// Else an array of sums would lie in memory.
+#define UNROLLED _Pragma("GCC unroll 16")
+
 // 4 bytes of weights, for all lanes; n_held of them at the end of a row, where no more may be read.
 INLINE __m512i four_bytes(const uint8_t* from, size_t n_held) {
     uint32_t bytes = 0;
@@ -133,17 +136,17 @@ template <size_t C, size_t O, uint32_t BITS>
 INLINE void panel_step(const uint8_t* codes, const uint8_t* const* weights, size_t at, size_t n_held, __m512i (*sums)[C]) {
     const __m512i flip = _mm512_set1_epi8(BITS == 8 ? int8_t(-128) : int8_t(0x88)), low = _mm512_set1_epi8(15);
     __m512i x[C], odd[C];
-    for (size_t c = 0; c < C; c++) x[c] = _mm512_load_si512(codes + c * 64);
-    for (size_t c = 0; BITS == 4 && c < C; c++) odd[c] = _mm512_load_si512(codes + (C + c) * 64);
-    for (size_t o = 0; o < O; o++) {
+    UNROLLED for (size_t c = 0; c < C; c++) x[c] = _mm512_load_si512(codes + c * 64);
+    UNROLLED for (size_t c = 0; BITS == 4 && c < C; c++) odd[c] = _mm512_load_si512(codes + (C + c) * 64);
+    UNROLLED for (size_t o = 0; o < O; o++) {
         const __m512i w = _mm512_xor_si512(four_bytes(weights[o] + at, n_held), flip);
         if (BITS == 8) {
-            for (size_t c = 0; c < C; c++) sums[o][c] = _mm512_dpbusd_epi32(sums[o][c], w, x[c]);
+            UNROLLED for (size_t c = 0; c < C; c++) sums[o][c] = _mm512_dpbusd_epi32(sums[o][c], w, x[c]);
         } else {
             const __m512i even_codes = _mm512_and_si512(w, low);
             const __m512i odd_codes = _mm512_and_si512(_mm512_srli_epi16(w, 4), low);
-            for (size_t c = 0; c < C; c++) sums[o][c] = _mm512_dpbusd_epi32(sums[o][c], even_codes, x[c]);
-            for (size_t c = 0; c < C; c++) sums[o][c] = _mm512_dpbusd_epi32(sums[o][c], odd_codes, odd[c]);
+            UNROLLED for (size_t c = 0; c < C; c++) sums[o][c] = _mm512_dpbusd_epi32(sums[o][c], even_codes, x[c]);
+            UNROLLED for (size_t c = 0; c < C; c++) sums[o][c] = _mm512_dpbusd_epi32(sums[o][c], odd_codes, odd[c]);
         }
     }
 }
@@ -156,37 +159,37 @@ INLINE void panel_tile(const Multiplying& task, const uint8_t* panel, const uint
     const size_t n_steps = panel_steps(task), each = group_steps(task), n_whole = task.row_bytes() / 4;
     const uint8_t* codes = panel + PANEL_HEAD;
     const uint8_t* starts = IN_GROUPS ? codes + n_steps * STEP_BYTES : panel + PANEL_ROWS * 4;
-    __m512 scaled[O][C];
-    for (size_t o = 0; o < O; o++)
-        for (size_t c = 0; c < C; c++) scaled[o][c] = _mm512_setzero_ps();
     for (size_t step = 0, i_group = 0; step < n_steps; i_group++) {
         const size_t end = n_steps - step < each ? n_steps : step + each, whole = end < n_whole ? end : n_whole;
         __m512i sums[O][C];
-        for (size_t c = 0; c < C; c++) {
+        UNROLLED for (size_t c = 0; c < C; c++) {
             const __m512i start = _mm512_load_si512(starts + (i_group * C + c) * 64);
-            for (size_t o = 0; o < O; o++) sums[o][c] = start;
+            UNROLLED for (size_t o = 0; o < O; o++) sums[o][c] = start;
         }
-        for (; step < whole; step++) {
-            _mm_prefetch(reinterpret_cast<const char*>(ahead + step * 4 * O), _MM_HINT_T0);
-            panel_step<C, O, BITS>(codes + step * STEP_BYTES, weights, step * 4, 4, sums);
+        for (; step + 4 <= whole; step += 4) {
+            for (size_t line = 0; line < (O + 3) / 4; line++)
+                _mm_prefetch(reinterpret_cast<const char*>(ahead + step * 4 * O + line * 64), _MM_HINT_T0);
+            UNROLLED for (size_t i = 0; i < 4; i++)
+                panel_step<C, O, BITS>(codes + (step + i) * STEP_BYTES, weights, (step + i) * 4, 4, sums);
         }
+        for (; step < whole; step++) panel_step<C, O, BITS>(codes + step * STEP_BYTES, weights, step * 4, 4, sums);
         if (step < end) {
             panel_step<C, O, BITS>(codes + step * STEP_BYTES, weights, step * 4, task.row_bytes() - step * 4, sums);
             step++;
         }
-        for (size_t o = 0; o < O; o++) {
+        UNROLLED for (size_t o = 0; o < O; o++) {
             const __m512 scale = _mm512_set1_ps(scale_at(task.scale_format, scales[o], i_group));
-            for (size_t c = 0; c < C; c++) {
-                const __m512 sum = _mm512_cvtepi32_ps(sums[o][c]);
-                scaled[o][c] = IN_GROUPS ? _mm512_fmadd_ps(sum, scale, scaled[o][c]) : _mm512_mul_ps(sum, scale);
+            const __m512 bias = _mm512_set1_ps(biases[o]);
+            UNROLLED for (size_t c = 0; c < C; c++) {
+                float* to = found + o * PANEL_ROWS + c * 16;
+                const __m512 sum = _mm512_cvtepi32_ps(sums[o][c]), factors = _mm512_load_ps(panel + c * 64);
+                __m512 scaled;  // of groups so far: floats have no room in registers
+                if (IN_GROUPS && i_group)
+                    scaled = _mm512_fmadd_ps(sum, scale, _mm512_load_ps(to));
+                else
+                    scaled = _mm512_mul_ps(sum, scale);
+                _mm512_store_ps(to, end < n_steps ? scaled : _mm512_fmadd_ps(scaled, factors, bias));
             }
-        }
-    }
-    for (size_t o = 0; o < O; o++) {
-        const __m512 bias = _mm512_set1_ps(biases[o]);
-        for (size_t c = 0; c < C; c++) {
-            const __m512 factors = _mm512_load_ps(panel + c * 64);
-            _mm512_storeu_ps(found + o * PANEL_ROWS + c * 16, _mm512_fmadd_ps(scaled[o][c], factors, bias));
         }
     }
 }
@@ -204,8 +207,12 @@ INLINE void put_strip(const float* found, size_t n_rows, size_t n_outputs, const
             __m512i words[16];
             for (size_t o = 0; o < 16; o++) words[o] = _mm512_loadu_si512(found + (first + o) * PANEL_ROWS + row);
             turn_round(words);
-            for (size_t r = 0; r < 16 && row + r < n_rows; r++) {
-                uint8_t* to = places.of(row + r, first).at;
+            uint8_t* to = places.of(row, first).at;
+            if (places.output == 1 && n_here == 16 && n_rows - row >= 16) {
+                for (size_t r = 0; r < 16; r++) _mm512_storeu_si512(to + 4 * r * places.row, words[r]);
+                continue;
+            }
+            for (size_t r = 0; r < 16 && row + r < n_rows; r++, to += 4 * places.row) {
                 if (places.output == 1) {
                     _mm512_mask_storeu_epi32(to, mask, words[r]);
                 } else {
@@ -244,12 +251,12 @@ INLINE void panel_outputs(const Multiplying& task, const uint8_t* panel, size_t 
 template <size_t C>
 static void panel_vectors_by_outputs(const Multiplying& task, const uint8_t* panel, size_t n_rows, size_t first, size_t last,
                                      const Places& places) {
-    constexpr size_t O = C == 1 ? 8 : C == 2 ? 6 : 4, IN_GROUPS = C == 1 ? 8 : C == 2 ? 4 : 2;  // sums fit the registers
+    constexpr size_t O = C == 1 ? 8 : C == 2 ? 6 : 4;  // sums fit the registers
     if (task.bits == 8)
-        task.has_groups() ? panel_outputs<C, IN_GROUPS, 8, true>(task, panel, n_rows, first, last, places)
+        task.has_groups() ? panel_outputs<C, O, 8, true>(task, panel, n_rows, first, last, places)
                           : panel_outputs<C, O, 8, false>(task, panel, n_rows, first, last, places);
     else
-        task.has_groups() ? panel_outputs<C, IN_GROUPS, 4, true>(task, panel, n_rows, first, last, places)
+        task.has_groups() ? panel_outputs<C, O, 4, true>(task, panel, n_rows, first, last, places)
                           : panel_outputs<C, O, 4, false>(task, panel, n_rows, first, last, places);
 }
 
