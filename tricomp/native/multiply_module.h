@@ -22,6 +22,7 @@ namespace {
 
 constexpr size_t MULTIPLY_SHARE = size_t(1) << 15;  // elements that are worth a thread
 constexpr size_t MULTIPLY_ROUNDS = 4;                // blocks for each thread, from which threads share blocks evenly
+constexpr size_t MULTIPLY_CACHE = size_t(1) << 18;   // bytes of blocks that stay in a core's cache beside weights
 
 // Call work() in so many threads at once.
 template <class Work>
@@ -51,8 +52,8 @@ struct Aligned {
     uint8_t* start;
 };
 
-// Inputs made ready, then outputs, by so many threads. Where blocks are many, a thread takes a block through all outputs,
-// so that it stays in its cache; else all blocks are made ready, and threads share the outputs.
+// Inputs made ready, then outputs, by so many threads. Where blocks are many, a thread takes some through all outputs, as
+// many as stay in its cache; else all blocks are made ready, and threads share the outputs.
 inline void multiply_all(const Multiplying& task, const uint8_t* input, size_t n_threads, uint8_t* out) {
     const MultiplyKernels& multiplying = kernels().multiplying;
     const MultiplyBlocks each = multiplying.blocks(task);
@@ -65,13 +66,18 @@ inline void multiply_all(const Multiplying& task, const uint8_t* input, size_t n
     if (task.n_rows * task.n_out < MULTIPLY_SHARE * 16 / task.n_in) n_threads = 1;
     std::atomic<size_t> next_block{0}, next{0}, i_thread{0};
     if (each.n_rows > 1 && n_blocks >= MULTIPLY_ROUNDS * n_threads) {
-        const Aligned memory(n_threads * (scratch_bytes + each.n_bytes));
+        const size_t n_cached = std::max<size_t>(MULTIPLY_CACHE / each.n_bytes, 1);
+        const size_t n_together = std::min(n_cached, n_blocks / (MULTIPLY_ROUNDS * n_threads));
+        const size_t thread_bytes = scratch_bytes + n_together * each.n_bytes;
+        const Aligned memory(n_threads * thread_bytes);
         in_threads(n_threads, [&] {
-            uint8_t* scratch = memory.start + (i_thread++) * (scratch_bytes + each.n_bytes);
-            uint8_t* block = scratch + scratch_bytes;
-            for (size_t i = next_block++; i < n_blocks; i = next_block++) {
-                prepare(i, scratch, block);
-                multiplying.multiply(task, block, rows_of(i), 0, task.n_out, scratch, out + 4 * i * each.n_rows * task.n_out);
+            uint8_t* scratch = memory.start + (i_thread++) * thread_bytes;
+            uint8_t* blocks = scratch + scratch_bytes;
+            for (size_t i = n_together * next_block++; i < n_blocks; i = n_together * next_block++) {
+                const size_t n_here = std::min(n_together, n_blocks - i), first_row = i * each.n_rows;
+                for (size_t k = 0; k < n_here; k++) prepare(i + k, scratch, blocks + k * each.n_bytes);
+                const size_t n_rows = std::min(task.n_rows - first_row, n_here * each.n_rows);
+                multiplying.multiply(task, blocks, n_rows, 0, task.n_out, scratch, out + 4 * first_row * task.n_out);
             }
         });
         return;

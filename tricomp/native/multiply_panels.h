@@ -233,6 +233,10 @@ INLINE void panel_outputs(const Multiplying& task, const uint8_t* panel, size_t 
     for (size_t strip = first; strip < last; strip += STRIP) {
         const size_t n_held = last - strip < STRIP ? last - strip : STRIP;
         for (size_t at = 0; at < n_held; at += O) {
+            if (places.output == 1)  // what is to be written comes to the cache in time, some rows with each tile
+                for (size_t row = at * PANEL_ROWS / STRIP; row < (at + O) * PANEL_ROWS / STRIP && row < n_rows; row++)
+                    for (size_t line = 0; line < STRIP; line += 16)
+                        _mm_prefetch(reinterpret_cast<const char*>(places.of(row, strip + line).at), _MM_HINT_T1);
             const uint8_t *weights[O], *scales[O];
             float biases[O];
             for (size_t o = 0; o < O; o++) {  // beyond the last: the last again, not kept
