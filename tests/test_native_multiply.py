@@ -18,18 +18,19 @@ from tricomp.reference import multiply as reference
 pytestmark = pytest.mark.skipif(not native.is_there(), reason="no native module")
 
 SHAPES = [(1, 1, 1), (3, 7, 5), (4, 64, 16), (5, 65, 17), (1, 127, 33), (2, 129, 3), (9, 1027, 130), (1, 1024, 64)]
+MANY_ROWS = [(17, 129, 49), (33, 70, 5), (50, 258, 97), (64, 1030, 31), (65, 33, 100), (330, 77, 50), (830, 39, 33)]
 
 
 def cases():
     """Rows, codes as saved, scales, bias, bits, group, whether dynamic: of every shape and form."""
     random = np.random.default_rng(3)
-    for m, n_in, n_out in SHAPES:
+    for m, n_in, n_out in SHAPES + MANY_ROWS:
         rows = random.standard_normal((m, n_in)).astype(np.float32)
         rows[:, -1] *= 30
         rows[0, : n_in // 2] = 0
         for bits, top in ((8, 127), (4, 7)):
             codes = random.integers(-top, top + 1, (n_out, n_in), np.int8)
-            for group in (None, 16, 48, 64, 112, 128, 512):
+            for group in (None, 16, 48, 64, 112, 128, 512) if m < 10 else (None, 16, 48, 512):
                 n_groups = 1 if group is None else -(-n_in // group)
                 scales = (random.random((n_out, n_groups)) + 0.1).astype(np.float32)
                 bias = random.standard_normal(n_out).astype(np.float32) if n_out % 2 else None
@@ -89,6 +90,36 @@ def test_extremes_of_codes_do_not_overflow():
         codes, out = np.full((17, n_in), code, np.int8), np.zeros((5, 17), np.float32)
         multiply(rows, codes, np.ones((17, 1), np.float32), None, out, 8, None, True, 1)
         assert np.allclose(out, -code * n_in)
+
+
+@pytest.mark.parametrize("n_rows", [1, 3, 70])
+def test_codes_are_what_division_rounds_to(n_rows):
+    """Quotients within a few roundings of the middle between two codes, by weights that show each code alone."""
+    random = np.random.default_rng(5)
+    n_in = 150
+    scales = np.exp(random.uniform(-40, 40, (n_rows, 1))).astype(np.float32)
+    halves = random.integers(-127, 127, (n_rows, n_in)) + 0.5
+    near = (halves * scales).astype(np.float32).view(np.int32) + random.integers(-3, 4, (n_rows, n_in), np.int32)
+    rows = near.view(np.float32)
+    rows[:, 75] = (scales * np.float32(127))[:, 0]
+    found, identity = np.zeros((n_rows, n_in), np.float32), np.eye(n_in, dtype=np.int8)
+    multiply(rows, identity, np.ones((n_in, 1), np.float32), None, found, 8, None, True, 1)
+    scales = np.abs(rows).max(1, keepdims=True) / np.float32(127)
+    assert found.tobytes() == (np.rint(rows / scales) * scales + np.float32(0)).astype(np.float32).tobytes()
+
+
+def test_a_row_gives_the_same_whatever_stands_beside_it():
+    """With one scale a row of weights: sums are whole numbers, and what is done to them is the same in every form."""
+    random = np.random.default_rng(7)
+    rows = random.standard_normal((203, 301)).astype(np.float32)
+    scales, bias = random.random((75, 1), np.float32), random.standard_normal(75).astype(np.float32)
+    wide, narrow = random.integers(-128, 128, (75, 301), np.int8), random.integers(0, 256, (75, 151), np.uint8)
+    for bits, codes in ((8, wide), (4, narrow)):
+        all_rows, some = np.zeros((203, 75), np.float32), np.zeros((203, 75), np.float32)
+        multiply(rows, codes, scales, bias, all_rows, bits, None, True, 2)
+        for first, last in ((0, 1), (1, 4), (4, 12), (12, 25), (25, 90), (90, 203)):
+            multiply(rows[first:last], codes, scales, bias, some[first:last], bits, None, True, 1)
+        assert some.tobytes() == all_rows.tobytes()
 
 
 @pytest.mark.parametrize("what", ["rows", "codes", "scales", "bias", "out", "group", "rows of too many"])

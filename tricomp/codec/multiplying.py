@@ -19,3 +19,8 @@ Array = np.ndarray[Any, Any]
 def is_fast(n_in: int) -> bool:
     """Whether multiply can be called for rows of so many: the native module is there."""
     return 0 < n_in <= MOST_IN and native.is_there()
+
+
+def is_wide() -> bool:
+    """Whether the native module runs on vectors of 512 bits, where it is as fast as BLAS for any number of rows."""
+    return native.isa() == "avx512"

@@ -15,7 +15,9 @@ namespace multiplying {
 
 constexpr size_t FEW_ROWS = TRICOMP_HAS_AVX512 ? 8 : 0;  // up to so many, sums across lanes cost less than idle lanes
 
-INLINE bool is_few(const Multiplying& task) { return task.n_rows <= FEW_ROWS; }
+constexpr size_t FEW_FLOATS = 8;
+
+INLINE bool is_few(const Multiplying& task) { return task.n_rows <= (task.is_dynamic ? FEW_ROWS : FEW_FLOATS); }
 
 // Rows of input as codes, 16 at a time, laid out.
 static void prepare_panel(const Multiplying& task, const uint8_t* input, size_t n_rows, uint8_t* scratch, uint8_t* panel) {
@@ -33,8 +35,8 @@ static void prepare_panel(const Multiplying& task, const uint8_t* input, size_t 
 // ---- What the module calls
 
 static MultiplyBlocks blocks(const Multiplying& task) {
-    const size_t n_floats = rounded_up(task.n_in, 16) * 4;
-    if (!task.is_dynamic) return {1, n_floats, TILE * n_floats};
+    if (!task.is_dynamic && is_few(task)) return {1, rounded_up(task.n_in, 16) * 4, TILE * rounded_up(task.n_in, 16) * 4};
+    if (!task.is_dynamic) return {FLOAT_PANEL, rounded_up(task.n_in * FLOAT_PANEL * 4, MULTIPLY_ALIGN), 8 * FLOAT_PART * 4};
 #if TRICOMP_HAS_AVX512
     if (is_few(task)) return {1, code_bytes(task), 0};
 #endif
@@ -42,6 +44,7 @@ static MultiplyBlocks blocks(const Multiplying& task) {
 }
 
 static void prepare(const Multiplying& task, const uint8_t* input, size_t n_rows, uint8_t* scratch, uint8_t* block) {
+    if (!task.is_dynamic && !is_few(task)) return lay_out_floats(task, input, n_rows, block);
     if (!task.is_dynamic) {
         memcpy(block, input, 4 * task.n_in);
         memset(block + 4 * task.n_in, 0, rounded_up(task.n_in, 16) * 4 - 4 * task.n_in);
@@ -55,17 +58,21 @@ static void prepare(const Multiplying& task, const uint8_t* input, size_t n_rows
 
 static void multiply(const Multiplying& task, const uint8_t* prepared, size_t n_rows, size_t first, size_t last,
                      uint8_t* scratch, uint8_t* out) {
-    if (!task.is_dynamic) return multiply_floats(task, prepared, n_rows, first, last, scratch, out);
+    if (!task.is_dynamic && is_few(task)) return multiply_few_floats(task, prepared, n_rows, first, last, scratch, out);
 #if TRICOMP_HAS_AVX512
     if (is_few(task)) return multiply_rows(task, prepared, n_rows, first, last, out);
 #endif
-    const size_t n_bytes = blocks(task).n_bytes;
+    const MultiplyBlocks each = blocks(task);
     const Places places = {out, task.n_out, 1};
     for (size_t strip = first; strip < last; strip += STRIP) {  // its weights stay in the cache
         const size_t end = last - strip < STRIP ? last : strip + STRIP;
-        for (size_t row = 0; row < n_rows; row += PANEL_ROWS) {
-            const size_t n_here = n_rows - row < PANEL_ROWS ? n_rows - row : PANEL_ROWS;
-            multiply_panel(task, prepared + row / PANEL_ROWS * n_bytes, n_here, strip, end, places.of(row, 0));
+        for (size_t row = 0; row < n_rows; row += each.n_rows) {
+            const size_t n_here = n_rows - row < each.n_rows ? n_rows - row : each.n_rows;
+            const uint8_t* block = prepared + row / each.n_rows * each.n_bytes;
+            if (task.is_dynamic)
+                multiply_panel(task, block, n_here, strip, end, places.of(row, 0));
+            else
+                multiply_float_panel(task, block, n_here, strip, end, scratch, places.of(row, 0));
         }
     }
 }

@@ -9,6 +9,9 @@
 #include "isa.h"
 #include "multiply_kernels.h"
 
+// Of loops over an array of sums, which would else lie in memory.
+#define UNROLLED _Pragma("GCC unroll 16")
+
 TRICOMP_BEGIN
 namespace multiplying {
 

@@ -121,9 +121,6 @@ INLINE void lay_out(const Multiplying& task, const int8_t* codes, size_t stride,
 
 // ---- Panels by outputs
 
-// Else an array of sums would lie in memory.
-#define UNROLLED _Pragma("GCC unroll 16")
-
 // 4 bytes of weights, for all lanes; n_held of them at the end of a row, where no more may be read.
 INLINE __m512i four_bytes(const uint8_t* from, size_t n_held) {
     uint32_t bytes = 0;

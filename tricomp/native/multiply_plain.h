@@ -70,6 +70,12 @@ INLINE void multiply_panel(const Multiplying& task, const uint8_t* panel, size_t
     }
 }
 
+// Puts found, float[n_outputs][64], where it belongs.
+INLINE void put_strip(const float* found, size_t n_rows, size_t n_outputs, const Places& places) {
+    for (size_t m = 0; m < n_rows; m++)
+        for (size_t o = 0; o < n_outputs; o++) memcpy(places.of(m, o).at, found + o * PANEL_ROWS + m, 4);
+}
+
 }  // namespace multiplying
 TRICOMP_END
 
