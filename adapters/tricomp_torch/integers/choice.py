@@ -34,7 +34,7 @@ class Unit:
         """Bytes, and what of speed is lost where inputs stay float that could be int8, in bytes too."""
         n_dynamic = [sum(node.activations == "dynamic" for node in nodes) for nodes in self.rungs]
         is_slower = n_dynamic[rung] < max(n_dynamic)
-        n_slower = sum(node.integer_bytes for node in self.rungs[rung] if _runs_as_int8(node)) if is_slower else 0
+        n_slower = sum(node.integer_bytes for node in self.rungs[rung] if node.is_integer) if is_slower else 0
         return self.n_bytes(rung) + _FLOAT_INPUTS * n_slower
 
     def loss(self, rung: int) -> float:

@@ -23,15 +23,15 @@ _SCALE_BYTES = {"float32": 4, "bfloat16": 2}
 
 def options(bits: Any, group: int | None, activations: str, has_examples: bool) -> list[Option]:
     """Forms to try, smallest and fastest first."""
-    found: list[Option] = []
-    if bits in (4, "auto"):
-        found.append((4, group or _DEFAULT_GROUP, "float"))
-    wide: list[Bits] = [7, 8] if bits in ("int8", "auto") else [] if bits == 4 else [bits]
+    inputs: list[Activations] = []
     if activations == "dynamic" or (activations == "auto" and has_examples):
-        found += [(each, None, "dynamic") for each in wide]
+        inputs.append("dynamic")
     if activations != "dynamic":
-        found += [(each, None, "float") for each in wide]
-    return found
+        inputs.append("float")
+    narrow: list[Bits] = [4] if bits in (4, "auto") else []
+    wide: list[Bits] = [7, 8] if bits in ("int8", "auto") else [] if bits == 4 else [bits]
+    found: list[Option] = [(each, group or _DEFAULT_GROUP, input) for input in inputs for each in narrow]
+    return found + [(each, None, input) for input in inputs for each in wide]
 
 
 def units_of(nodes: Sequence[NodePlan], options: Sequence[Option], trials: Trials) -> list[Unit]:

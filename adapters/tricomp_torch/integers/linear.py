@@ -20,7 +20,7 @@ class IntegerLinear(nn.Module):
     bias: nn.Parameter | None
 
     def __init__(self, weight: IntegerWeight, bias: nn.Parameter | None = None, *, is_dynamic: bool = True) -> None:
-        """is_dynamic: each row of the input becomes int8 too, where the weight has 8 bits and one scale a row."""
+        """is_dynamic: each row of the input becomes int8 too, by its largest magnitude."""
         super().__init__()
         self.in_features, self.out_features = weight.n_in, weight.n_out
         self.is_dynamic = is_dynamic

@@ -59,7 +59,7 @@ def plan(
     at 7. Without example inputs, a node's share of the error is that of its weights, each node counting alike. "auto":
     4 bits, with a scale per group of weights, where the budget allows it, then 7, then 8. A number: just that; 5 to 8
     run as int8. group: weights per scale at 4 bits, a multiple of 16; None: 64.
-    activations: "dynamic" quantises the inputs of int8 linear layers and convolutions too, which is what makes them
+    activations: "dynamic" makes the inputs of linear layers and convolutions int8 too, which is what makes them
     fast; "float" does not; "auto" does where the budget allows, and only if there are example inputs to see it by.
     on_progress: gets (runs of the model done, of so many); there may be more as the search for what the budget allows
     goes on. The log "tricomp" has a line every few seconds, at INFO.
