@@ -62,7 +62,7 @@ def _in_form(node: NodePlan, bits: Bits, group: int | None, activations: Activat
         (rows * n if bits > 4 else -(-rows * n // 2)) + rows * -(-n // (group or max(n, 1))) * _SCALE_BYTES[scale_dtype]
         for rows, n in shapes
     )
-    is_dynamic = activations == "dynamic" and node.place == "module" and _can_be_dynamic(node, shapes, trials)
+    is_dynamic = activations == "dynamic" and node.place == "module" and _can_be_dynamic(node, bits, shapes, trials)
     made = replace(
         node,
         bits=bits,
@@ -75,10 +75,10 @@ def _in_form(node: NodePlan, bits: Bits, group: int | None, activations: Activat
     return replace(made, weight_error=error, error=error)
 
 
-def _can_be_dynamic(node: NodePlan, shapes: Sequence[tuple[int, int]], trials: Trials) -> bool:
+def _can_be_dynamic(node: NodePlan, bits: Bits, shapes: Sequence[tuple[int, int]], trials: Trials) -> bool:
     """Whether the inputs of a node's module can become int8 too, and gain by it. shapes: of tensors, as rows."""
     if node.kind in ("conv1d", "conv2d"):
-        return trials.gains_by_codes(node)
+        return bits > 4 and trials.gains_by_codes(node)
     if node.kind not in ("lstm", "gru"):
         return node.kind in _DYNAMIC_KINDS
     states = [n for name, (_, n) in zip(node.tensors, shapes, strict=True) if "weight_hh" in name]
