@@ -15,8 +15,8 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,26 +26,31 @@ import torch
 from torch import Tensor, nn
 from tricomp_torch import integers
 
-from tests.benchmarks import facts, integer_models
+from tests.benchmarks import facts, integer_models, page_cache
 from tests.benchmarks.integer_models import Finished
 from tests.benchmarks.integers_table import plot, report
 from tests.benchmarks.timing import shuffled
 
 PACKAGES = ("numpy", "torch", "torchao", "safetensors", "scikit-learn")
 BATCHES = (1, 16, 128)
+MODELS = ("CNN", "transformer", "MLP")
+_FEW = 200  # inputs that are held out, where the benchmark itself is checked
 Model = Callable[[Tensor], Tensor]
 
 
 @dataclass
 class Entry:
-    """One way to keep and run a model. load: reads the file and gives what predicts."""
+    """One way to keep and run a model. load: reads the file and gives what predicts. is_loaded_only: it runs as another
+    does, and is not timed again."""
 
     who: str
-    file: Path | None
+    file: Path
     load: Callable[[], Model]
     model: Model
     is_half: bool = False
+    is_loaded_only: bool = False
     loads: list[float] = field(default_factory=list)
+    cold_loads: list[float] = field(default_factory=list)
     latencies: dict[int, list[float]] = field(default_factory=dict)
 
     def given(self, inputs: Tensor) -> Tensor:
@@ -56,6 +61,7 @@ class Entry:
 def entries(finished: Finished, folder: Path) -> Iterator[Entry]:
     """Everybody, with what they wrote in the folder."""
     yield _plain("float32", finished, finished.model, folder)
+    yield _usual("float32 as usual", finished, folder)
     yield _plain("bfloat16", finished, copy.deepcopy(finished.model).bfloat16(), folder, is_half=True)
     yield from _torchao(finished, folder)
     yield from _dynamic(finished, folder)
@@ -75,6 +81,19 @@ def _plain(who: str, finished: Finished, model: nn.Module, folder: Path, is_half
         return empty.eval()
 
     return Entry(who, file, load, model.eval(), is_half)
+
+
+def _usual(who: str, finished: Finished, folder: Path) -> Entry:
+    """As most code does: make the model, which draws its weights at random, and then fill it."""
+    file = folder / f"{who}.safetensors"
+    safetensors.torch.save_file(dict(finished.model.state_dict()), file)
+
+    def load() -> Model:
+        model = finished.make()
+        model.load_state_dict(safetensors.torch.load_file(file))
+        return model.eval()
+
+    return Entry(who, file, load, finished.model, is_loaded_only=True)
 
 
 def _torchao(finished: Finished, folder: Path) -> Iterator[Entry]:
@@ -153,7 +172,7 @@ def measure(finished: Finished, folder: Path, n_rounds: int) -> dict[str, Any]:
         facts.require(torch.equal(found, loaded), f"{finished.name}, {entry.who}: what is loaded predicts the same")
         rows[entry.who] = {
             "who": entry.who,
-            "bytes": entry.file.stat().st_size if entry.file else 0,
+            "bytes": entry.file.stat().st_size,
             "accuracy": round(float((found == finished.labels).float().mean()), 5),
             "agreement": round(float((found == expected).float().mean()), 5),
         }
@@ -163,8 +182,11 @@ def measure(finished: Finished, folder: Path, n_rounds: int) -> dict[str, Any]:
     for n_round in range(n_rounds):
         for entry in shuffled(everybody, n_round):
             gc.collect()
-            entry.loads.append(_timed(partial(_first_prediction, entry, entry.given(first))))
-            for n, inputs in batches.items():
+            load = partial(_first_prediction, entry, entry.given(first))
+            entry.loads.append(_timed(load))
+            if page_cache.drop(entry.file):
+                entry.cold_loads.append(_timed(load))
+            for n, inputs in batches.items() if not entry.is_loaded_only else ():
                 given = entry.given(inputs)
                 with torch.inference_mode():
                     entry.model(given)  # everybody is warm
@@ -175,7 +197,10 @@ def measure(finished: Finished, folder: Path, n_rounds: int) -> dict[str, Any]:
     for entry in everybody:
         rows[entry.who]["load"] = [round(one, 5) for one in entry.loads]
         rows[entry.who]["latency"] = {n: [round(one, 6) for one in found] for n, found in entry.latencies.items()}
+        rows[entry.who]["load_cold"] = [round(one, 5) for one in entry.cold_loads]
         rows[entry.who]["load_median"] = statistics.median(entry.loads[1:] or entry.loads)
+        if len(entry.cold_loads) == len(entry.loads):
+            rows[entry.who]["load_cold_median"] = statistics.median(entry.cold_loads[1:] or entry.cold_loads)
         rows[entry.who]["latency_median"] = {n: statistics.median(found) for n, found in entry.latencies.items()}
     return {
         "model": finished.name,
@@ -186,13 +211,19 @@ def measure(finished: Finished, folder: Path, n_rounds: int) -> dict[str, Any]:
     }
 
 
-def finished_models(is_small: bool, cache: Path) -> Iterator[Finished]:
-    """The models, trained now unless the cache has them."""
-    steps = (60, 120) if is_small else (600, 400)
+def finished_models(names: Sequence[str], is_small: bool, cache: Path) -> Iterator[Finished]:
+    """The models of these names, trained now unless the cache has them."""
+    steps = (30, 30) if is_small else (600, 400)
     sizes = (64, 1, 512, 32) if is_small else (256, 4, 4096, 48)
-    yield integer_models.digits(steps[0], 8 if is_small else 32, cache)
-    yield integer_models.passages(steps[1], *sizes, cache)
-    yield integer_models.layers(*((64, 2) if is_small else (1024, 4)))
+    made = {
+        "CNN": lambda: integer_models.digits(steps[0], 8 if is_small else 32, cache),
+        "transformer": lambda: integer_models.passages(steps[1], *sizes, cache),
+        "MLP": lambda: integer_models.layers(*((64, 2) if is_small else (1024, 4))),
+    }
+    for name in names:
+        finished = made[name]()
+        every = max(1, len(finished.labels) // _FEW) if is_small else 1
+        yield replace(finished, inputs=finished.inputs[::every], labels=finished.labels[::every])
 
 
 def main() -> None:
@@ -202,13 +233,14 @@ def main() -> None:
     parser.add_argument("--state", type=Path, default=Path(tempfile.gettempdir()) / "tricomp-benchmark")
     parser.add_argument("--out", type=Path, default=facts.RESULTS, help="folder for the results")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     cache = options.state / ("integers-small" if options.small else "integers")
     load = os.getloadavg()[0]
     results: dict[str, Any] = {"benchmark": "integers", **facts.machine(PACKAGES), "models": []}
     with tempfile.TemporaryDirectory(prefix="tricomp-integers-") as folder:
-        for finished in finished_models(options.small, cache):
+        for finished in finished_models(options.models, options.small, cache):
             results["models"].append(measure(finished, Path(folder) / finished.name, options.rounds))
     results |= {"n_rounds": options.rounds, "load": [load, os.getloadavg()[0]]}
     page = report(results)

@@ -20,8 +20,11 @@ def report(results: dict[str, Any]) -> str:
 
 Measured on {machine["cpu"]} ({machine["n_cores"]} cores), {results["date"]}; {versions}.
 Medians of {results["n_rounds"]} rounds, everybody in turns. Load: file to first prediction of one input, in a process
-that has torch, the file in the system's cache; float32 and bfloat16 are read by safetensors into a model made on the
-meta device. What was loaded predicted the same as what was saved, input by input, or nothing would stand here.
+that has torch, the file in the system's cache. Not cached: the file was written to the disk (fsync) and its pages given
+up (posix_fadvise, POSIX_FADV_DONTNEED) before each load, and the cache held none of them (mincore); no number stands
+where the system keeps them. float32 and bfloat16 are read by safetensors into a model made on the meta device, which
+its tensors are put into; "as usual", into a model whose weights were drawn at random first. What was loaded predicted
+the same as what was saved, input by input, or nothing would stand here.
 tricomp's int8 is what `plan` gives unasked: codes of 7 bits, and of 8 where an error is out of proportion to its bytes.
 
 {chr(10).join(parts)}
@@ -46,17 +49,19 @@ def _model(model: dict[str, Any]) -> str:
     lines = [
         f"## {model['model']}: {judged}",
         "",
-        "| | file, % of float32 | accuracy, % | same top-1 as float32, % | load, ms "
+        "| | file, % of float32 | accuracy, % | same top-1 as float32, % | load, ms | load, file not cached, ms "
         "| batch 1, ms | batch 16, ms | batch 128, ms |",
-        "|---|" + "---:|" * 7,
+        "|---|" + "---:|" * 8,
     ]
     for row in rows:
-        times = [1e3 * row["load_median"], *(1e3 * row["latency_median"][n] for n in _batches(row))]
+        latencies = [row["latency_median"].get(n) for n in _batches(base)]
+        found = [row["load_median"], row.get("load_cold_median"), *latencies]
         name = f"**{row['who']}**" if row["who"] in OURS else row["who"]
         judgement = (
             (f"{100 * row['accuracy']:.2f}", f"{100 * row['agreement']:.2f}") if model["is_trained"] else ("", "")
         )
-        cells = [f"{100 * row['bytes'] / base['bytes']:.1f}", *judgement, *(f"{time:.2f}" for time in times)]
+        cells = [f"{100 * row['bytes'] / base['bytes']:.1f}", *judgement]
+        cells += ["" if seconds is None else f"{1e3 * seconds:.2f}" for seconds in found]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
@@ -84,7 +89,10 @@ def targets(results: dict[str, Any]) -> list[tuple[str, str, str, bool]]:
             add("int8 file", 22, 100 * int8["bytes"] / base["bytes"], " %", False)
             add("int4 file", 12.5, 100 * int4["bytes"] / base["bytes"], " %", False)
         if name == "transformer":
-            add("load against float32", 2, base["load_median"] / int8["load_median"], "x", True)
+            for how, other in (("model on the meta device", base), ("model made as usual", rows["float32 as usual"])):
+                for what, key in (("cached", "load_median"), ("not cached", "load_cold_median")):
+                    if key in other and key in int8:
+                        add(f"load, file {what}, against float32, {how}", 2, other[key] / int8[key], "x", True)
         small, medium, large = _batches(int8)
         speeds = {n: base["latency_median"][n] / int8["latency_median"][n] for n in (small, medium, large)}
         if name == "MLP":
@@ -105,7 +113,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     whats = ["file", "load", "batch 1", "batch 16", "batch 128"]
     figure, axes = plt.subplots(len(results["models"]), 1, figsize=(9, 2.6 * len(results["models"])), squeeze=False)
     for axis, model in zip(axes[:, 0], results["models"]):
-        rows = model["rows"]
+        rows = [row for row in model["rows"] if row["latency_median"]]
         numbers = {
             row["who"]: [row["bytes"], row["load_median"], *(row["latency_median"][n] for n in _batches(row))]
             for row in rows
