@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,57 @@ def test_a_save_is_timed_for_everybody_on_every_disk(out: Path) -> None:
         assert f"\n| {row['who']} |" in page
     zstd, ours = ([turn["written"] for turn in row["turns"]] for row in saves["rows"])
     assert max(ours[1:]) < ours[0] < min(zstd)
+
+
+def test_finished_models_are_judged_and_timed_beside_everybody(tmp_path: Path) -> None:
+    for needed in ("torch", "torchao", "safetensors", "sklearn", "matplotlib"):
+        pytest.importorskip(needed)
+    folders = ["--state", str(tmp_path), "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.benchmarks.integers", "--small", "--rounds", "1", *folders]
+    done = subprocess.run(
+        [*command, "--models", "transformer"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # so small a model gains nothing by more
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    text, page = (next(tmp_path.glob(f"*-integers-small.{suffix}")).read_text() for suffix in ("json", "md"))
+    assert next(tmp_path.glob("*-integers-small.svg")).stat().st_size > 1000
+    found = {model["model"]: {row["who"]: row for row in model["rows"]} for model in json.loads(text)["models"]}
+    assert list(found) == ["transformer"]
+    for rows in found.values():
+        names = ["float32", "float32 as usual", "bfloat16", "torchao int8 dynamic", "torchao int8 weights"]
+        ours = ["tricomp int8", "tricomp int8 of 8 bits", "tricomp int4"]
+        assert [name for name in rows if name != "torch dynamic int8"] == [*names, *ours]
+        for name, row in rows.items():
+            assert len(row["load"]) == 1
+            assert len(row["load_cold"]) == ("load_cold_median" in row)
+            assert set(row["latency"]) == (set() if name == "float32 as usual" else {"1", "16", "128"})
+            label = f"**{name}**" if name in ours else name
+            assert [line.count("|") for line in page.splitlines() if line.startswith(f"| {label} |")] == [10]
+        sizes = [rows[name]["bytes"] for name in ("tricomp int4", "tricomp int8", "tricomp int8 of 8 bits", "float32")]
+        assert sizes == sorted(set(sizes))
+    judged = page.partition("| to be reached |")[2]
+    for what in ("int8, same top-1", "int8 file", "int4 file", "int8 speed, batch 128"):
+        assert f"\n| transformer: {what} |" in judged
+    loads = [line for line in judged.splitlines() if line.startswith("| transformer: load, file ")]
+    is_cold = "load_cold_median" in found["transformer"]["float32"]
+    assert len(loads) == (4 if is_cold else 2)
+    assert sum("model made as usual" in line for line in loads) == len(loads) / 2
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no way to tell the system")
+def test_a_file_leaves_the_cache_or_it_is_told(tmp_path: Path) -> None:
+    from tests.benchmarks import page_cache
+
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(256)) * 777)
+    assert page_cache.cached_part(path) in (1.0, None)
+    assert page_cache.drop(path) == (page_cache.cached_part(path) == 0)
+    path.write_bytes(b"")
+    assert not page_cache.drop(path)
 
 
 def test_a_verdict_is_the_quotient_of_two_speeds() -> None:
