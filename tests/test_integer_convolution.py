@@ -66,6 +66,7 @@ def orders(x):
         yield F.pad(x, (0, 0, 0, 0, 1, 2)).contiguous(memory_format=torch.channels_last)[:, 1:-2]
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch's own, of an even kernel
 @pytest.mark.parametrize("way", ["native", "floats"])
 @pytest.mark.parametrize(("layer", "shape"), LAYERS)
 def test_values_and_order_in_memory(layer, shape, way, monkeypatch):
@@ -164,6 +165,8 @@ def test_inputs_that_do_not_fit_are_refused():
         made(torch.zeros(2, 6, 8, 2))
     with pytest.raises(InvalidArgument, match="expected an input"):
         made(torch.zeros(8, 8))
+    with pytest.raises(InvalidArgument, match="expected an input of floats, got torch.int64"):
+        made(torch.zeros(2, 6, 8, 8, dtype=torch.int64))
     with pytest.raises(InvalidArgument, match="give no gradients"):
         made(torch.zeros(2, 6, 8, 8, requires_grad=True))
 
@@ -234,6 +237,8 @@ def test_files(pictures, tmp_path):
         loaded: Any = integers.load_file(tmp_path / f"{name}.tri", model=given)
         assert torch.equal(loaded(x), made(x))
     assert loaded.wide.is_dynamic
+    integers.save_file(channels_last(copy.deepcopy(made)), tmp_path / "last.tri", x)
+    assert torch.equal(integers.load_file(tmp_path / "last.tri")(x), made(x))
 
 
 def test_digits_are_told_as_by_floats():

@@ -49,6 +49,8 @@ def convolve(
     codes: int8 [out, in / groups, ...]; scales, bias: [out]. padding: zeros before and after each axis of space, in
     order. Raises InvalidArgument for an input of another form, or smaller than the kernel.
     """
+    if not input.is_floating_point():
+        raise InvalidArgument(f"expected an input of floats, got {input.dtype}")
     samples = input if input.ndim == codes.ndim else input.unsqueeze(0)
     if samples.shape[1:] == codes.shape[1:] and not any(padding) and max(dilation) == 1:
         # A kernel as large as the picture: a linear layer, which need not lay weights out for a single use of each.
