@@ -55,7 +55,7 @@ def linear(
     codes: int8 [out, in], or uint8 [out, ceil(in / 2)] at 4 bits. scales: [out] or [out, groups]. bias: [out].
     """
     n_in, n_out = input.shape[-1], codes.shape[0]
-    rows = input.reshape(-1, n_in)
+    rows = input if input.ndim == 2 else input.reshape(-1, n_in)
     if rows.shape[0] == 0 or n_out == 0 or n_in == 0:
         out = rows.new_zeros(rows.shape[0], n_out)
         out = out if bias is None else out + bias.to(out.dtype)
@@ -65,7 +65,7 @@ def linear(
         out = _native_linear(rows, codes, scales, bias, bits, group, is_dynamic)
     else:
         out = _torch_linear(rows, codes, scales, bias, bits, group, is_dynamic)
-    return out.reshape(*input.shape[:-1], n_out)
+    return out if input.ndim == 2 else out.reshape(*input.shape[:-1], n_out)
 
 
 def values(
@@ -135,7 +135,9 @@ def _gpu_linear(
 def _is_native(rows: torch.Tensor, codes: torch.Tensor, bits: int, is_dynamic: bool) -> bool:
     if codes.device.type != "cpu" or not multiplying.is_fast(rows.shape[1]):
         return False
-    return is_dynamic or rows.shape[0] < (_MANY_ROWS if bits > 4 else _MANY_ROWS_OF_4_BITS)
+    if is_dynamic or rows.shape[0] < (_MANY_ROWS if bits > 4 else _MANY_ROWS_OF_4_BITS):
+        return True
+    return multiplying.is_wide()
 
 
 def _native_linear(
@@ -149,21 +151,23 @@ def _native_linear(
 ) -> torch.Tensor:
     out = torch.empty(rows.shape[0], codes.shape[0])
     multiplying.multiply(
-        _array(rows.float()),
+        _array(rows if rows.dtype == torch.float32 else rows.float()),
         _array(codes),
         _array(scales if scales.dtype == torch.float32 else scales.view(torch.int16)),
-        None if bias is None else _array(bias.float()),
+        None if bias is None else _array(bias if bias.dtype == torch.float32 else bias.float()),
         out.numpy(),
         8 if bits > 4 else 4,  # 5 to 7 bits stand a byte each, as 8 do
         group,
         is_dynamic,
         torch.get_num_threads(),
     )
-    return out.to(rows.dtype)
+    return out if rows.dtype == torch.float32 else out.to(rows.dtype)
 
 
 def _array(tensor: torch.Tensor) -> Any:
-    return tensor.detach().contiguous().numpy()
+    if tensor.requires_grad:  # a tenth of a microsecond; to detach takes more
+        tensor = tensor.detach()
+    return tensor.contiguous().numpy()
 
 
 def _torch_linear(

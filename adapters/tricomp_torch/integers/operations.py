@@ -40,6 +40,8 @@ def linear(
     """execution.linear, of inputs without gradients. Raises InvalidArgument for those that require them."""
     if torch.compiler.is_compiling():
         return torch.ops.tricomp.integer_linear(input, codes, scales, bias, bits, group, is_dynamic)  # type: ignore[no-any-return]
+    if not torch.is_grad_enabled():  # most calls; to switch them off takes as long as a small product
+        return execution.linear(input, codes, scales, bias, bits, group, is_dynamic)
     refuse_gradients(input)
     with torch.no_grad():
         return execution.linear(input, codes, scales, bias, bits, group, is_dynamic)
