@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import weakref
 from typing import Any
 
@@ -192,6 +193,13 @@ def test_control_flow_is_refused_by_name():
 def test_operators_a_file_may_not_name(name):
     with pytest.raises(CorruptFile):
         operators.operator_of(name, "graph")
+
+
+def test_operators_that_only_others_have_are_told_apart():
+    with pytest.raises(CorruptFile, match=f"which torch {re.escape(torch.__version__)} does not have"):
+        operators.operator_of("aten.no_such.default", "graph")
+    with pytest.raises(CorruptFile, match="which this tricomp does not have. Load it with a newer one"):
+        operators.operator_of("tricomp.no_such.default", "graph")
 
 
 HARM = "x): __import__('os').abort() #"

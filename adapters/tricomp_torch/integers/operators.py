@@ -73,9 +73,12 @@ def operator_of(name: str, where: str) -> Operator:
         )
     found = _PLAIN.get(name) or _of_torch(name)
     if found is None:
+        lacks, other = f"torch {torch.__version__}", "the version of torch that wrote it"
+        if name.startswith(f"{OWN}."):
+            lacks, other = "this tricomp", "a newer one"
         raise CorruptFile(
-            f"{where}: the graph in the file calls {name!r}, which torch {torch.__version__} does not have. Load "
-            "it with the version of torch that wrote it, or with model=."
+            f"{where}: the graph in the file calls {name!r}, which {lacks} does not have. Load it with {other}, or with "
+            "model=."
         )
     return found
 
