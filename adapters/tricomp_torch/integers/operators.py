@@ -77,8 +77,8 @@ def operator_of(name: str, where: str) -> Operator:
         if name.startswith(f"{OWN}."):
             lacks, other = "this tricomp", "a newer one"
         raise CorruptFile(
-            f"{where}: the graph in the file calls {name!r}, which {lacks} does not have. Load it with {other}, or with "
-            "model=."
+            f"{where}: the graph in the file calls {name!r}, which {lacks} does not have. Load it with {other}, or "
+            "with model=."
         )
     return found
 
