@@ -140,7 +140,7 @@ INLINE void code_tile(const Multiplying& task, const uint8_t* const* rows, const
     const size_t n_bytes = task.row_bytes(), n = padded(task);
     __m512i whole[16];
     __m512 scaled[16];
-    for (size_t i = 0; i < 16; i++) {
+    UNROLLED for (size_t i = 0; i < 16; i++) {
         whole[i] = _mm512_setzero_si512();
         scaled[i] = _mm512_setzero_ps();
     }
@@ -174,7 +174,7 @@ INLINE void code_tile(const Multiplying& task, const uint8_t* const* rows, const
         const size_t i_byte = i_step * 64, left = n_bytes - i_byte;
         const __mmask64 mask = left >= 64 ? ~__mmask64(0) : (__mmask64(1) << left) - 1;
         __m512i x[M], odd[M], starts[M];
-        for (size_t m = 0; m < M; m++) {
+        UNROLLED for (size_t m = 0; m < M; m++) {
             const uint8_t* codes = rows[m] + sizeof(Head) + at;
             x[m] = _mm512_load_si512(codes);
             if (BITS == 4) odd[m] = _mm512_load_si512(codes + 64);
@@ -189,7 +189,8 @@ INLINE void code_tile(const Multiplying& task, const uint8_t* const* rows, const
                 _mm512_mullo_epi32(lane, _mm512_set1_epi32(STEP / 16)), _mm512_set1_epi32(int32_t(inside))));
             picks = _mm512_cvttps_epi32(_mm512_div_ps(place, _mm512_set1_ps(float(task.group))));
         }
-        for (size_t o = 0; o < O; o++) {
+        UNROLLED for (size_t o = 0; o < O; o++) {
+            _mm_prefetch(reinterpret_cast<const char*>(weights[o] + 2 * O * n_bytes + i_byte), _MM_HINT_T0);
             __m512i w = _mm512_maskz_loadu_epi8(mask, weights[o] + i_byte), high = w;
             if (BITS == 4) {
                 high = _mm512_xor_si512(_mm512_and_si512(_mm512_srli_epi16(w, 4), low), flip);
@@ -198,7 +199,7 @@ INLINE void code_tile(const Multiplying& task, const uint8_t* const* rows, const
             w = _mm512_xor_si512(w, flip);
             __m512 scale = _mm512_setzero_ps();
             if (IN_GROUPS) scale = lane_scales(task, scales[o], first, picks);
-            for (size_t m = 0; m < M; m++) {
+            UNROLLED for (size_t m = 0; m < M; m++) {
                 __m512i sum = IN_GROUPS ? starts[m] : whole[m * O + o];
                 sum = _mm512_dpbusd_epi32(sum, w, x[m]);
                 if (BITS == 4) sum = _mm512_dpbusd_epi32(sum, high, odd[m]);
