@@ -25,7 +25,7 @@ from tricomp.storage import Source
 
 FORMAT, START = tail.FORMAT, tail.START
 MAGIC, TAIL_BYTES, _TAIL = tail.MAGIC, tail.TAIL_BYTES, tail.FIELDS
-VERSION = "0.6.0"
+VERSION = "0.7.0"
 # Frozen since format 1.
 MAX_BIN_BYTES = (1 << 30) - 1
 _ADVICE = "Restore it from another copy, or list a store's intact steps: tricomp verify FOLDER."
