@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """Products of float rows with integer weights. Register functions, then kernels; mirrors reference/multiply.py.
 
 Imports triton only. The hard thing: the tensor cores multiply integers or short floats, while inputs may be float32.
