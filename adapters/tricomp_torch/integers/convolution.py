@@ -1,8 +1,8 @@
 """Convolutions that hold integers. Imports torch, the preset form's transposed convolution and the weights' module.
 
-Where inputs become codes too, products are those of `convolving`. Where they stay float, weights become floats for each
-call: a convolution uses each weight once for every place of its output, so that this costs a few parts in a hundred
-(measured: 3 % at 256 channels of 14 x 14, batch 1; less above). Transposed convolutions always do.
+Where inputs become codes too, products are those of `convolving` and `transposing`. Where they stay float, weights
+become floats for each call: a convolution uses each weight once for every place of its output, so that this costs a few
+parts in a hundred (measured: 3 % at 256 channels of 14 x 14, batch 1; less above).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tricomp_torch.integers.weights import IntegerWeight
 # It reads output_padding of its first argument, and nothing else.
 _output_padding: Any = nn.ConvTranspose2d._output_padding
 _LEAST_PRODUCTS = 6  # for each float read or written, from which codes are faster; measured
+_LEAST_TRANSPOSED = 24  # the same of transposed ones, which are some convolutions put together
 
 
 class _IntegerConvolution(nn.Module):
@@ -105,6 +106,11 @@ class IntegerConvTranspose(_IntegerConvolution):
 
     _SHARED = (*_IntegerConvolution._SHARED, "output_padding")
 
+    def __init__(self, layer: nn.Module, weight: IntegerWeight, *, is_dynamic: bool = False) -> None:
+        """is_dynamic: as for other convolutions."""
+        super().__init__(layer, weight)
+        self.is_dynamic = is_dynamic and weight.bits > 4 and weight.group is None
+
     def forward(self, input: torch.Tensor, output_size: Sequence[int] | None = None) -> torch.Tensor:
         """What the float layer computes. input: float [batch, in, ...] or [in, ...]."""
         operations.refuse_gradients(input)
@@ -113,6 +119,14 @@ class IntegerConvTranspose(_IntegerConvolution):
         padding = _output_padding(
             self, input, size, self.stride, self.padding, self.kernel_size, n_space, self.dilation
         )
+        if self.is_dynamic:
+            return operations.convolve_transposed(
+                input,
+                *(self.weight.codes, self.weight.scales, self.bias),
+                self.stride,
+                *(self.padding, padding, self.dilation),
+                self.groups,
+            )
         weight = input_first(self.weight().to(input.dtype), self.groups)
         run: Callable[..., torch.Tensor] = F.conv_transpose1d if n_space == 1 else F.conv_transpose2d
         return run(input, weight, self.bias, self.stride, self.padding, padding, self.groups, self.dilation)
@@ -121,7 +135,7 @@ class IntegerConvTranspose(_IntegerConvolution):
 def converted(layer: nn.Module, weight: IntegerWeight, *, is_dynamic: bool = False) -> nn.Module:
     """The module that runs a layer of the prepared model on an integer weight."""
     if isinstance(layer, OutputFirstConvTranspose):
-        return IntegerConvTranspose(layer, weight)
+        return IntegerConvTranspose(layer, weight, is_dynamic=is_dynamic)
     made = IntegerConv1d if isinstance(layer, nn.Conv1d) else IntegerConv2d
     return made(layer, weight, is_dynamic=is_dynamic)
 
@@ -131,7 +145,10 @@ def gains_by_codes(layer: nn.Module) -> bool:
 
     A layer with little to do for each float, such as one of a channel a group, makes codes for longer than it gains.
     """
-    if not isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+    if not isinstance(layer, (nn.Conv1d, nn.Conv2d, OutputFirstConvTranspose)):
         return False
     n_in, n_out = layer.in_channels // layer.groups, layer.out_channels // layer.groups
-    return n_in * n_out * math.prod(layer.kernel_size) >= _LEAST_PRODUCTS * (n_in + n_out)
+    n_products, least = n_in * n_out * math.prod(layer.kernel_size), _LEAST_PRODUCTS
+    if isinstance(layer, OutputFirstConvTranspose):
+        n_products, least = n_products // math.prod(layer.stride), _LEAST_TRANSPOSED
+    return n_products >= least * (n_in + n_out)

@@ -77,7 +77,7 @@ def _in_form(node: NodePlan, bits: Bits, group: int | None, activations: Activat
 
 def _can_be_dynamic(node: NodePlan, bits: Bits, shapes: Sequence[tuple[int, int]], trials: Trials) -> bool:
     """Whether the inputs of a node's module can become int8 too, and gain by it. shapes: of tensors, as rows."""
-    if node.kind in ("conv1d", "conv2d"):
+    if node.kind.startswith("conv"):
         return bits > 4 and trials.gains_by_codes(node)
     if node.kind not in ("lstm", "gru"):
         return node.kind in _DYNAMIC_KINDS

@@ -1,7 +1,7 @@
-"""The products of execution and convolving as operators of torch: torch.export and torch.compile see one call each.
+"""The products of execution, convolving and transposing as operators of torch, so that traces see one call each.
 
-Called directly where nothing is traced, which saves the dispatch. Imports torch and those two. The hard thing: a traced
-graph holds names and plain arguments, so an operator takes codes and scales and never a module.
+Called directly where nothing is traced, which saves the dispatch. Imports torch and those three. The hard thing: a
+traced graph holds names and plain arguments, so an operator takes codes and scales and never a module.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tricomp.errors import InvalidArgument
-from tricomp_torch.integers import convolving, execution
+from tricomp_torch.integers import convolving, execution, transposing
 
 _library: Any = torch.library.Library("tricomp", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(
@@ -25,6 +25,10 @@ _library.define(
 _library.define(
     "integer_convolution(Tensor input, Tensor codes, Tensor scales, Tensor? bias, int[] stride, int[] padding,"
     " int[] dilation, int groups) -> Tensor"
+)
+_library.define(
+    "integer_convolution_transposed(Tensor input, Tensor codes, Tensor scales, Tensor? bias, int[] stride,"
+    " int[] padding, SymInt[] output_padding, int[] dilation, int groups) -> Tensor"
 )
 
 
@@ -77,6 +81,26 @@ def convolve(
         return convolving.convolve(input, codes, scales, bias, stride, padding, dilation, groups)
 
 
+def convolve_transposed(
+    input: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> torch.Tensor:
+    """transposing.convolve, of inputs without gradients. Raises InvalidArgument for those that require them."""
+    task = (input, codes, scales, bias, stride, padding, output_padding, dilation, groups)
+    if torch.compiler.is_compiling():
+        return torch.ops.tricomp.integer_convolution_transposed(*task)  # type: ignore[no-any-return]
+    refuse_gradients(input)
+    with torch.no_grad():
+        return transposing.convolve(*task)
+
+
 def refuse_gradients(input: torch.Tensor) -> None:
     """Raise InvalidArgument if gradients are asked of an integer layer."""
     if input.requires_grad and torch.is_grad_enabled():
@@ -107,13 +131,16 @@ def _fake_values(
 _library.impl("integer_linear", execution.linear, "CompositeExplicitAutograd")
 _library.impl("integer_values", execution.values, "CompositeExplicitAutograd")
 _library.impl("integer_convolution", convolving.convolve, "CompositeExplicitAutograd")
+_library.impl("integer_convolution_transposed", transposing.convolve, "CompositeExplicitAutograd")
 torch.library.register_fake("tricomp::integer_linear", _fake_linear, lib=_library)
 torch.library.register_fake("tricomp::integer_values", _fake_values, lib=_library)
 torch.library.register_fake("tricomp::integer_convolution", convolving.fake, lib=_library)
+torch.library.register_fake("tricomp::integer_convolution_transposed", transposing.fake, lib=_library)
 
 # By the names that graphs in files have for them: called so, eager programs save the dispatch too.
 DIRECT: dict[str, Any] = {
     "tricomp.integer_linear.default": linear,
     "tricomp.integer_values.default": values,
     "tricomp.integer_convolution.default": convolve,
+    "tricomp.integer_convolution_transposed.default": convolve_transposed,
 }
