@@ -18,6 +18,10 @@ from tricomp_torch.integers import describing, operators, program, steps, struct
 
 from tricomp.errors import CorruptFile, InvalidArgument, UnsupportedNode, UnsupportedVersion  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The tensor attributes self.lstm._flat_weights"
+)  # torch.export's, of nn.LSTM
+
 
 class Tagger(nn.Module):
     """Attention, an LSTM, tied weights, a constant, an argument that may be None, nested outputs."""
