@@ -15,7 +15,7 @@ from tricomp_torch.integers.nodes import Budget, Effect, NodePlan
 
 _MOST_PUT_DOWN = 32  # measurements
 _MOST_EXPECTED = 1.5  # of the budget, from which on nothing is measured
-# A byte of codes takes 0.07 ms with int8 inputs, 0.38 with float ones, and its 4 bytes of floats 0.56: see operations.
+# A byte of codes takes 0.07 ms with int8 inputs, 0.38 with float ones, and its 4 bytes of floats 0.56: see execution.
 _FLOAT_INPUTS = 2  # bytes
 Measure = Callable[[Sequence[NodePlan]], Effect]
 
