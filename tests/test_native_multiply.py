@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.cases import told_by
 from tricomp import native
 from tricomp.integers import pack_int4
 from tricomp.native.multiply import multiply
@@ -59,17 +57,7 @@ def test_products_equal_the_references(threads):
 
 @pytest.mark.parametrize("isa", ["avx2", "portable"])
 def test_products_on_older_processors(isa):
-    if isa == "avx2" and native.isa() == "portable":
-        pytest.skip("this processor has no AVX2")
-    code = "from tests.test_native_multiply import check, native; check(); print(native.isa())"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "TRICOMP_ISA": isa},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.split() == [isa], done.stderr
+    assert told_by(isa, "from tests.test_native_multiply import check, native; check(); print(native.isa())") == isa
 
 
 def test_rows_that_are_not_finite_stay_so():

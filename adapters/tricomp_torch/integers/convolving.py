@@ -110,12 +110,8 @@ def out_sizes(
     groups: int,
 ) -> list[int]:
     """Of the output's axes of space. Raises InvalidArgument if there is no output."""
-    n_in, kernel = codes_shape[1] * groups, codes_shape[2:]
-    if len(shape) != len(codes_shape) or shape[1] != n_in:
-        axes = "length" if len(kernel) == 1 else "height, width"
-        raise InvalidArgument(
-            f"expected an input [batch, {n_in}, {axes}], or one without a batch, got {list(shape)} (with its batch)"
-        )
+    require_channels(shape, codes_shape, groups)
+    kernel = codes_shape[2:]
     sizes = []
     for i, size in enumerate(shape[2:]):
         room = size + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (kernel[i] - 1) - 1
@@ -126,6 +122,16 @@ def out_sizes(
             )
         sizes.append(room // stride[i] + 1)
     return sizes
+
+
+def require_channels(shape: Sequence[int], codes_shape: Sequence[int], groups: int) -> None:
+    """Raise InvalidArgument for samples of other axes, or other channels, than weights have."""
+    n_in = codes_shape[1] * groups
+    if len(shape) != len(codes_shape) or shape[1] != n_in:
+        axes = "length" if len(codes_shape) == 3 else "height, width"
+        raise InvalidArgument(
+            f"expected an input [batch, {n_in}, {axes}], or one without a batch, got {list(shape)} (with its batch)"
+        )
 
 
 @lru_cache(maxsize=4096)
@@ -202,9 +208,7 @@ def _by_floats(
     groups: int,
 ) -> torch.Tensor:
     """The same but for rounding of sums, by torch's convolution of what codes stand for."""
-    n_out, _, *kernel = codes.shape
-    rows = codes.reshape(n_out, -1)
-    weight = execution.values(rows, scales, 8, rows.shape[1], None, samples.dtype).reshape(codes.shape)
+    kernel, weight = codes.shape[2:], floats_of(codes, scales, samples.dtype)
     if has_channels_last(codes):
         weight = weight.to(memory_format=torch.channels_last)
     sides = [tuple(padding[2 * i : 2 * i + 2]) for i in range(len(kernel))]
@@ -215,6 +219,12 @@ def _by_floats(
     run: Any = F.conv1d if len(kernel) == 1 else F.conv2d
     added = None if bias is None else bias.to(samples.dtype)
     return run(rounded, weight, added, stride, [before for before, _ in sides], dilation, groups)  # type: ignore[no-any-return]
+
+
+def floats_of(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The floats [out, ...] that codes of that shape stand for. scales: [out]."""
+    rows = codes.reshape(len(codes), -1)
+    return execution.values(rows, scales, 8, rows.shape[1], None, dtype).reshape(codes.shape)
 
 
 def rounded_samples(samples: torch.Tensor) -> torch.Tensor:

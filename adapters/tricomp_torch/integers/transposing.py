@@ -27,7 +27,8 @@ import torch.nn.functional as F
 
 from tricomp.codec import convolving as backend
 from tricomp.errors import InvalidArgument
-from tricomp_torch.integers import convolving, execution
+from tricomp_torch.integers import convolving
+from tricomp_torch.integers.forms import input_first
 
 _LEAST_PLACES = 400  # of inputs, below which to turn the kernel round takes longer than to multiply floats
 
@@ -117,12 +118,8 @@ def out_sizes(
     groups: int,
 ) -> list[int]:
     """Of the output's axes of space. Raises InvalidArgument if there is no output."""
-    n_in, kernel = codes_shape[1] * groups, codes_shape[2:]
-    if len(shape) != len(codes_shape) or shape[1] != n_in:
-        axes = "length" if len(kernel) == 1 else "height, width"
-        raise InvalidArgument(
-            f"expected an input [batch, {n_in}, {axes}], or one without a batch, got {list(shape)} (with its batch)"
-        )
+    convolving.require_channels(shape, codes_shape, groups)
+    kernel = codes_shape[2:]
     sizes = [
         (size - 1) * stride[i] - 2 * padding[i] + dilation[i] * (kernel[i] - 1) + output_padding[i] + 1
         for i, size in enumerate(shape[2:])
@@ -170,12 +167,8 @@ def _by_floats(
     groups: int,
 ) -> torch.Tensor:
     """The same but for rounding of sums, by torch's own of what codes stand for."""
-    rows = codes.reshape(len(codes), -1)
-    weight = execution.values(rows, scales, 8, rows.shape[1], None, samples.dtype).reshape(codes.shape)
-    n_out, n_in, *kernel = codes.shape
-    parts = weight.reshape(groups, n_out // groups, n_in, *kernel).transpose(1, 2)
-    weight = parts.reshape(groups * n_in, n_out // groups, *kernel)
-    run: Any = F.conv_transpose1d if len(kernel) == 1 else F.conv_transpose2d
+    weight = input_first(convolving.floats_of(codes, scales, samples.dtype), groups)
+    run: Any = F.conv_transpose1d if codes.ndim == 3 else F.conv_transpose2d
     added = None if bias is None else bias.to(samples.dtype)
     rounded = convolving.rounded_samples(samples)
     return run(rounded, weight, added, stride, padding, output_padding, groups, dilation)  # type: ignore[no-any-return]
